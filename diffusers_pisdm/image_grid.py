@@ -1,0 +1,126 @@
+"""Labelled grids of small images: what the demo, the training script's sample grids and the docs are drawn with."""
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+BACKGROUND = "white"
+LABEL_COLOUR = (70, 70, 70)
+TITLE_COLOUR = (0, 0, 0)
+GAP = 6  # pixels between cells and around the grid
+LABEL_FONT_SIZE = 11
+TITLE_FONT_SIZE = 16
+ELLIPSIS = "…"
+
+
+def make_image_grid(
+    images: list[Image.Image],
+    labels: list[str] | None,
+    columns: int,
+    cell_size: int = 64,
+    title: str | None = None,
+) -> Image.Image:
+    """
+    Draw images into one picture, row by row, each in a square cell with its label under it.
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            At least one image, of any sizes and modes. One smaller than `cell_size` is scaled up by the largest whole
+            factor that fits, with nearest neighbour, so that its pixels stay visible as they are; one that is larger
+            is scaled down. Images with transparency are laid on white.
+        labels (`list[str]`, *optional*):
+            One label an image. Of a label that is wider than its cell the end is kept, after an ellipsis: class names
+            such as `fluent3d/animal-mammal` differ there. `None` draws no labels and leaves no room for them.
+        columns (`int`):
+            Images a row, at least 1. The last row may be shorter.
+        cell_size (`int`, defaults to `64`):
+            Side of a cell in pixels, at least 1.
+        title (`str`, *optional*):
+            A line over the whole grid.
+
+    Returns:
+        `PIL.Image.Image`: an RGB picture.
+
+    Raises:
+        ValueError: if there are no images, `columns` or `cell_size` is below 1, or there are more or fewer labels than
+            images.
+    """
+    if not images:
+        raise ValueError("`images` is empty: a grid needs at least one image.")
+    if columns < 1:
+        raise ValueError(f"`columns` has to be at least 1 but is {columns}.")
+    if cell_size < 1:
+        raise ValueError(f"`cell_size` has to be at least 1 pixel but is {cell_size}.")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"`labels` has {len(labels)} entries for {len(images)} images; pass one label an image.")
+
+    label_font = ImageFont.load_default(size=LABEL_FONT_SIZE)
+    title_font = ImageFont.load_default(size=TITLE_FONT_SIZE)
+    label_height = LABEL_FONT_SIZE + GAP if labels is not None else 0
+    title_height = TITLE_FONT_SIZE + 2 * GAP if title else 0
+
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    width = columns * (cell_size + GAP) + GAP
+    height = title_height + rows * (cell_size + label_height + GAP) + GAP
+    grid = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(grid)
+
+    if title:
+        text = shorten_to_width(title, title_font, width - 2 * GAP, keep="start")
+        draw.text((GAP, GAP), text, fill=TITLE_COLOUR, font=title_font)
+    for index, image in enumerate(images):
+        left = GAP + (index % columns) * (cell_size + GAP)
+        top = title_height + GAP + (index // columns) * (cell_size + label_height + GAP)
+        cell = fit_into_cell(image, cell_size)
+        grid.paste(cell, (left + (cell_size - cell.width) // 2, top + (cell_size - cell.height) // 2))
+        if labels is not None:
+            text = shorten_to_width(labels[index], label_font, cell_size, keep="end")
+            offset = (cell_size - label_font.getlength(text)) / 2
+            draw.text((left + offset, top + cell_size + 1), text, fill=LABEL_COLOUR, font=label_font)
+    return grid
+
+
+def fit_into_cell(image: Image.Image, cell_size: int) -> Image.Image:
+    """
+    Scale an image to the largest size that fits a square cell and keeps its shape, as RGB on white.
+
+    Args:
+        image (`PIL.Image.Image`): an image of any size and mode.
+        cell_size (`int`): side of the cell in pixels.
+
+    Returns:
+        `PIL.Image.Image`: enlarged by a whole factor with nearest neighbour, or reduced with an area filter.
+    """
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+    image = image.convert("RGB")
+    longest = max(image.size)
+    if longest <= cell_size:
+        factor = cell_size // longest
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    size = [max(1, round(side * cell_size / longest)) for side in image.size]
+    return image.resize(size, Image.Resampling.BOX)
+
+
+def shorten_to_width(text: str, font: ImageFont.FreeTypeFont, width: int, keep: str = "end") -> str:
+    """
+    Shorten one line of text until it is at most `width` pixels wide in `font`.
+
+    Args:
+        text (`str`): the text, on one line.
+        font (`ImageFont.FreeTypeFont`): the font it will be drawn in.
+        width (`int`): room in pixels.
+        keep (`str`, defaults to `"end"`): which side of the text stays, `"start"` or `"end"`.
+
+    Returns:
+        `str`: the text itself if it fits, else the longest part that fits together with an ellipsis; empty where not
+        even the ellipsis fits.
+    """
+    if font.getlength(text) <= width:
+        return text
+    for length in range(len(text) - 1, -1, -1):
+        shortened = text[:length] + ELLIPSIS if keep == "start" else ELLIPSIS + text[len(text) - length :]
+        if font.getlength(shortened) <= width:
+            return shortened
+    return ""
