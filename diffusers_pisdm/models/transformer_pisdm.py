@@ -1,0 +1,444 @@
+"""The Mamba diffusion backbone of PIS-DM: one stage of the cascade."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+
+from ..ops.cached_table import cached_table
+from ..ops.causal_conv import causal_conv
+from ..ops.move_tokens import move_tokens
+from ..ops.scan_paths import SCAN_DIRECTIONS, check_scan_direction, scan_transitions
+from ..ops.selective_scan import selective_scan
+
+
+# The paper's 0.9B model is DiM-Huge; S and L shrink it as DiM does. Keyword arguments of PISDMTransformer2DModel.
+PISDM_SIZES = {
+    "S": {"num_layers": 25, "hidden_size": 512},
+    "L": {"num_layers": 49, "hidden_size": 1024},
+    "H": {"num_layers": 49, "hidden_size": 1536},
+}
+
+NUM_PREFIX_TOKENS = 2  # timestep and class
+TIME_FREQUENCIES = 256  # width of the sinusoidal embedding, as in DDPM, DiT and DiM
+NOISE_LEVEL_SCALE = 1000.0  # noise levels in [0, 1) share the timesteps' range of sinusoids
+
+
+@dataclass
+class PISDMTransformer2DModelOutput(BaseOutput):
+    """
+    The output of [`PISDMTransformer2DModel`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, out_channels, H, W)`): What the scheduler's `prediction_type` asks for.
+        features (`torch.Tensor` of shape `(B, H/p * W/p, hidden_size)`):
+            Image tokens after the last block in raster order: what the scale-invariant loss compares.
+    """
+
+    sample: torch.Tensor
+    features: torch.Tensor
+
+
+@cached_table
+def sincos_position_embedding(
+    height: int, width: int, dim: int, base_size: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """
+    Fixed 2-D sine-cosine positions. A grid of any size spans the range of the `base_size x base_size` grid the model is
+    trained on, so that positions interpolate.
+
+    Returns:
+        `torch.Tensor` of shape `(height * width, dim)`, float32.
+    """
+    frequencies = torch.exp(torch.arange(dim // 4, device=device) * (-math.log(10000.0) / (dim // 4)))  # (D/4,)
+
+    def along(length: int) -> torch.Tensor:
+        centres = (torch.arange(length, device=device) + 0.5) * (base_size / length) - 0.5  # (length,)
+        angles = centres[:, None] * frequencies  # (length, D/4)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (length, D/2)
+
+    rows = along(height)[:, None].expand(height, width, dim // 2)
+    columns = along(width)[None].expand(height, width, dim // 2)
+    return torch.cat([rows, columns], dim=-1).reshape(height * width, dim)  # (HW, D)
+
+
+class PISDMCausalConv1d(nn.Conv1d):
+    """Depthwise causal convolution along the sequence, followed by SiLU."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, groups=channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return causal_conv(hidden_states, self.weight[:, 0], self.bias, activation="silu")  # (B, D, L)
+
+
+class PISDMLocalEnhancement(nn.Conv2d):
+    """The paper's local structure enhancement (LSEM): a residual 3x3 depthwise convolution over the token grid."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)
+
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        grid = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, D, h, w)
+        return hidden_states + super().forward(grid).flatten(2).transpose(1, 2)  # (B, hw, D)
+
+
+class PISDMMambaMixer(nn.Module):
+    """
+    The selective state space layer of Mamba: gated, with a short causal convolution before the scan. It runs over the
+    sequence in the order it is given; [`PISDMTransformer2DModel`] orders the tokens.
+
+    `A_log`, `D` and `dt_bias` steer exponentials and stay in float32.
+    """
+
+    def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int):
+        super().__init__()
+        inner_size = expand * hidden_size
+        self.split_sizes = (time_step_rank, state_size, state_size)
+
+        self.in_proj = nn.Linear(hidden_size, 2 * inner_size, bias=False)
+        self.conv1d = PISDMCausalConv1d(inner_size, conv_kernel)
+        self.x_proj = nn.Linear(inner_size, time_step_rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(time_step_rank, inner_size, bias=False)
+        self.out_proj = nn.Linear(inner_size, hidden_size, bias=False)
+
+        # S4D-real: state n decays n + 1 times as fast as the step.
+        self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(inner_size, 1))  # (Di, N)
+        self.D = nn.Parameter(torch.ones(inner_size))
+        # Steps start log-uniform in [1e-3, 0.1] (Mamba, section 3.6); the bias is the inverse softplus of the step.
+        step = torch.exp(torch.empty(inner_size).uniform_(math.log(1e-3), math.log(0.1)))
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
+        nn.init.uniform_(self.dt_proj.weight, -(time_step_rank**-0.5), time_step_rank**-0.5)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, Di) each
+        x = self.conv1d(x.transpose(1, 2))  # (B, Di, L)
+        dt, B, C = self.x_proj(x.transpose(1, 2)).split(self.split_sizes, dim=-1)  # (B, L, R), (B, L, N), (B, L, N)
+        delta = self.dt_proj(dt)  # (B, L, Di)
+        y = selective_scan(
+            x,
+            delta.transpose(1, 2),
+            -torch.exp(self.A_log.float()),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            D=self.D.float(),
+            z=z.transpose(1, 2),
+            delta_bias=self.dt_bias.float(),
+            delta_softplus=True,
+        )  # (B, Di, L)
+        return self.out_proj(y.transpose(1, 2))  # (B, L, D)
+
+
+class PISDMBlock(nn.Module):
+    """
+    One layer: (long skip,) modulated norm, Mamba mixer, gated residual.
+
+    The modulation is shared by all layers and shifted per layer by `scale_shift_table` (adaLN-single of PixArt): at
+    width 1536 a projection of its own would cost each layer half as many parameters again.
+    """
+
+    def __init__(
+        self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int, long_skip: bool
+    ):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mixer = PISDMMambaMixer(hidden_size, state_size, conv_kernel, expand, time_step_rank)
+        table = torch.zeros(3, hidden_size)
+        table[2] = 1.0  # shift 0, scale 0, gate 1: a plain pre-norm residual layer at first
+        self.scale_shift_table = nn.Parameter(table)
+        self.skip_proj = None
+        if long_skip:
+            self.skip_proj = nn.Linear(2 * hidden_size, hidden_size)
+            with torch.no_grad():  # the skip starts closed: [identity | 0]
+                self.skip_proj.weight.copy_(torch.eye(hidden_size, 2 * hidden_size))
+                self.skip_proj.bias.zero_()
+
+    def forward(
+        self, hidden_states: torch.Tensor, modulation: torch.Tensor, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if skip is not None:
+            hidden_states = self.skip_proj(torch.cat([hidden_states, skip], dim=-1))  # (B, L, D)
+        modulation = modulation + self.scale_shift_table.to(modulation.dtype)  # (B, 3, D)
+        shift, scale, gate = modulation.chunk(3, dim=1)  # (B, 1, D) each
+        normed = torch.addcmul(shift, self.norm(hidden_states), 1 + scale)  # (B, L, D)
+        return torch.addcmul(hidden_states, gate, self.mixer(normed))  # (B, L, D)
+
+
+class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    r"""
+    A Mamba backbone that predicts the noise (or velocity) of a class-conditional image, one stage of
+    [`PISDMCascadePipeline`]. The paper's components are one argument each: cyclic scanning (`scan_directions`), padding
+    tokens (`num_padding_tokens`), local structure enhancement (`local_enhancement`), and the cascade's condition
+    (`low_res_channels`). Turning one off removes its parameters and its cost.
+
+    Args:
+        sample_size (`int`, defaults to 32):
+            Height and width in pixels (or latent pixels) the model is trained on. Inputs of any other size, rectangles
+            included, are accepted; positions interpolate.
+        patch_size (`int`, defaults to 2): Side of the square of pixels that makes a token.
+        in_channels (`int`, defaults to 4): Channels of the noisy input.
+        out_channels (`int`, *optional*): Channels of the output; `in_channels` if not given.
+        num_layers (`int`, defaults to 49): Mamba layers (DiM-Huge).
+        hidden_size (`int`, defaults to 1536): Width of a token, divisible by 4.
+        state_size (`int`, defaults to 16): States of the scan per channel.
+        conv_kernel (`int`, defaults to 3): Length of the causal convolution (DiM).
+        expand (`int`, defaults to 2): Inner width of a layer as a multiple of `hidden_size`.
+        time_step_rank (`int`, *optional*): Rank of the step size's projection; `ceil(hidden_size / 16)` if not given.
+        num_classes (`int`, defaults to 1000):
+            Labels run over `0..num_classes - 1`; `num_classes` is the null label of classifier-free guidance.
+        low_res_channels (`int`, *optional*):
+            Channels of the low-resolution condition; `None` makes a first stage, which has no condition.
+        scan_directions (`tuple[str, ...]`, defaults to all eight):
+            Any non-empty choice of [`SCAN_DIRECTIONS`]. Layers cycle through them; the second half mirrors the first,
+            so that a long skip joins layers of the same direction.
+        snake (`bool`, defaults to `False`): Whether every second scanned line runs backwards.
+        num_padding_tokens (`int`, defaults to 1): Learnable tokens at the end of every scanned line.
+        local_enhancement (`bool`, defaults to `True`):
+            Whether 3x3 depthwise convolutions follow the patch embedding and precede the output.
+        long_skips (`bool`, defaults to `True`): Whether skips join the two halves of the layers, as in U-ViT.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["PISDMBlock"]
+    _repeated_blocks = ["PISDMBlock"]
+    _keep_in_fp32_modules = ["A_log", "D", "dt_bias"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "class_embedding", "norm", "modulation", "proj_out"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 49,
+        hidden_size: int = 1536,
+        state_size: int = 16,
+        conv_kernel: int = 3,
+        expand: int = 2,
+        time_step_rank: int | None = None,
+        num_classes: int = 1000,
+        low_res_channels: int | None = None,
+        scan_directions: tuple[str, ...] = SCAN_DIRECTIONS,
+        snake: bool = False,
+        num_padding_tokens: int = 1,
+        local_enhancement: bool = True,
+        long_skips: bool = True,
+    ):
+        super().__init__()
+        if hidden_size % 4 != 0:
+            raise ValueError(f"`hidden_size` must be divisible by 4 for 2-D sine-cosine positions, got {hidden_size}.")
+        if sample_size % patch_size != 0:
+            raise ValueError(f"`sample_size` ({sample_size}) must be divisible by `patch_size` ({patch_size}).")
+        if num_layers < 1:
+            raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
+        if num_padding_tokens < 0:
+            raise ValueError(f"`num_padding_tokens` must be 0 or more, got {num_padding_tokens}.")
+        if len(scan_directions) == 0:
+            raise ValueError(f"`scan_directions` must name at least one of {', '.join(SCAN_DIRECTIONS)}.")
+        for direction in scan_directions:
+            check_scan_direction(direction)
+
+        time_step_rank = time_step_rank or math.ceil(hidden_size / 16)
+        num_outputs = patch_size**2 * (out_channels or in_channels)
+        num_inputs = in_channels + (low_res_channels or 0)
+        half = num_layers // 2
+        # Layer i of the second half scans as its mirror image in the first.
+        self.layer_directions = tuple(
+            scan_directions[min(i, num_layers - 1 - i) % len(scan_directions)] for i in range(num_layers)
+        )
+
+        self.patch_embed = nn.Conv2d(num_inputs, hidden_size, patch_size, stride=patch_size)
+        self.local_in = PISDMLocalEnhancement(hidden_size) if local_enhancement else None
+        self.padding_tokens = None
+        if num_padding_tokens > 0:
+            self.padding_tokens = nn.Parameter(torch.randn(num_padding_tokens, hidden_size) * 0.02)
+
+        self.time_proj = Timesteps(TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(TIME_FREQUENCIES, hidden_size)
+        self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.noise_level_embedding = None
+        if low_res_channels is not None:
+            self.noise_level_embedding = TimestepEmbedding(TIME_FREQUENCIES, hidden_size)
+        self.modulation = nn.Linear(hidden_size, 3 * hidden_size)
+
+        self.transformer_blocks = nn.ModuleList(
+            PISDMBlock(
+                hidden_size,
+                state_size,
+                conv_kernel,
+                expand,
+                time_step_rank,
+                long_skip=long_skips and i >= num_layers - half,
+            )
+            for i in range(num_layers)
+        )
+
+        self.local_out = PISDMLocalEnhancement(hidden_size) if local_enhancement else None
+        self.norm_out = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj_out = nn.Linear(hidden_size, num_outputs)
+
+        self._initialize_weights()
+        self.gradient_checkpointing = False
+
+    def _initialize_weights(self) -> None:
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        # Modulation and output start at zero, as in DiT: the first prediction is 0 whatever the input.
+        for linear in (self.modulation, self.modulation_out, self.proj_out):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for conv in (self.local_in, self.local_out):
+            if conv is not None:
+                nn.init.zeros_(conv.weight)
+                nn.init.zeros_(conv.bias)
+        # Residual branches add up over the layers: scaled down so that their sum keeps the variance (Mamba, GPT-2).
+        with torch.no_grad():
+            for block in self.transformer_blocks:
+                block.mixer.out_proj.weight /= math.sqrt(len(self.transformer_blocks))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | int | float,
+        class_labels: torch.Tensor,
+        low_res: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> PISDMTransformer2DModelOutput | tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, in_channels, H, W)`):
+                The noisy image or latent; `H` and `W` divisible by `patch_size`.
+            timestep (`torch.Tensor` of shape `(B,)` or a scalar): Diffusion timestep, embedded in float32.
+            class_labels (`torch.Tensor` of shape `(B,)`, int64): In `0..num_classes`; `num_classes` means no class.
+            low_res (`torch.Tensor` of shape `(B, low_res_channels, H, W)`, *optional*):
+                A higher stage's condition, upsampled to the input's size and noised to `noise_level`
+                ([`~ops.conditioning_augmentation.augment_low_res`]). Required exactly when the model has
+                `low_res_channels`.
+            noise_level (`torch.Tensor` of shape `(B,)` or a scalar, *optional*): The level in [0, 1); with `low_res`.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`PISDMTransformer2DModelOutput`].
+
+        Returns:
+            [`PISDMTransformer2DModelOutput`], or the tuple `(sample, features)`.
+
+        Raises:
+            ValueError: The size is not divisible by the patch size, or the condition does not fit the model.
+        """
+        batch_size, channels, height, width = hidden_states.shape
+        patch_size = self.config.patch_size
+        if channels != self.config.in_channels:
+            raise ValueError(f"`hidden_states` has {channels} channels, but the model takes {self.config.in_channels}.")
+        if height % patch_size != 0 or width % patch_size != 0:
+            raise ValueError(
+                f"Height and width of `hidden_states` must be divisible by the model's `patch_size` ({patch_size}), got"
+                f" {height} x {width}."
+            )
+        self._check_condition(hidden_states, low_res, noise_level)
+        dtype = hidden_states.dtype
+        rows, columns = height // patch_size, width // patch_size
+
+        # 1. Conditioning
+        time_token = self.time_embedding(self._sinusoids(timestep, hidden_states))  # (B, D)
+        if low_res is not None:
+            level = torch.as_tensor(noise_level, device=hidden_states.device) * NOISE_LEVEL_SCALE
+            time_token = time_token + self.noise_level_embedding(self._sinusoids(level, hidden_states))  # (B, D)
+        class_token = self.class_embedding(class_labels).to(dtype)  # (B, D)
+        condition = F.silu(time_token + class_token)  # (B, D)
+        modulation = self.modulation(condition).unflatten(1, (3, -1))  # (B, 3, D)
+
+        # 2. Tokens: prefix, image in raster order, padding tokens to be spread over the line ends
+        if low_res is not None:
+            hidden_states = torch.cat([hidden_states, low_res], dim=1)  # (B, in + low_res, H, W)
+        tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, hw, D)
+        positions = sincos_position_embedding(
+            rows, columns, tokens.shape[-1], self.config.sample_size // patch_size, device=tokens.device
+        )
+        tokens = tokens + positions.to(dtype)
+        if self.local_in is not None:
+            tokens = self.local_in(tokens, rows, columns)
+        sequence = [time_token[:, None], class_token[:, None], tokens]
+        if self.padding_tokens is not None:
+            sequence.append(self.padding_tokens.to(dtype).expand(batch_size, -1, -1))
+        hidden_states = torch.cat(sequence, dim=1)  # (B, 2 + hw + P, D)
+
+        # 3. Layers, each in its own scan order; skips join layers of the same order
+        *moves, to_raster = scan_transitions(
+            rows,
+            columns,
+            self.layer_directions,
+            snake=self.config.snake,
+            num_padding_tokens=self.config.num_padding_tokens,
+            num_prefix_tokens=NUM_PREFIX_TOKENS,
+            device=hidden_states.device,
+        )
+        skips = []
+        for i, (block, move) in enumerate(zip(self.transformer_blocks, moves)):
+            if move is not None:
+                hidden_states = move_tokens(hidden_states, move)  # (B, L, D)
+            skip = skips.pop() if block.skip_proj is not None else None
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, modulation, skip)
+            else:
+                hidden_states = block(hidden_states, modulation, skip)  # (B, L, D)
+            if self.config.long_skips and i < len(self.transformer_blocks) // 2:
+                skips.append(hidden_states)
+
+        # 4. Output
+        if to_raster is None:
+            features = hidden_states[:, NUM_PREFIX_TOKENS:]  # (B, hw, D)
+        else:
+            features = move_tokens(hidden_states, to_raster)  # (B, hw, D)
+        hidden_states = features
+        if self.local_out is not None:
+            hidden_states = self.local_out(hidden_states, rows, columns)
+        shift, scale = self.modulation_out(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)  # (B, hw, D)
+        hidden_states = self.proj_out(hidden_states)  # (B, hw, p*p*C)
+        hidden_states = hidden_states.unflatten(1, (rows, columns)).unflatten(3, (patch_size, patch_size, -1))
+        sample = hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+
+        if not return_dict:
+            return (sample, features)
+        return PISDMTransformer2DModelOutput(sample=sample, features=features)
+
+    def _sinusoids(self, values: torch.Tensor | int | float, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Half precision cannot tell neighbouring timesteps apart: sinusoids are taken in float32.
+        values = torch.as_tensor(values, device=hidden_states.device).float()
+        values = values.expand(hidden_states.shape[0])  # (B,)
+        return self.time_proj(values).to(hidden_states.dtype)  # (B, TIME_FREQUENCIES)
+
+    def _check_condition(
+        self, hidden_states: torch.Tensor, low_res: torch.Tensor | None, noise_level: torch.Tensor | None
+    ) -> None:
+        channels = self.config.low_res_channels
+        if channels is None:
+            if low_res is not None or noise_level is not None:
+                raise ValueError(
+                    "This model is a first stage (`low_res_channels` is None): it takes neither `low_res` nor"
+                    " `noise_level`."
+                )
+            return
+        if low_res is None or noise_level is None:
+            raise ValueError(
+                f"This model is a higher stage (`low_res_channels={channels}`): pass `low_res`, the upsampled"
+                " low-resolution image, and its `noise_level`."
+            )
+        expected = (hidden_states.shape[0], channels, *hidden_states.shape[2:])
+        if low_res.shape != expected:
+            raise ValueError(
+                f"`low_res` must have shape {tuple(expected)}, upsampled to the size of `hidden_states`, got"
+                f" {tuple(low_res.shape)}."
+            )

@@ -1,0 +1,173 @@
+"""The orders in which a 1-D scan visits a 2-D grid of tokens (the paper's cyclic scanning module and padding tokens)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .cached_table import cached_table
+
+
+# {row-major, column-major} x {four start corners}: the eight rasters of the square's symmetry group. DiM's four come
+# first, so that a prefix of this tuple is a sensible smaller set; each path is followed by its exact reverse.
+SCAN_DIRECTIONS = (
+    "row_top_left",
+    "row_bottom_right",
+    "column_top_left",
+    "column_bottom_right",
+    "row_top_right",
+    "row_bottom_left",
+    "column_top_right",
+    "column_bottom_left",
+)
+
+
+def check_scan_direction(direction: str) -> None:
+    """Raises `ValueError` if `direction` is not one of [`SCAN_DIRECTIONS`]."""
+    if direction not in SCAN_DIRECTIONS:
+        raise ValueError(f"`{direction}` is not a scan direction. Choose from {', '.join(SCAN_DIRECTIONS)}.")
+
+
+def scan_path(
+    height: int,
+    width: int,
+    direction: str,
+    snake: bool = False,
+    num_padding_tokens: int = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    r"""
+    The order in which a scan visits the tokens of a `height x width` grid.
+
+    Image tokens bear their raster number `row * width + column`. With `num_padding_tokens = P > 0` every scanned line
+    is followed by its `P` padding tokens, numbered `height * width + line * P + p`, where `line` is the row (or column)
+    they belong to, whatever the order in which lines are visited (paper: padding tokens).
+
+    Args:
+        height (`int`): Rows of the grid, at least 1.
+        width (`int`): Columns of the grid, at least 1.
+        direction (`str`): One of [`SCAN_DIRECTIONS`]: the axis along which a line runs and the corner it starts from.
+        snake (`bool`, defaults to `False`):
+            Whether every second line is walked backwards, so that consecutive image tokens are always neighbours
+            (boustrophedon, as in ZigMa).
+        num_padding_tokens (`int`, defaults to 0): Padding tokens at the end of every line.
+        device (`torch.device`, *optional*): Where the path is built.
+
+    Returns:
+        `torch.Tensor` of shape `(L,)`, int64: a permutation of `0..L-1`, where `L = height * width + lines * P`.
+
+    Raises:
+        ValueError: `direction` is unknown.
+    """
+    check_scan_direction(direction)
+    axis, vertical, horizontal = direction.split("_")
+
+    grid = torch.arange(height * width, device=device).view(height, width)  # (H, W)
+    if vertical == "bottom":
+        grid = grid.flip(0)
+    if horizontal == "right":
+        grid = grid.flip(1)
+    lines = grid if axis == "row" else grid.T  # (lines, length)
+
+    num_lines = _num_lines(height, width, direction)
+    if snake:
+        backwards = torch.arange(num_lines, device=device)[:, None] % 2 == 1  # (lines, 1)
+        lines = torch.where(backwards, lines.flip(1), lines)
+
+    if num_padding_tokens > 0:
+        line_ids = torch.arange(num_lines, device=device)
+        if (vertical if axis == "row" else horizontal) in ("bottom", "right"):
+            line_ids = line_ids.flip(0)
+        pads = torch.arange(num_padding_tokens, device=device) + line_ids[:, None] * num_padding_tokens
+        lines = torch.cat([lines, height * width + pads], dim=1)  # (lines, length + P)
+    return lines.reshape(-1)  # (L,)
+
+
+def invert_scan_path(path: torch.Tensor) -> torch.Tensor:
+    """
+    The inverse permutation: where in the scan each token is visited, so that `path[invert_scan_path(path)]` is
+    `0..L-1`.
+    """
+    return torch.empty_like(path).scatter_(0, path, torch.arange(path.shape[0], device=path.device))
+
+
+class TokenMove(NamedTuple):
+    """One gather along the token axis. `inverse` undoes it, where it is a permutation: its gradient is a gather too."""
+
+    index: torch.Tensor
+    inverse: torch.Tensor | None
+
+
+@cached_table
+def scan_transitions(
+    height: int,
+    width: int,
+    directions: tuple[str, ...],
+    snake: bool = False,
+    num_padding_tokens: int = 0,
+    num_prefix_tokens: int = 0,
+    device: torch.device | str | None = None,
+) -> list[TokenMove | None]:
+    r"""
+    The gathers that take a token sequence through layers of the given scan directions, one before each layer and one
+    after the last: leaving one layer's order and entering the next one's is a single index.
+
+    The first index reads from `[prefix tokens, image tokens in raster order, P padding tokens]` and so copies the
+    padding tokens to every line end. Those between turn one layer's order into the next one's; prefix tokens stay in
+    front. The last picks the image tokens in raster order.
+
+    Rows and columns of a rectangle differ in number, and so do their padding tokens; there the pads of the next order
+    come from the nearest line of the last one.
+
+    Args:
+        height (`int`), width (`int`): The grid of image tokens.
+        directions (`tuple[str, ...]`): The scan direction of each layer.
+        snake (`bool`), num_padding_tokens (`int`): As in [`scan_path`].
+        num_prefix_tokens (`int`): Tokens that every scan reads before the image.
+        device (`torch.device`, *optional*): Where the indices live.
+
+    Returns:
+        `list[TokenMove | None]` of `len(directions) + 1` moves; `None` where nothing moves (for the last one: where
+        dropping the prefix is all there is to do).
+    """
+    num_pixels = height * width
+    prefix = torch.arange(num_prefix_tokens, device=device)
+    paths = {d: scan_path(height, width, d, snake, num_padding_tokens, device) for d in set(directions)}
+    inverses = {d: invert_scan_path(path) for d, path in paths.items()}
+
+    def enter(direction: str) -> TokenMove:
+        path = paths[direction]
+        if num_padding_tokens > 0:
+            pad = num_pixels + (path - num_pixels) % num_padding_tokens
+            path = torch.where(path >= num_pixels, pad, path)
+        return TokenMove(torch.cat([prefix, num_prefix_tokens + path]), None)
+
+    def change(before: str, after: str) -> TokenMove:
+        path = paths[after]
+        lines_before, lines_after = _num_lines(height, width, before), _num_lines(height, width, after)
+        is_permutation = num_padding_tokens == 0 or lines_before == lines_after
+        if not is_permutation:
+            pad = path - num_pixels
+            line = pad // num_padding_tokens * lines_before // lines_after
+            nearest = num_pixels + line * num_padding_tokens + pad % num_padding_tokens
+            path = torch.where(path >= num_pixels, nearest, path)
+        index = torch.cat([prefix, num_prefix_tokens + inverses[before][path]])
+        return TokenMove(index, invert_scan_path(index) if is_permutation else None)
+
+    # Layers repeat a few pairs of directions: each pair is built once and shared.
+    changes = {
+        (before, after): change(before, after)
+        for before, after in set(zip(directions, directions[1:]))
+        if before != after
+    }
+    first = last = None
+    if num_padding_tokens > 0 or snake or directions[0] != SCAN_DIRECTIONS[0]:
+        first = enter(directions[0])
+    if num_padding_tokens > 0 or snake or directions[-1] != SCAN_DIRECTIONS[0]:
+        last = TokenMove(num_prefix_tokens + inverses[directions[-1]][:num_pixels], None)
+    return [first, *(changes.get(pair) for pair in zip(directions, directions[1:])), last]
+
+
+def _num_lines(height: int, width: int, direction: str) -> int:
+    return height if direction.startswith("row") else width
