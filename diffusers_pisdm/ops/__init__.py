@@ -1,0 +1,23 @@
+"""Functions of tensors, without parameters: scans, scan paths, the causal convolution, conditioning augmentation."""
+
+from .causal_conv import CAUSAL_CONV_BACKENDS, causal_conv
+from .conditioning_augmentation import augment_low_res, upsample_low_res
+from .move_tokens import move_tokens
+from .scan_paths import SCAN_DIRECTIONS, TokenMove, invert_scan_path, scan_path, scan_transitions
+from .selective_scan import SELECTIVE_SCAN_BACKENDS, selective_scan
+
+
+__all__ = [
+    "CAUSAL_CONV_BACKENDS",
+    "SCAN_DIRECTIONS",
+    "SELECTIVE_SCAN_BACKENDS",
+    "TokenMove",
+    "augment_low_res",
+    "causal_conv",
+    "invert_scan_path",
+    "move_tokens",
+    "scan_path",
+    "scan_transitions",
+    "selective_scan",
+    "upsample_low_res",
+]

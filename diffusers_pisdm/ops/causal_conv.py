@@ -1,0 +1,89 @@
+"""The one public causal convolution, and the choice of its backend."""
+
+from __future__ import annotations
+
+import torch
+
+from .causal_conv_torch import causal_conv_torch
+
+
+CAUSAL_CONV_BACKENDS = ("torch", "numba")
+
+_IMPORT_ERRORS: dict[str, ImportError] = {}
+_FUNCTIONS = {"torch": causal_conv_torch}
+try:
+    from .causal_conv_numba import causal_conv_numba
+
+    _FUNCTIONS["numba"] = causal_conv_numba
+except ImportError as error:
+    _IMPORT_ERRORS["numba"] = error
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_inputs(x, weight, bias, activation) -> None:
+    if x.ndim != 3 or 0 in x.shape[1:]:
+        raise ValueError(
+            f"`x` must have shape (batch, channels, length), none of the last two zero, not {tuple(x.shape)}."
+        )
+    if weight.ndim != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] == 0:
+        raise ValueError(
+            f"`weight` must have shape ({x.shape[1]}, kernel size) to fit `x` of shape {tuple(x.shape)},"
+            f" not {tuple(weight.shape)}."
+        )
+    if bias is not None and bias.shape != x.shape[1:2]:
+        raise ValueError(f"`bias` must have shape ({x.shape[1]},) to fit `x`, not {tuple(bias.shape)}.")
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"`{name}` is on {tensor.device} but `x` is on {x.device}: move them to one device.")
+        if not tensor.is_floating_point():
+            raise TypeError(f"`{name}` must be a real floating point tensor, not {tensor.dtype}.")
+    if activation not in (None, "silu"):
+        raise ValueError(f"`activation` must be None or 'silu', not {activation!r}.")
+
+
+def causal_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """
+    Depthwise causal convolution over the last axis: `out[t]` sees `x[t - K + 1]` to `x[t]`, zeros before the start.
+
+    Any strides are accepted.
+
+    Args:
+        x (`torch.Tensor` of shape `(batch, channels, length)`): The input sequence.
+        weight (`torch.Tensor` of shape `(channels, kernel_size)`): One filter a channel; the last tap meets `x[t]`.
+        bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the activation.
+        activation (`str`, *optional*, defaults to `"silu"`): `"silu"` or `None`.
+        backend (`str`, defaults to `"auto"`):
+            `"torch"` (any device), `"numba"` (CPU), or `"auto"`: Numba on a CPU where it imports, else torch.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and the memory order of `x`.
+
+    Raises:
+        ValueError: if shapes or devices do not fit together, or `activation` or `backend` is not one of the above.
+        TypeError: if a tensor is not of a real floating point dtype.
+        ImportError: if the backend asked for cannot be imported.
+    """
+    _check_inputs(x, weight, bias, activation)
+    if backend == "auto":
+        dtypes = [tensor.dtype for tensor in (x, weight, bias) if tensor is not None]
+        use_numba = (
+            x.device.type == "cpu" and "numba" in _FUNCTIONS and all(dtype in _KERNEL_DTYPES for dtype in dtypes)
+        )
+        backend = "numba" if use_numba else "torch"
+    elif backend not in CAUSAL_CONV_BACKENDS:
+        raise ValueError(f"`backend` must be 'auto' or one of {CAUSAL_CONV_BACKENDS}, not {backend!r}.")
+    elif backend not in _FUNCTIONS:
+        raise ImportError(f"The 'numba' backend does not import ({_IMPORT_ERRORS['numba']}): pip install numba")
+    out = _FUNCTIONS[backend](x, weight, bias, activation)  # (B, D, L)
+    if x.stride(1) < x.stride(2):
+        return out.mT.contiguous().mT
+    return out.contiguous()

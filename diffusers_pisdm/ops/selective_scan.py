@@ -1,0 +1,152 @@
+"""The one public selective scan, and the choice of its backend."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from .selective_scan_reference import selective_scan_reference
+from .selective_scan_torch import selective_scan_torch
+
+
+SELECTIVE_SCAN_BACKENDS = ("reference", "torch", "numba", "mamba_ssm")
+
+logger = logging.getLogger(__name__)
+
+# Optional backends are imported once, here: a dispatch that only reads module globals can be traced by torch.compile.
+# An import may fail for reasons other than a missing package (a kernel built for another torch): the reason is kept.
+_IMPORT_ERRORS: dict[str, ImportError] = {}
+_FUNCTIONS = {"reference": selective_scan_reference, "torch": selective_scan_torch}
+try:
+    from .selective_scan_numba import selective_scan_numba
+
+    _FUNCTIONS["numba"] = selective_scan_numba
+except ImportError as error:
+    _IMPORT_ERRORS["numba"] = error
+try:
+    from .selective_scan_mamba_ssm import selective_scan_mamba_ssm
+
+    _FUNCTIONS["mamba_ssm"] = selective_scan_mamba_ssm
+except ImportError as error:
+    _IMPORT_ERRORS["mamba_ssm"] = error
+
+_INSTALL = {"numba": "pip install numba", "mamba_ssm": "pip install diffusers_pisdm[cuda]"}
+_FASTEST = {"cpu": "numba", "cuda": "mamba_ssm"}
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _log_slow_choice(device_type: str, fastest: str) -> None:
+    logger.warning(
+        f"selective_scan runs on {device_type} with the 'torch' backend, because the faster {fastest!r} backend does not"
+        f" import ({_IMPORT_ERRORS[fastest]}). To install it: {_INSTALL[fastest]}"
+    )
+
+
+def _choose_backend(device_type: str, dtypes: list[torch.dtype]) -> str:
+    """The fastest backend for a device that imports and computes in these dtypes; `torch` serves all others."""
+    fastest = _FASTEST.get(device_type)
+    if fastest is None or any(dtype not in _KERNEL_DTYPES for dtype in dtypes):
+        return "torch"
+    if fastest in _FUNCTIONS:
+        return fastest
+    if not torch.compiler.is_compiling():  # logging breaks the graph of a traced model
+        _log_slow_choice(device_type, fastest)
+    return "torch"
+
+
+def _check_inputs(u, delta, A, B, C, D, z, delta_bias) -> None:
+    if u.ndim != 3 or 0 in u.shape[1:]:
+        raise ValueError(
+            f"`u` must have shape (batch, channels, length), none of the last two zero, not {tuple(u.shape)}."
+        )
+    if A.ndim != 2:
+        raise ValueError(f"`A` must have shape (channels, state_size), not {tuple(A.shape)}.")
+    batch, channels, length = u.shape
+    state_size = A.shape[1]
+    wanted = {
+        "delta": (delta, (batch, channels, length)),
+        "A": (A, (channels, state_size)),
+        "B": (B, (batch, state_size, length)),
+        "C": (C, (batch, state_size, length)),
+        "D": (D, (channels,)),
+        "z": (z, (batch, channels, length)),
+        "delta_bias": (delta_bias, (channels,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"`{name}` must have shape {shape} to fit `u` of shape {tuple(u.shape)} and a state size of {state_size},"
+                f" not {tuple(tensor.shape)}."
+            )
+        if tensor.device != u.device:
+            raise ValueError(f"`{name}` is on {tensor.device} but `u` is on {u.device}: move them to one device.")
+    for name, (tensor, _) in {"u": (u, None), **wanted}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"`{name}` must be a real floating point tensor, not {tensor.dtype}.")
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""
+    Selective state space scan (Mamba, arXiv 2312.00752, algorithm 2), differentiable in every tensor.
+
+    With \\(\Delta_t\\) the step after bias and softplus, for each batch row and channel:
+
+        h_t = exp(Delta_t * A) * h_{t-1} + Delta_t * B_t * u_t        h in R^N, h_0 = 0
+        y_t = <C_t, h_t> + D * u_t
+        out_t = y_t * silu(z_t)
+
+    Any strides are accepted. States are float32 for half-precision inputs.
+
+    Args:
+        u (`torch.Tensor` of shape `(batch, channels, length)`): The input sequence.
+        delta (`torch.Tensor` of shape `(batch, channels, length)`): The step sizes, before bias and softplus.
+        A (`torch.Tensor` of shape `(channels, state_size)`): The state's rates, negative in a stable system.
+        B (`torch.Tensor` of shape `(batch, state_size, length)`): What the state takes in.
+        C (`torch.Tensor` of shape `(batch, state_size, length)`): What is read from the state.
+        D (`torch.Tensor` of shape `(channels,)`, *optional*): The skip's weight; no skip without it.
+        z (`torch.Tensor` of shape `(batch, channels, length)`, *optional*): The gate; no gate without it.
+        delta_bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added to `delta`.
+        delta_softplus (`bool`, defaults to `False`): Whether softplus is applied to `delta` after the bias.
+        backend (`str`, defaults to `"auto"`):
+            `"reference"` (a loop over time), `"torch"` (blocked, any device), `"numba"` (CPU), `"mamba_ssm"` (CUDA), or
+            `"auto"`: the fastest of these that this machine has for the device and the dtypes.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and the memory order of `u`: if `u` is a
+        transposed `(batch, length, channels)` tensor, so is the result.
+
+    Raises:
+        ValueError: if shapes or devices do not fit together, or `backend` is not one of the above.
+        TypeError: if a tensor is not of a real floating point dtype.
+        ImportError: if the backend asked for cannot be imported.
+    """
+    _check_inputs(u, delta, A, B, C, D, z, delta_bias)
+    if backend == "auto":
+        tensors = (u, delta, A, B, C, D, z, delta_bias)
+        backend = _choose_backend(u.device.type, [tensor.dtype for tensor in tensors if tensor is not None])
+    elif backend not in SELECTIVE_SCAN_BACKENDS:
+        raise ValueError(f"`backend` must be 'auto' or one of {SELECTIVE_SCAN_BACKENDS}, not {backend!r}.")
+    elif backend not in _FUNCTIONS:
+        raise ImportError(
+            f"The {backend!r} backend does not import ({_IMPORT_ERRORS[backend]}). To install it: {_INSTALL[backend]}"
+        )
+    out = _FUNCTIONS[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus)  # (B, D, L)
+    if u.stride(1) < u.stride(2):
+        return out.mT.contiguous().mT
+    return out.contiguous()
