@@ -79,6 +79,9 @@ GENDER_AND_DIRECTION = {"2640", "2642", "27a1"}
 ADULTS = {"1f468", "1f469", "1f9d1"}  # man, woman, person
 JOINER = "200d"
 
+# Microsoft draws no country flags: those in the Fluent package are Noto's pictures, under Noto's licence.
+NOT_OF_THE_STYLE = {("fluent3d", "country-flag")}
+
 
 @dataclass(frozen=True)
 class Emoji:
@@ -237,8 +240,8 @@ def select_code_points(package: Package, labels: dict[str, Emoji], max_skin_tone
     """
     chosen, tones = [], defaultdict(list)
     for code_points in package.images:
-        if code_points in labels:
-            emoji = labels[code_points]
+        emoji = labels.get(code_points)
+        if emoji is not None and (package.source.style, emoji.subgroup) not in NOT_OF_THE_STYLE:
             (tones[emoji.base] if emoji.is_skin_tone else chosen).append(code_points)
     for variants in tones.values():
         chosen += sorted(variants, key=stable_fraction)[:max_skin_tones]
