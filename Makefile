@@ -1,0 +1,74 @@
+# make demo [CLASSES="fluent3d/animal-mammal 12 ..."]   sample the published checkpoint: demo.png and demo_stages.png
+# make test [PYTEST_ARGS="tests/ops -k scan"]           run the tests
+# make lint | make docs | make clean
+#
+# Each of them first creates .venv with what it needs, at the versions of constraints.txt, and can be interrupted and
+# repeated at any point: a step's stamp file in .venv is written only when the step is complete.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+# Read by the recipe from its environment, so that no shell ever interprets a class name.
+CLASSES ?=
+export CLASSES
+
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input -c constraints.txt
+DEMO_ARGS := --model checkpoints/pisdm-emoji64 --output demo.png --stages_output demo_stages.png
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs clean
+# All steps install into one environment: two pips at once would break it, so `make -j` runs them one by one too.
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/.installed
+	@$(VENV_PYTHON) examples/generate.py $(DEMO_ARGS) $${CLASSES:+--classes "$$CLASSES"}
+
+test: $(VENV)/.installed-test
+	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-lint
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+
+docs: $(VENV)/.installed-docs
+	@$(VENV_PYTHON) -m mkdocs build --quiet --strict
+	@echo "The documentation is in site/index.html"
+
+clean:
+	rm -rf $(VENV) site build dist demo.png demo_stages.png *.egg-info .pytest_cache .ruff_cache
+
+# The environment. The stamp holds the clone's path: an environment that moved with its clone is set up again (its
+# editable install points to the old place), and so is one whose interpreter has gone.
+ifneq ($(shell $(VENV_PYTHON) -c 'print(open("$(VENV)/.created").read())' 2>/dev/null),$(CURDIR))
+.PHONY: $(VENV)/.created
+endif
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "error: Python 3.10 or later is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+	  echo "Install a newer one and name it: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || { \
+	  echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
+	  $(PYTHON) -m venv --clear $(VENV); } || { \
+	  echo "error: $(PYTHON) could not create $(VENV); on Debian and Ubuntu, install python3-venv." >&2; exit 1; }
+	@printf '%s' "$(CURDIR)" > $@.unfinished && mv $@.unfinished $@
+
+# PyTorch first and alone: it is the large download, and the pin of constraints.txt alone decides its version.
+$(VENV)/.installed: $(VENV)/.created constraints.txt setup.py
+	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do \
+	  test -e "$$info/RECORD" || rm -rf "$$info"; done # cut off half way: pip would take such a package for whole
+	@echo "Installing PyTorch (the longest step of the first run)"
+	@$(PIP_INSTALL) torch
+	@echo "Installing diffusers_pisdm and what it needs"
+	@$(PIP_INSTALL) --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	@echo "Installing what 'make $*' needs"
+	@$(PIP_INSTALL) --quiet --editable ".[$*]"
+	@touch $@

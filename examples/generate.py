@@ -1,0 +1,176 @@
+"""
+Sample a PIS-DM cascade into a labelled grid.
+
+    python examples/generate.py --model checkpoints/pisdm-emoji64 --output grid.png
+    python examples/generate.py --classes 207 fluent3d/animal-mammal --images_per_class 8 --seed 1
+    python examples/generate.py --scheduler DDIMScheduler --steps 50 20 20 20 --guidance_scale 2.0
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+
+from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.image_grid import make_image_grid
+
+
+NUM_DEFAULT_CLASSES = 8
+COLUMNS = 8
+CELL_SIZE = 128  # wide enough for the class names of the published model
+STAGE_COLUMNS = 16
+STAGE_CELL_SIZE = 64
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sample a PIS-DM cascade into a labelled grid.")
+    parser.add_argument("--model", default="checkpoints/pisdm-emoji64", help="a folder or a Hub repository")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        help="class names or ids, separated by spaces or commas "
+        f"(default: {NUM_DEFAULT_CLASSES} classes spread evenly over all of the model's)",
+    )
+    parser.add_argument("--images_per_class", type=int, default=4)
+    parser.add_argument("--steps", type=int, nargs="+", help="denoising steps: one number, or one a stage")
+    parser.add_argument("--guidance_scale", type=float, nargs="+", help="one number, or one a stage; 1 turns it off")
+    parser.add_argument("--seed", type=int, default=0, help="image i of the grid is drawn with seed + i")
+    parser.add_argument("--scheduler", help="a diffusers scheduler class to sample with, e.g. DDIMScheduler")
+    parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the picture to write")
+    parser.add_argument("--stages_output", type=Path, help="a second picture: the same images at every stage")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    if args.images_per_class < 1:
+        parser.error(f"--images_per_class has to be at least 1 but is {args.images_per_class}")
+    return args
+
+
+def parse_classes(arguments: list[str], names: set[str]) -> list[int | str]:
+    """
+    Split what was given to `--classes` into ids and names. A name may itself contain spaces and commas, so the largest
+    piece that is a known name or a number is taken; what is neither comes back as it is, for the pipeline to refuse.
+
+    Args:
+        arguments (`list[str]`): the command line's words.
+        names (`set[str]`): the model's class names.
+
+    Returns:
+        `list[int | str]`: ids and names in the order given.
+    """
+    classes: list[int | str] = []
+    for argument in arguments:
+        if argument.strip() in names:
+            classes.append(argument.strip())
+            continue
+        for part in filter(None, map(str.strip, argument.split(","))):
+            for word in [part] if part in names else part.split():
+                classes.append(int(word) if re.fullmatch(r"-?\d+", word) and word not in names else word)
+    return classes
+
+
+def swap_scheduler(pipe: PISDMCascadePipeline, name: str) -> None:
+    """
+    Replace the schedulers of every stage by schedulers of another class with the same noise schedule.
+
+    Args:
+        pipe (`PISDMCascadePipeline`): the pipeline to change.
+        name (`str`): a class of diffusers, e.g. `DDIMScheduler`.
+
+    Raises:
+        ValueError: if diffusers has no scheduler of that name.
+    """
+    scheduler_class = getattr(diffusers, name, None)
+    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
+        known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flow")]
+        raise ValueError(f"--scheduler: diffusers has no scheduler `{name}`. It has {', '.join(known)}.")
+    for key, component in pipe.components.items():
+        if isinstance(component, SchedulerMixin):
+            setattr(pipe, key, scheduler_class.from_config(component.config))
+
+
+def draw_stages(stage_images: list[list[Image.Image]], labels: list[str]) -> Image.Image:
+    """
+    Draw every image at every stage: a column an image, a row a stage, from the first stage down to the last.
+
+    Args:
+        stage_images (`list[list[PIL.Image.Image]]`): for each stage, its images.
+        labels (`list[str]`): the class name of each image, written under its last stage.
+
+    Returns:
+        `PIL.Image.Image`: the picture.
+    """
+    columns = min(STAGE_COLUMNS, len(labels))
+    cells, captions = [], []
+    for start in range(0, len(labels), columns):
+        block = slice(start, start + columns)
+        empty = columns - len(labels[block])
+        for stage, images in enumerate(stage_images):
+            is_last = stage == len(stage_images) - 1
+            cells += images[block] + [Image.new("RGB", (1, 1), "white")] * empty
+            captions += labels[block] if is_last else [f"{image.width} px" for image in images[block]]
+            captions += [""] * empty
+    return make_image_grid(cells, captions, columns=columns, cell_size=STAGE_CELL_SIZE)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image so that an interruption leaves either the old file or the new one, never a torn one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        image.save(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    start = time.perf_counter()
+
+    try:
+        pipe = PISDMCascadePipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+        if args.scheduler:
+            swap_scheduler(pipe, args.scheduler)
+        id2label = {int(label_id): label for label_id, label in (pipe.config.id2label or {}).items()}
+        num_classes = pipe.transformer.config.num_classes
+        if args.classes:
+            classes = pipe.get_label_ids(parse_classes(args.classes, set(id2label.values())))
+        else:
+            classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    pipe.to(args.device)
+
+    class_labels = [label_id for label_id in classes for _ in range(args.images_per_class)]
+    # CPU generators draw the same noise whatever the device.
+    generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(class_labels))]
+    options = {}
+    if args.steps:
+        options["num_inference_steps"] = args.steps if len(args.steps) > 1 else args.steps[0]
+    if args.guidance_scale:
+        options["guidance_scale"] = args.guidance_scale if len(args.guidance_scale) > 1 else args.guidance_scale[0]
+    output = pipe(class_labels=class_labels, generator=generators, output_stages=True, **options)
+
+    names = [id2label.get(label_id, str(label_id)) for label_id in class_labels]
+    save_image(make_image_grid(output.images, names, columns=COLUMNS, cell_size=CELL_SIZE), args.output)
+    written = str(args.output)
+    if args.stages_output:
+        save_image(draw_stages(output.stage_images, names), args.stages_output)
+        written += f" and {args.stages_output}"
+    width, height = output.images[0].size
+    print(
+        f"Wrote {written}: {len(names)} images of {len(set(names))} classes at {width}x{height} pixels "
+        f"in {time.perf_counter() - start:.1f} s."
+    )
+
+
+if __name__ == "__main__":
+    main()

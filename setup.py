@@ -1,0 +1,49 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+extras = {
+    # Fused CUDA kernels for long sequences. They compile at install and need nvcc: the package works without them.
+    "cuda": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
+    "train": ["datasets>=3.0", "matplotlib", "peft>=0.17"],
+    "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
+    "lint": ["ruff>=0.15"],
+}
+# The tests import the training script, load LoRA weights and compare with transformers' MambaMixer.
+extras["test"] = [*extras["train"], "pytest>=8.0", "pytest-timeout>=2.3", "transformers>=4.57", *extras["lint"]]
+extras["dev"] = sorted({*extras["test"], *extras["benchmarks"], *extras["docs"]})
+
+setup(
+    name="diffusers-pisdm",
+    version="0.1.0",
+    description="Progressive image synthesis with a cascade of Mamba diffusion models (PIS-DM), for diffusers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["diffusers_pisdm", "diffusers_pisdm.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.0",
+        # 0.42 is the first version tested on; Python 3.10 is left with 0.41.
+        'diffusers>=0.42 ; python_version >= "3.11"',
+        'diffusers>=0.41 ; python_version < "3.11"',
+        "huggingface_hub",  # diffusers knows which
+        "numba>=0.61",  # the first for Python 3.13
+        "numpy",
+        "pillow>=10.1",  # ImageFont.load_default(size=...)
+        "safetensors>=0.8",  # as diffusers
+        "torch>=2.6",  # as diffusers; torch.library.custom_op and its fake and autograd kernels came in 2.4
+    ],
+    extras_require=extras,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
+)
