@@ -1,0 +1,16 @@
+from .cascade_objective import CascadeLosses, CascadeObjective
+from .denoising_loss import LOSS_WEIGHTINGS, denoising_target, denoising_weights
+from .image_pyramid import image_pyramid
+from .scale_invariant_loss import ScaleInvariantLoss, info_nce
+
+
+__all__ = [
+    "LOSS_WEIGHTINGS",
+    "CascadeLosses",
+    "CascadeObjective",
+    "ScaleInvariantLoss",
+    "denoising_target",
+    "denoising_weights",
+    "image_pyramid",
+    "info_nce",
+]

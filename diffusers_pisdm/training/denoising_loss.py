@@ -1,0 +1,76 @@
+"""The denoising half of the training loss (paper, eq. 17)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler
+
+
+LOSS_WEIGHTINGS = ("uniform", "vlb", "min_snr")
+
+
+def denoising_target(
+    scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """
+    What the model is asked for: the noise, the velocity or the clean image, as the scheduler's `prediction_type` says.
+
+    Args:
+        scheduler (`DDPMScheduler`): The noise schedule.
+        clean, noise (`torch.Tensor` of shape `(B, C, H, W)`): The image x_0 and the noise that was added to it.
+        timesteps (`torch.Tensor` of shape `(B,)`, int64): In `0..num_train_timesteps - 1`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`.
+
+    Raises:
+        ValueError: The scheduler's `prediction_type` is not one of the three.
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(clean, noise, timesteps)
+    if prediction_type == "sample":
+        return clean
+    raise ValueError(f"`prediction_type` must be epsilon, v_prediction or sample, got {prediction_type}.")
+
+
+def denoising_weights(scheduler: DDPMScheduler, weighting: str, min_snr_gamma: float = 5.0) -> torch.Tensor:
+    r"""
+    The weight of the squared error of the model's own prediction at every timestep.
+
+    Eq. 17 weighs the squared error of the *noise* by lambda(t). Other predictions carry the same error times a factor of
+    the signal-to-noise ratio: `|eps - eps'|^2 = SNR |x_0 - x_0'|^2 = abar |v - v'|^2`.
+
+    - `uniform`: 1 for the prediction as it is; for noise prediction that is lambda = 1, as in DDPM, U-ViT and DiM.
+    - `vlb`: lambda(t) = beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) of eq. 17, with sigma_t^2 = beta_t (the posterior
+      variance is zero at the first step).
+    - `min_snr`: lambda(t) = min(SNR, gamma) / SNR (Hang et al., 2023).
+
+    Args:
+        scheduler (`DDPMScheduler`): The noise schedule and `prediction_type`.
+        weighting (`str`): One of `uniform`, `vlb`, `min_snr`.
+        min_snr_gamma (`float`, defaults to 5.0): The gamma of `min_snr`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_train_timesteps,)`, float32.
+
+    Raises:
+        ValueError: `weighting` is unknown.
+    """
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    if weighting == "uniform":
+        return torch.ones_like(alphas_cumprod).float()
+
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    if weighting == "vlb":
+        betas, alphas = scheduler.betas.double(), scheduler.alphas.double()
+        weights = betas / (2 * alphas * (1 - alphas_cumprod))
+    elif weighting == "min_snr":
+        weights = snr.clamp(max=min_snr_gamma) / snr
+    else:
+        raise ValueError(f"`weighting` must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting}.")
+
+    per_prediction = {"epsilon": 1.0, "v_prediction": alphas_cumprod, "sample": snr}
+    return (weights * per_prediction[scheduler.config.prediction_type]).float()
