@@ -1,7 +1,11 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "diffusers_pisdm" / "__init__.py").read_text())[1]
 
 extras = {
     # Fused CUDA kernels for long sequences. They compile at install and need nvcc: the package works without them.
@@ -17,9 +21,9 @@ extras["dev"] = sorted({*extras["test"], *extras["benchmarks"], *extras["docs"]}
 
 setup(
     name="diffusers-pisdm",
-    version="0.1.0",
+    version=version,
     description="Progressive image synthesis with a cascade of Mamba diffusion models (PIS-DM), for diffusers",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

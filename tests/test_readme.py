@@ -1,0 +1,40 @@
+"""Runs every Python block of README.md and of the documentation, page by page, as a reader would from the clone."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """The first line's number and the code of each block that is marked as Python."""
+    text = page.read_text(encoding="utf-8")
+    return [(text.count("\n", 0, match.start()) + 2, match[1]) for match in BLOCK.finditer(text)]
+
+
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if python_blocks(page)]
+
+
+def test_blocks_are_found_with_their_lines(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("Text\n\n```python\na = 1\nb = 2\n```\n\n```bash\nls\n```\n\n```python\nc = 3\n```\n")
+    assert python_blocks(page) == [(4, "a = 1\nb = 2\n"), (13, "c = 3\n")]
+
+
+def test_the_readme_has_code():
+    assert ROOT / "README.md" in PAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    # What a block writes lands in an empty folder that has the clone's checkpoints in it.
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for line, code in python_blocks(page):
+        # Blank lines in front make a traceback name the page's own line.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
