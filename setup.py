@@ -10,13 +10,20 @@ version = re.search(r'__version__ = "(.+)"', (root / "diffusers_pisdm" / "__init
 extras = {
     # Fused CUDA kernels for long sequences. They compile at install and need nvcc: the package works without them.
     "cuda": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
-    "train": ["datasets>=3.0", "matplotlib", "peft>=0.17"],
+    "train": ["datasets>=3.0", "matplotlib"],
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     "lint": ["ruff>=0.15"],
 }
 # The tests import the training script, load LoRA weights and compare with transformers' MambaMixer.
-extras["test"] = [*extras["train"], "pytest>=8.0", "pytest-timeout>=2.3", "transformers>=4.57", *extras["lint"]]
+extras["test"] = [
+    *extras["train"],
+    "peft>=0.17",
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "transformers>=4.57",
+    *extras["lint"],
+]
 extras["dev"] = sorted({*extras["test"], *extras["benchmarks"], *extras["docs"]})
 
 setup(
