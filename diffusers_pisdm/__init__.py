@@ -1,0 +1,22 @@
+"""PIS-DM: progressive image synthesis with a cascade of Mamba diffusion models, for diffusers."""
+
+# diffusers recognises a component by a base class of this name in its library's top-level namespace.
+from diffusers import ModelMixin
+
+from .models import PISDM_SIZES, PISDMTransformer2DModel
+from .pipelines import PISDMCascadePipeline, PISDMCascadePipelineOutput
+from .registration import register_with_diffusers
+
+
+__version__ = "0.1.0.dev0"
+
+register_with_diffusers(PISDMTransformer2DModel, PISDMCascadePipeline)
+
+__all__ = [
+    "ModelMixin",
+    "PISDM_SIZES",
+    "PISDMCascadePipeline",
+    "PISDMCascadePipelineOutput",
+    "PISDMTransformer2DModel",
+    "__version__",
+]
