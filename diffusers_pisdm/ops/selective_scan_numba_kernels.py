@@ -314,8 +314,8 @@ def _reverse_four(
         gdt = load(grad_delta + step * VECTOR)
         bt = b + step * stride
         ct = c + step * stride
-        sum_bt = sum_b + step * stride * 16
-        sum_ct = sum_c + step * stride * 16
+        sum_bt = sum_b + step * 4 * VECTOR
+        sum_ct = sum_c + step * 4 * VECTOR
         decay = saved + (4 + step * 8) * VECTOR
         before = saved + step * 8 * VECTOR
 
@@ -370,12 +370,14 @@ def _reverse_four(
 
 
 @njit(forceinline=True)
-def _write_sums(parameters, tensor, row, start, steps, states, padded, sums):
+def _write_sums(parameters, tensor, row, start, steps, states, sums):
     """Add the lanes of dB or dC of a chunk and write them to this unit's (length, states) block."""
     target = load_int(parameters + 8 * tensor) + (row * load_int(parameters + 8 * LENGTH) + start) * states * 4
     for step in range(steps):
         for state in range(states):
-            store_float(target + (step * states + state) * 4, lane_sum(load(sums + (step * padded + state) * VECTOR)))
+            # (padded / 4, CHUNK, 4) vectors: what four states touch lies together
+            vector = (state // 4 * CHUNK + step) * 4 + state % 4
+            store_float(target + (step * states + state) * 4, lane_sum(load(sums + vector * VECTOR)))
 
 
 @njit(forceinline=True)
@@ -491,8 +493,8 @@ def _backward_unit(parameters, unit, scratch):
                     b + index * 4,
                     c + index * 4,
                     padded * 4,
-                    sum_b + index * VECTOR,
-                    sum_c + index * VECTOR,
+                    sum_b + index * CHUNK * VECTOR,
+                    sum_c + index * CHUNK * VECTOR,
                 )
 
             grad_u_row = _row(parameters, GRAD_U, batch, start, channel)
@@ -523,8 +525,8 @@ def _backward_unit(parameters, unit, scratch):
             store(grad_biases + group * VECTOR, load(grad_biases + group * VECTOR) + grad_bias)
         # (blocks, batch, length, states)
         row = unit % blocks * (load_int(parameters + 8 * NUM_UNITS) // blocks) + batch
-        _write_sums(parameters, GRAD_B, row, start, steps, states, padded, sum_b)
-        _write_sums(parameters, GRAD_C, row, start, steps, states, padded, sum_c)
+        _write_sums(parameters, GRAD_B, row, start, steps, states, sum_b)
+        _write_sums(parameters, GRAD_C, row, start, steps, states, sum_c)
 
     # (batch, states, kept_channels)
     grad_a = load_int(parameters + 8 * GRAD_A) + (batch * states * kept_channels + first_channel) * 4
