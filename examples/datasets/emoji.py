@@ -99,6 +99,7 @@ class Package:
     """The parts of a tarball that are needed: encoded pictures by normalized code points, and emoji.json."""
 
     source: Source
+    version: str
     path: Path
     images: dict[str, tuple[str, bytes]]  # code points -> (member path, encoded picture)
     emoji_json: list[dict] | None
@@ -123,6 +124,8 @@ def split_key(code_points: str) -> str:
     """
     ignored = SKIN_TONES | GENDER_AND_DIRECTION
     parts = normalize_code_points(code_points).split("-")
+    if len(parts) == 1:  # the female sign and the skin tones are emoji too
+        return parts[0]
     if JOINER in parts:
         parts = ["1f9d1" if part in ADULTS else part for part in parts]
     return "-".join(part for part in parts if part not in ignored and part != JOINER)
@@ -166,7 +169,7 @@ def read_package(path: Path) -> Package:
                 elif any(str(PurePosixPath(member.name).parent) == source.image_dir for source in SOURCES):
                     files[member.name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole npm tarball ({error}): fetch it again with `npm pack`.") from error
+        raise ValueError(f"{path} is not a whole npm tarball ({error}): remove it and fetch it again.") from error
     name = (package_json or {}).get("name")
     if name not in SOURCE_OF_PACKAGE:
         raise ValueError(f"{path} holds the package {name!r}; known are {', '.join(sorted(SOURCE_OF_PACKAGE))}.")
@@ -177,7 +180,7 @@ def read_package(path: Path) -> Package:
             images.setdefault(
                 normalize_code_points(PurePosixPath(member_path).stem), (member_path, files[member_path])
             )
-    return Package(source, path, images, emoji_json)
+    return Package(source, package_json["version"], path, images, emoji_json)
 
 
 def fetch_tarballs(cache_dir: Path) -> list[Path]:
@@ -333,6 +336,7 @@ def build(
         "splits": {split: Counter(row["style"] for row in rows[split]) for split in rows},
         "names": names,
         "left_out": {name: counts[name] for name in all_names if name not in ids},
+        "unlabelled": sum(code_points not in labels for package in packages for code_points in package.images),
         "corrupt": corrupt,
         "duplicates": duplicates,
     }
@@ -353,12 +357,13 @@ def describe(report: dict, packages: Sequence[Package]) -> tuple[str, str]:
         f"- Classes: {len(report['names'])}, style/subgroup, ids in order of their names.\n"
         f"- Classes left out for want of training images (with how many there were): {left_out}.\n"
         f"- Pictures equal to another one of their style, left out: {report['duplicates']}.\n"
+        f"- Pictures of emoji that emoji.json does not know, left out: {report['unlabelled']}.\n"
         f"- Corrupt pictures, skipped: {len(report['corrupt'])}{''.join(f' {path}' for path in report['corrupt'])}.\n"
         "- `validation` holds whole emoji, in all styles, skin tones and genders.\n"
         "- Licences: see LICENSES.md.\n"
     )
     licenses = "# Licences of the pictures\n\n" + "".join(
-        f"- `{package.source.style}` ({package.source.package} {package.source.version}): {package.source.license}.\n"
+        f"- `{package.source.style}` ({package.source.package} {package.version}): {package.source.license}.\n"
         for package in packages
     )
     return card, licenses
@@ -394,8 +399,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--min_images",
         type=int,
         default=2,
-        help="leave out classes with fewer training images (default: %(default)s, which costs 6 of 294 classes; 4 would cost "
-        "23, among them monkey faces, hats and glasses)",
+        help="leave out classes with fewer training images (default: %(default)s, which costs 6 of 294 classes; 4 "
+        "would cost 23, monkey faces and hats among them)",
     )
     parser.add_argument("--background", default="white", help="colour behind the pictures (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -10,6 +10,8 @@ Columns and splits (`image`, `label`; train, test) are those of `fashion_mnist` 
 import argparse
 import gzip
 import io
+import math
+import struct
 import sys
 import zlib
 from collections.abc import Sequence
@@ -50,10 +52,11 @@ def read_idx(path: Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file ({error}): install or fetch it again.") from error
     num_axes = content[3] if content[:3] == b"\x00\x00\x08" and len(content) > 3 else 0
-    shape = np.frombuffer(content[4 : 4 + 4 * num_axes], dtype=">u4").astype(int)
-    if num_axes == 0 or len(shape) != num_axes or len(content) != 4 + 4 * num_axes + shape.prod():
+    start = 4 + 4 * num_axes
+    shape = struct.unpack(f">{num_axes}I", content[4:start]) if len(content) >= start else ()
+    if not shape or len(content) != start + math.prod(shape):
         raise ValueError(f"{path} is not an idx file of bytes: install or fetch it again.")
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def read_split(idx_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
