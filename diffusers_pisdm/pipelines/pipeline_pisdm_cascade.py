@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, SchedulerMixin
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    PNDMScheduler,
+    SchedulerMixin,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
@@ -22,6 +29,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from typing_extensions import Self
 
 from ..models.latents import decode_latents, vae_scale_factor
+from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
 
@@ -49,7 +57,7 @@ class PISDMCascadePipelineOutput(BaseOutput):
     stage_images: list[list[PIL.Image.Image]] | list[np.ndarray] | list[torch.Tensor] | None = None
 
 
-class PISDMCascadePipeline(DiffusionPipeline):
+class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
     r"""
     Generates images of given classes with a cascade of 1 to 4 diffusion models: the first makes a small image from
     noise; each next one makes a larger image from noise and the image of the stage before, upsampled and slightly
@@ -117,9 +125,11 @@ class PISDMCascadePipeline(DiffusionPipeline):
         Loads a saved pipeline as [`DiffusionPipeline.from_pretrained`] does, with two differences: weights are read
         from safetensors only, unless `use_safetensors=False` asks for pickled ones, and `transformer_2=None` (or 3, 4)
         shortens the cascade to the stages before.
+
+        Raises:
+            OSError: Weights are missing, pickled, truncated or corrupt.
+            ValueError: The configuration holds an unknown key, or the stages do not fit.
         """
-        if kwargs.get("use_safetensors") is None:
-            kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **_drop_higher_stages(kwargs))
 
     @classmethod
@@ -228,9 +238,9 @@ class PISDMCascadePipeline(DiffusionPipeline):
             )
         if lower is not None and config.low_res_channels != lower.config.in_channels:
             raise ValueError(
-                f"`{name}` takes a low-resolution condition of {config.low_res_channels} channels (`low_res_channels`),"
-                f" but the stage before makes {lower.config.in_channels} (`in_channels`). Pass stages that were trained"
-                " as one cascade."
+                f"`{name}` takes a low-resolution condition of {config.low_res_channels} channels"
+                f" (`low_res_channels`), but the stage before makes {lower.config.in_channels} (`in_channels`). Pass"
+                " stages that were trained as one cascade."
             )
         if lower is not None and config.num_classes != lower.config.num_classes:
             raise ValueError(
@@ -271,7 +281,8 @@ class PISDMCascadePipeline(DiffusionPipeline):
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found {unknown}."
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found"
+                f" {unknown}."
             )
 
     def get_class_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
@@ -350,7 +361,7 @@ class PISDMCascadePipeline(DiffusionPipeline):
         """Returns one scheduler a stage, no two the same object: where there is none, a copy of `scheduler`."""
         schedulers = []
         for name in SCHEDULERS[: self.num_stages]:
-            scheduler = getattr(self, name) or self.scheduler
+            scheduler = getattr(self, name) if getattr(self, name) is not None else self.scheduler
             if any(scheduler is other for other in schedulers):
                 scheduler = scheduler.from_config(scheduler.config)
             schedulers.append(scheduler)
@@ -379,13 +390,18 @@ class PISDMCascadePipeline(DiffusionPipeline):
             name, schedule = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
             if name not in inspect.signature(scheduler.set_timesteps).parameters:
                 raise ValueError(
-                    f"`{type(scheduler).__name__}.set_timesteps` does not support custom `{name}`. Please check whether"
-                    " you are using the correct scheduler."
+                    f"`{type(scheduler).__name__}.set_timesteps` does not support custom `{name}`. Please check"
+                    " whether you are using the correct scheduler."
                 )
             scheduler.set_timesteps(**{name: schedule}, device=device)
         if relay_strength is None:
             return scheduler.timesteps
 
+        if isinstance(scheduler, PNDMScheduler):
+            raise ValueError(
+                "`relay_strength` needs a scheduler that can start midway, but PNDMScheduler's first steps are fixed. Pass"
+                " `relay_strength=None`, or another scheduler such as `DPMSolverMultistepScheduler`."
+            )
         # Second-order schedulers list a step's two evaluations, and one for the last step.
         num_steps = math.ceil(len(scheduler.timesteps) / scheduler.order)
         start = (num_steps - max(int(num_steps * relay_strength), 1)) * scheduler.order
@@ -394,7 +410,7 @@ class PISDMCascadePipeline(DiffusionPipeline):
         return scheduler.timesteps[start:]
 
     def check_latents(self, latents: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-        """Raises a `TypeError` or `ValueError` if given initial noise is not a float tensor of this shape and device."""
+        """Raises a `TypeError` or `ValueError` if `latents` is not a float tensor of this shape, on this device."""
         if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
             kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents)
             raise TypeError(f"`latents` has to be a floating point tensor but is {kind}. Pass `torch.randn({shape})`.")
@@ -488,7 +504,7 @@ class PISDMCascadePipeline(DiffusionPipeline):
         | PipelineCallback
         | MultiPipelineCallbacks
         | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; only read
     ) -> PISDMCascadePipelineOutput | tuple:
         r"""
         Generates images.
@@ -504,8 +520,8 @@ class PISDMCascadePipeline(DiffusionPipeline):
             num_images_per_prompt (`int`, defaults to 1): Images a label; those of one label are neighbours.
             num_inference_steps (`int` or `list[int]`, defaults to 50): Denoising steps, per stage.
             timesteps (`list[int]`, or one list a stage, *optional*):
-                Own timesteps instead of `num_inference_steps`, for schedulers that take them; `None` in a list of lists
-                leaves a stage its `num_inference_steps`.
+                Own timesteps instead of `num_inference_steps`, for schedulers that take them; `None` in a list of
+                lists leaves a stage its `num_inference_steps`.
             sigmas (`list[float]`, or one list a stage, *optional*): Likewise, as noise levels.
             guidance_scale (`float` or `list[float]`, defaults to 4.0):
                 Weight w of classifier-free guidance, `eps_u + w (eps_c - eps_u)` on all channels, per stage. As in

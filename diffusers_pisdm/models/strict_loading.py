@@ -1,0 +1,59 @@
+"""Loading that refuses what diffusers only warns of, shared by the model and the pipeline."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from typing_extensions import Self
+
+
+class StrictLoadingMixin:
+    """
+    Goes before [`ModelMixin`] or [`DiffusionPipeline`] in a class's bases. Weights come from safetensors unless
+    pickles are asked for, unreadable weights are reported with a remedy, and a configuration may not hold keys that the
+    class does not know: a misspelt one would otherwise be a silent default.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+        r"""
+        Loads as diffusers does, but from safetensors only, unless `use_safetensors=False` asks for pickled weights.
+
+        Raises:
+            OSError: Weights are missing, pickled, truncated or corrupt.
+            ValueError: The configuration holds an unknown key.
+        """
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            remedy = _find_remedy(str(error))
+            if remedy is None:
+                raise
+            raise OSError(f"{str(error).strip()} {remedy}") from error
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
+        known = cls._get_init_keys(cls)
+        unknown = sorted(key for key in config_dict if key not in known and not key.startswith("_"))
+        # Keys that quantized and remote-code models carry in diffusers.
+        unknown = [key for key in unknown if key not in ("quantization_config", "auto_map")]
+        if unknown:
+            raise ValueError(
+                f"`{cls.config_name}` of {cls.__name__} holds unknown keys: {', '.join(unknown)}. Correct or remove them"
+                f"; known keys are {', '.join(sorted(known - {'self'}))}."
+            )
+        return super().extract_init_dict(config_dict, **kwargs)
+
+
+def _find_remedy(message: str) -> str | None:
+    if message.startswith("Unable to load weights from checkpoint file") and "Remedy" not in message:
+        return "Remedy: the file is truncated or corrupt; copy it again, or download it with `force_download=True`."
+    if message.startswith("Error no file named") and ".safetensors" in message and "Remedy" not in message:
+        return (
+            "Remedy: copy or download the missing file. Pickled weights are not read, as they can run code; where you"
+            " trust them, pass `use_safetensors=False`."
+        )
+    return None
