@@ -16,8 +16,9 @@ SELECTIVE_SCAN_BACKENDS = ("reference", "torch", "numba", "mamba_ssm")
 logger = logging.getLogger(__name__)
 
 # Optional backends are imported once, here: a dispatch that only reads module globals can be traced by torch.compile.
-# An import may fail for reasons other than a missing package (a kernel built for another torch): the reason is kept.
-_IMPORT_ERRORS: dict[str, ImportError] = {}
+# An import fails for more reasons than a missing package (mamba_ssm built for another torch is an ImportError, Triton
+# without a GPU driver a RuntimeError): the reason is kept for the messages below.
+_IMPORT_ERRORS: dict[str, Exception] = {}
 _FUNCTIONS = {"reference": selective_scan_reference, "torch": selective_scan_torch}
 try:
     from .selective_scan_numba import selective_scan_numba
@@ -29,7 +30,7 @@ try:
     from .selective_scan_mamba_ssm import selective_scan_mamba_ssm
 
     _FUNCTIONS["mamba_ssm"] = selective_scan_mamba_ssm
-except ImportError as error:
+except Exception as error:
     _IMPORT_ERRORS["mamba_ssm"] = error
 
 _INSTALL = {"numba": "pip install numba", "mamba_ssm": "pip install diffusers_pisdm[cuda]"}
@@ -40,8 +41,8 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @functools.cache
 def _log_slow_choice(device_type: str, fastest: str) -> None:
     logger.warning(
-        f"selective_scan runs on {device_type} with the 'torch' backend, because the faster {fastest!r} backend does not"
-        f" import ({_IMPORT_ERRORS[fastest]}). To install it: {_INSTALL[fastest]}"
+        f"selective_scan runs on {device_type} with the 'torch' backend, because the faster {fastest!r} backend does"
+        f" not import ({_IMPORT_ERRORS[fastest]}). To install it: {_INSTALL[fastest]}"
     )
 
 
@@ -80,8 +81,8 @@ def _check_inputs(u, delta, A, B, C, D, z, delta_bias) -> None:
             continue
         if tensor.shape != shape:
             raise ValueError(
-                f"`{name}` must have shape {shape} to fit `u` of shape {tuple(u.shape)} and a state size of {state_size},"
-                f" not {tuple(tensor.shape)}."
+                f"`{name}` must have shape {shape} to fit `u` of shape {tuple(u.shape)} and a state size of"
+                f" {state_size}, not {tuple(tensor.shape)}."
             )
         if tensor.device != u.device:
             raise ValueError(f"`{name}` is on {tensor.device} but `u` is on {u.device}: move them to one device.")
@@ -124,8 +125,8 @@ def selective_scan(
         delta_bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added to `delta`.
         delta_softplus (`bool`, defaults to `False`): Whether softplus is applied to `delta` after the bias.
         backend (`str`, defaults to `"auto"`):
-            `"reference"` (a loop over time), `"torch"` (blocked, any device), `"numba"` (CPU), `"mamba_ssm"` (CUDA), or
-            `"auto"`: the fastest of these that this machine has for the device and the dtypes.
+            `"reference"` (a loop over time), `"torch"` (blocked, any device), `"numba"` (CPU), `"mamba_ssm"` (CUDA),
+            or `"auto"`: the fastest of these that this machine has for the device and the dtypes.
 
     Returns:
         `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and the memory order of `u`: if `u` is a
