@@ -228,6 +228,27 @@ def test_skin_tones_are_capped_alike_in_all_styles(packages):
     assert found[0] < found[1] < found[2] < found[9]
 
 
+def test_all_five_skin_tones_are_kept_about_equally_often():
+    entries = []
+    for number in range(0x1F400, 0x1F400 + 500):
+        tones = {tone: {"unified": f"{number:X}-{tone}"} for tone in TONES}
+        entries.append(
+            {
+                "name": "X",
+                "unified": f"{number:X}",
+                "subcategory": "x",
+                "sort_order": number,
+                "skin_variations": tones,
+            }
+        )
+    labels = emoji.read_labels(entries)
+    package = emoji.Package(emoji.SOURCES[0], "1.1.0", Path("x.tgz"), dict.fromkeys(labels, ("", b"")), None)
+    kept = emoji.select_code_points(package, labels, max_skin_tones=1)
+    assert len(kept) == 1000
+    for tone in TONES:
+        assert 60 < sum(tone in code for code in kept) < 140  # 100 +- 4.5 standard deviations
+
+
 def test_corrupt_pictures_are_skipped_and_named(tarballs, tmp_path, capsys):
     images = default_images(GOOGLE)
     images["1f98a.png"] = images["1f98a.png"][:500]
