@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-lint
 	@$(VENV_PYTHON) -m ruff format --check .
 
 docs: $(VENV)/.installed-docs
-	@$(VENV_PYTHON) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --quiet --strict
 	@echo "The documentation is in site/index.html"
 
 clean:

@@ -12,9 +12,10 @@ extras = {
     "cuda": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
     "train": ["datasets>=3.0", "matplotlib"],
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
-    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     "lint": ["ruff>=0.15"],
 }
+# mkdocstrings 1.0 breaks on pymdown-extensions 12; it formats signatures with ruff.
+extras["docs"] = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "pymdown-extensions<12", *extras["lint"]]
 # The tests import the training script, load LoRA weights and compare with transformers' MambaMixer.
 extras["test"] = [
     *extras["train"],

@@ -136,13 +136,13 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
 
     try:
-        pipe = PISDMCascadePipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+        pipe = PISDMCascadePipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
         if args.scheduler:
             swap_scheduler(pipe, args.scheduler)
-        id2label = {int(label_id): label for label_id, label in (pipe.config.id2label or {}).items()}
+        id2label = pipe.config.id2label or {}
         num_classes = pipe.transformer.config.num_classes
         if args.classes:
-            classes = pipe.get_label_ids(parse_classes(args.classes, set(id2label.values())))
+            classes = pipe.get_class_ids(parse_classes(args.classes, set(id2label.values())))
         else:
             classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     except (OSError, ValueError) as error:
