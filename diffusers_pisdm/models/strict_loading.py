@@ -11,8 +11,8 @@ from typing_extensions import Self
 class StrictLoadingMixin:
     """
     Goes before [`ModelMixin`] or [`DiffusionPipeline`] in a class's bases. Weights come from safetensors unless
-    pickles are asked for, unreadable weights are reported with a remedy, and a configuration may not hold keys that the
-    class does not know: a misspelt one would otherwise be a silent default.
+    pickles are asked for, unreadable weights are reported with a remedy, and a configuration may not hold keys that
+    the class does not know: a misspelt one would otherwise be a silent default.
     """
 
     @classmethod
@@ -42,8 +42,8 @@ class StrictLoadingMixin:
         unknown = [key for key in unknown if key not in ("quantization_config", "auto_map")]
         if unknown:
             raise ValueError(
-                f"`{cls.config_name}` of {cls.__name__} holds unknown keys: {', '.join(unknown)}. Correct or remove them"
-                f"; known keys are {', '.join(sorted(known - {'self'}))}."
+                f"`{cls.config_name}` of {cls.__name__} holds unknown keys: {', '.join(unknown)}. Correct or remove"
+                f" them; known keys are {', '.join(sorted(known - {'self'}))}."
             )
         return super().extract_init_dict(config_dict, **kwargs)
 

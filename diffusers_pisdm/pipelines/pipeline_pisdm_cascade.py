@@ -399,8 +399,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
 
         if isinstance(scheduler, PNDMScheduler):
             raise ValueError(
-                "`relay_strength` needs a scheduler that can start midway, but PNDMScheduler's first steps are fixed. Pass"
-                " `relay_strength=None`, or another scheduler such as `DPMSolverMultistepScheduler`."
+                "`relay_strength` needs a scheduler that can start midway, but PNDMScheduler's first steps are fixed."
+                " Pass `relay_strength=None`, or another scheduler such as `DPMSolverMultistepScheduler`."
             )
         # Second-order schedulers list a step's two evaluations, and one for the last step.
         num_steps = math.ceil(len(scheduler.timesteps) / scheduler.order)
