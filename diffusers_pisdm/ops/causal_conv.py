@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from .causal_conv_numba import causal_conv_numba
 from .causal_conv_torch import causal_conv_torch
+from .optional_backends import check_backend, missing_backend
 
 
 CAUSAL_CONV_BACKENDS = ("torch", "numba")
-
-_IMPORT_ERRORS: dict[str, ImportError] = {}
-_FUNCTIONS = {"torch": causal_conv_torch}
-try:
-    from .causal_conv_numba import causal_conv_numba
-
-    _FUNCTIONS["numba"] = causal_conv_numba
-except ImportError as error:
-    _IMPORT_ERRORS["numba"] = error
-
+_FUNCTIONS = {"torch": causal_conv_torch, "numba": causal_conv_numba}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import
+def _choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Numba where it can be used, else torch. A missing Numba is logged by the scan that follows, not twice."""
+    if device_type == "cpu" and all(dtype in _KERNEL_DTYPES for dtype in dtypes) and missing_backend("numba") is None:
+        return "numba"
+    return "torch"
 
 
 def _check_inputs(x, weight, bias, activation) -> None:
@@ -74,15 +75,12 @@ def causal_conv(
     """
     _check_inputs(x, weight, bias, activation)
     if backend == "auto":
-        dtypes = [tensor.dtype for tensor in (x, weight, bias) if tensor is not None]
-        use_numba = (
-            x.device.type == "cpu" and "numba" in _FUNCTIONS and all(dtype in _KERNEL_DTYPES for dtype in dtypes)
-        )
-        backend = "numba" if use_numba else "torch"
+        dtypes = tuple(tensor.dtype for tensor in (x, weight, bias) if tensor is not None)
+        backend = _choose_backend(x.device.type, dtypes)
     elif backend not in CAUSAL_CONV_BACKENDS:
         raise ValueError(f"`backend` must be 'auto' or one of {CAUSAL_CONV_BACKENDS}, not {backend!r}.")
-    elif backend not in _FUNCTIONS:
-        raise ImportError(f"The 'numba' backend does not import ({_IMPORT_ERRORS['numba']}): pip install numba")
+    else:
+        check_backend(backend)
     out = _FUNCTIONS[backend](x, weight, bias, activation)  # (B, D, L)
     if x.stride(1) < x.stride(2):
         return out.mT.contiguous().mT

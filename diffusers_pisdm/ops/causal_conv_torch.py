@@ -17,4 +17,5 @@ def causal_conv_torch(
     weight = weight.to(x.dtype)[:, None]  # (D, 1, K)
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias, groups=x.shape[1])  # (B, D, L)
-    return y if activation is None else F.silu(y)
+    y = y if activation is None else F.silu(y)
+    return y.to(x.dtype)  # autocast computes float32 convolutions in half precision

@@ -7,54 +7,43 @@ import logging
 
 import torch
 
+from .optional_backends import check_backend, missing_backend
+from .selective_scan_mamba_ssm import selective_scan_mamba_ssm
+from .selective_scan_numba import selective_scan_numba
 from .selective_scan_reference import selective_scan_reference
 from .selective_scan_torch import selective_scan_torch
 
 
-SELECTIVE_SCAN_BACKENDS = ("reference", "torch", "numba", "mamba_ssm")
-
 logger = logging.getLogger(__name__)
 
-# Optional backends are imported once, here: a dispatch that only reads module globals can be traced by torch.compile.
-# An import fails for more reasons than a missing package (mamba_ssm built for another torch is an ImportError, Triton
-# without a GPU driver a RuntimeError): the reason is kept for the messages below.
-_IMPORT_ERRORS: dict[str, Exception] = {}
-_FUNCTIONS = {"reference": selective_scan_reference, "torch": selective_scan_torch}
-try:
-    from .selective_scan_numba import selective_scan_numba
-
-    _FUNCTIONS["numba"] = selective_scan_numba
-except ImportError as error:
-    _IMPORT_ERRORS["numba"] = error
-try:
-    from .selective_scan_mamba_ssm import selective_scan_mamba_ssm
-
-    _FUNCTIONS["mamba_ssm"] = selective_scan_mamba_ssm
-except Exception as error:
-    _IMPORT_ERRORS["mamba_ssm"] = error
-
-_INSTALL = {"numba": "pip install numba", "mamba_ssm": "pip install diffusers_pisdm[cuda]"}
+SELECTIVE_SCAN_BACKENDS = ("reference", "torch", "numba", "mamba_ssm")
+_FUNCTIONS = {
+    "reference": selective_scan_reference,
+    "torch": selective_scan_torch,
+    "numba": selective_scan_numba,
+    "mamba_ssm": selective_scan_mamba_ssm,
+}
 _FASTEST = {"cpu": "numba", "cuda": "mamba_ssm"}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def _log_slow_choice(device_type: str, fastest: str) -> None:
-    logger.warning(
-        f"selective_scan runs on {device_type} with the 'torch' backend, because the faster {fastest!r} backend does"
-        f" not import ({_IMPORT_ERRORS[fastest]}). To install it: {_INSTALL[fastest]}"
-    )
+def _log_slow_choice(device_type: str, reason: str) -> None:
+    logger.warning(f"selective_scan uses the slower 'torch' backend on {device_type}: {reason}.")
 
 
-def _choose_backend(device_type: str, dtypes: list[torch.dtype]) -> str:
-    """The fastest backend for a device that imports and computes in these dtypes; `torch` serves all others."""
+@torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import and log
+def _choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...], compiling: bool) -> str:
+    """The fastest usable backend for a device and the dtypes of a call; `torch` serves all others."""
     fastest = _FASTEST.get(device_type)
     if fastest is None or any(dtype not in _KERNEL_DTYPES for dtype in dtypes):
         return "torch"
-    if fastest in _FUNCTIONS:
+    reason = missing_backend(fastest)
+    if reason is None and fastest == "mamba_ssm" and compiling:
+        reason = "mamba_ssm's kernel cannot be part of a compiled graph"
+    if reason is None:
         return fastest
-    if not torch.compiler.is_compiling():  # logging breaks the graph of a traced model
-        _log_slow_choice(device_type, fastest)
+    _log_slow_choice(device_type, reason)
     return "torch"
 
 
@@ -140,13 +129,12 @@ def selective_scan(
     _check_inputs(u, delta, A, B, C, D, z, delta_bias)
     if backend == "auto":
         tensors = (u, delta, A, B, C, D, z, delta_bias)
-        backend = _choose_backend(u.device.type, [tensor.dtype for tensor in tensors if tensor is not None])
+        dtypes = tuple(tensor.dtype for tensor in tensors if tensor is not None)
+        backend = _choose_backend(u.device.type, dtypes, torch.compiler.is_compiling())
     elif backend not in SELECTIVE_SCAN_BACKENDS:
         raise ValueError(f"`backend` must be 'auto' or one of {SELECTIVE_SCAN_BACKENDS}, not {backend!r}.")
-    elif backend not in _FUNCTIONS:
-        raise ImportError(
-            f"The {backend!r} backend does not import ({_IMPORT_ERRORS[backend]}). To install it: {_INSTALL[backend]}"
-        )
+    else:
+        check_backend(backend)
     out = _FUNCTIONS[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus)  # (B, D, L)
     if u.stride(1) < u.stride(2):
         return out.mT.contiguous().mT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
 
 def selective_scan_mamba_ssm(
@@ -23,6 +22,8 @@ def selective_scan_mamba_ssm(
     Arguments and return value are those of [`~diffusers_pisdm.ops.selective_scan`]. The kernel wants one dtype for all
     sequences and float32 for the parameters, which mixed precision does not always give: they are cast here.
     """
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
     delta, B, C = (tensor.to(u.dtype) for tensor in (delta, B, C))
     D, delta_bias = (None if tensor is None else tensor.float() for tensor in (D, delta_bias))
     z = None if z is None else z.to(u.dtype)
