@@ -33,6 +33,7 @@ from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective
 from diffusers_pisdm.training.checkpoints import list_checkpoints, read_state, save_checkpoint
 from diffusers_pisdm.training.loss_curves import plot_loss_curves
 from diffusers_pisdm.training.optimization import parameter_groups, warmup_cooldown_schedule
+from diffusers_pisdm.training.seeds import noise_seed
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -228,7 +229,6 @@ def main(argv: list[str] | None = None) -> None:
     bare = accelerator.unwrap_model(objective)
     ema_names = [name for name, _ in bare.stages.named_parameters()]
     ema = EMAModel(bare.stages.parameters(), decay=args.ema_decay)
-    set_seed(args.seed, device_specific=True)  # different noise in every process
     if args.report_to:
         accelerator.init_trackers("pisdm", config={k: v for k, v in vars(args).items() if not isinstance(v, list)})
 
@@ -286,7 +286,10 @@ def main(argv: list[str] | None = None) -> None:
     while step < args.max_train_steps:
         epoch, seen = divmod(step, steps_per_epoch)
         train_loader.set_epoch(epoch)
-        for images, labels in skip_first_batches(train_loader, seen * args.gradient_accumulation_steps):
+        skipped = seen * args.gradient_accumulation_steps
+        for position, (images, labels) in enumerate(skip_first_batches(train_loader, skipped), start=skipped):
+            # Noise depends on the position alone: a resumed run draws what an uninterrupted one would have drawn.
+            torch.manual_seed(noise_seed(args.seed, accelerator.process_index, epoch, position))
             with accelerator.accumulate(objective):
                 losses = objective(images, labels)
                 accelerator.backward(losses.total)

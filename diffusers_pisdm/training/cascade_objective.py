@@ -42,13 +42,14 @@ class CascadeObjective(nn.Module):
         loss_weighting (`str`, defaults to `"uniform"`): See [`denoising_weights`].
         min_snr_gamma (`float`, defaults to 5.0): The gamma of `min_snr`.
         label_dropout (`float`, defaults to 0.1): Share of images whose label is replaced by the null label.
-        max_noise_level (`float`, defaults to 0.5): Conditioning augmentation draws its level from [0, max_noise_level).
+        max_noise_level (`float`, defaults to 0.5):
+            Conditioning augmentation draws its level from [0, max_noise_level).
         sil_weight (`float`, defaults to 1.0): Weight of the scale-invariant loss; 0 removes it and its heads.
         sil_temperature (`float`, defaults to 0.1): See [`ScaleInvariantLoss`].
         sil_mask_same_class (`bool`, defaults to `False`): See [`ScaleInvariantLoss`].
         batch_shares (`list[float]`, *optional*):
-            The share of the batch each stage is trained on, in (0, 1]; all of it if not given. Low stages are cheap and
-            decide what the image shows, high stages are costly and learn quickly.
+            The share of the batch each stage is trained on, in (0, 1]; all of it if not given. Low stages are cheap
+            and decide what the image shows, high stages are costly and learn quickly.
 
     Raises:
         ValueError: A list does not fit the number of stages.

@@ -40,12 +40,12 @@ def denoising_weights(scheduler: DDPMScheduler, weighting: str, min_snr_gamma: f
     r"""
     The weight of the squared error of the model's own prediction at every timestep.
 
-    Eq. 17 weighs the squared error of the *noise* by lambda(t). Other predictions carry the same error times a factor of
-    the signal-to-noise ratio: `|eps - eps'|^2 = SNR |x_0 - x_0'|^2 = abar |v - v'|^2`.
+    Eq. 17 weighs the squared error of the *noise* by lambda(t). Other predictions carry the same error times a factor
+    of the signal-to-noise ratio: `|eps - eps'|^2 = SNR |x_0 - x_0'|^2 = abar |v - v'|^2`.
 
     - `uniform`: 1 for the prediction as it is; for noise prediction that is lambda = 1, as in DDPM, U-ViT and DiM.
-    - `vlb`: lambda(t) = beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) of eq. 17, with sigma_t^2 = beta_t (the posterior
-      variance is zero at the first step).
+    - `vlb`: lambda(t) = beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) of eq. 17, with sigma_t^2 = beta_t (the
+      posterior variance is zero at the first step).
     - `min_snr`: lambda(t) = min(SNR, gamma) / SNR (Hang et al., 2023).
 
     Args:

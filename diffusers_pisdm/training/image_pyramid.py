@@ -25,4 +25,6 @@ def image_pyramid(images: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
             f"The images are {images.shape[-2]}x{images.shape[-1]} pixels, smaller than the largest stage"
             f" ({max(sizes)})."
         )
-    return [images if images.shape[-2:] == (size, size) else F.interpolate(images, size, mode="area") for size in sizes]
+    return [
+        images if images.shape[-2:] == (size, size) else F.interpolate(images, size, mode="area") for size in sizes
+    ]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 def plot_loss_curves(metrics_file: str | Path, picture: str | Path) -> None:
     """
-    Draws the losses of a run's `metrics.jsonl`: one panel for the denoising losses (solid in training, dashed on held-out
-    images), one for the scale-invariant ones.
+    Draws the losses of a run's `metrics.jsonl`: one panel for the denoising losses (solid in training, dashed on
+    held-out images), one for the scale-invariant ones.
 
     Args:
-        metrics_file (`str` or `Path`): One JSON object a line, with `step` and losses named `train/...` or `validation/...`.
+        metrics_file (`str` or `Path`):
+            One JSON object a line, with `step` and losses named `train/...` or `validation/...`.
         picture (`str` or `Path`): The PNG to write.
     """
     import matplotlib

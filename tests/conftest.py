@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+
+REAL_IMAGES = Path(__file__).parent / "data" / "fluent3d"
+
+
+@pytest.fixture(scope="session")
+def real_image_dir() -> Path:
+    """Real 64x64 pictures (Fluent 3D emoji), one folder a class."""
+    return REAL_IMAGES
+
+
+@pytest.fixture(scope="session")
+def real_image_files() -> list[Path]:
+    return sorted(REAL_IMAGES.glob("*/*.png"))
+
+
+@pytest.fixture(scope="session")
+def real_images(real_image_files) -> torch.Tensor:
+    """The same pictures as a tensor of shape (B, 3, 64, 64) in [-1, 1]."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = []
+    for file in real_image_files:
+        with Image.open(file) as image:
+            pixels.append(np.array(image.convert("RGB")))
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0

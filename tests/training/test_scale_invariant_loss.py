@@ -1,0 +1,93 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusers_pisdm.training import ScaleInvariantLoss, info_nce
+
+
+def info_nce_by_loops(queries, keys, temperature, labels=None):
+    """The textbook formula, one pair at a time."""
+    count = len(queries)
+
+    def one_way(from_, to):
+        total = 0.0
+        for i in range(count):
+            kept = [j for j in range(count) if j == i or labels is None or labels[i] != labels[j]]
+            scores = [(from_[i] * to[j]).sum() / temperature for j in kept]
+            total = total - (scores[kept.index(i)] - torch.logsumexp(torch.stack(scores), 0))
+        return total / count
+
+    return (one_way(queries, keys) + one_way(keys, queries)) / 2
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1, 0, 2, 1]])
+def test_value_and_gradient_equal_a_plain_loop(labels):
+    torch.manual_seed(0)
+    raw = [torch.randn(5, 7, requires_grad=True) for _ in range(2)]
+    results = []
+    for function in (info_nce_by_loops, info_nce):
+        queries, keys = (F.normalize(tensor, dim=-1) for tensor in raw)
+        class_labels = None if labels is None else torch.tensor(labels)
+        loss = function(queries, keys, 0.1, class_labels)
+        results.append((loss, *torch.autograd.grad(loss, raw)))
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_independent_embeddings_cost_about_the_logarithm_of_the_batch():
+    torch.manual_seed(0)
+    queries, keys = F.normalize(torch.randn(2, 256, 512), dim=-1)
+    assert info_nce(queries, keys, temperature=1.0).item() == pytest.approx(math.log(256), rel=0.01)
+
+
+def test_equal_embeddings_cost_nothing():
+    embeddings = torch.eye(8)
+    assert info_nce(embeddings, embeddings, temperature=0.05).item() < 1e-6
+
+
+def test_half_precision_embeddings_are_compared_in_float32():
+    torch.manual_seed(0)
+    embeddings = F.normalize(torch.randn(16, 32), dim=-1)
+    loss = info_nce(embeddings.bfloat16(), embeddings.bfloat16(), temperature=0.1)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(info_nce(embeddings, embeddings, 0.1).item(), abs=0.01)
+
+
+def test_adjacent_stages_are_compared_on_the_images_they_share():
+    torch.manual_seed(0)
+    loss = ScaleInvariantLoss([16, 24, 32])
+    features = [torch.randn(6, 4, 16), torch.randn(6, 9, 24), torch.randn(3, 16, 32)]
+    labels = torch.arange(6)
+    both = loss(features, labels)
+    assert both.shape == (2,)
+    # The last stage holds three of the six images: those beyond must not matter to the second pair.
+    changed = [features[0], torch.cat([features[1][:3], torch.randn(3, 9, 24)]), features[2]]
+    torch.testing.assert_close(loss(changed, labels)[1], both[1])
+    assert not torch.allclose(loss(changed, labels)[0], both[0])
+
+
+def test_masking_leaves_out_images_of_the_same_class():
+    torch.manual_seed(0)
+    masked, plain = ScaleInvariantLoss([8, 8], mask_same_class=True), ScaleInvariantLoss([8, 8])
+    plain.load_state_dict(masked.state_dict())
+    features = [torch.randn(4, 5, 8), torch.randn(4, 5, 8)]
+    one_class, four_classes = torch.zeros(4, dtype=torch.long), torch.arange(4)
+    torch.testing.assert_close(masked(features, four_classes), plain(features, four_classes))
+    assert masked(features, one_class).item() == pytest.approx(0.0, abs=1e-6)  # no negatives are left
+
+
+def test_training_aligns_the_scales():
+    torch.manual_seed(0)
+    loss = ScaleInvariantLoss([8, 8])
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
+    image = torch.randn(16, 1, 8)
+    features = [image + 0.1 * torch.randn(16, 5, 8), image + 0.1 * torch.randn(16, 9, 8)]
+    labels = torch.arange(16)
+    first = loss(features, labels).item()
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss(features, labels).sum().backward()
+        optimizer.step()
+    assert loss(features, labels).item() < 0.1 * first
