@@ -19,6 +19,7 @@ from ..ops.causal_conv import causal_conv
 from ..ops.move_tokens import move_tokens
 from ..ops.scan_paths import SCAN_DIRECTIONS, check_scan_direction, scan_transitions
 from ..ops.selective_scan import selective_scan
+from .strict_loading import StrictLoadingMixin
 
 
 # The paper's 0.9B model is DiM-Huge; S and L shrink it as DiM does. Keyword arguments of PISDMTransformer2DModel.
@@ -50,7 +51,7 @@ class PISDMTransformer2DModelOutput(BaseOutput):
 
 @cached_table
 def sincos_position_embedding(
-    height: int, width: int, dim: int, base_size: int, device: torch.device | str | None = None
+    height: int, width: int, dim: int, base_size: int, *, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """
     Fixed 2-D sine-cosine positions. A grid of any size spans the range of the `base_size x base_size` grid the model is
@@ -140,40 +141,47 @@ class PISDMMambaMixer(nn.Module):
 
 class PISDMBlock(nn.Module):
     """
-    One layer: (long skip,) modulated norm, Mamba mixer, gated residual.
+    One layer: modulated norm, Mamba mixer, gated residual.
 
     The modulation is shared by all layers and shifted per layer by `scale_shift_table` (adaLN-single of PixArt): at
     width 1536 a projection of its own would cost each layer half as many parameters again.
     """
 
-    def __init__(
-        self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int, long_skip: bool
-    ):
+    def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mixer = PISDMMambaMixer(hidden_size, state_size, conv_kernel, expand, time_step_rank)
         table = torch.zeros(3, hidden_size)
         table[2] = 1.0  # shift 0, scale 0, gate 1: a plain pre-norm residual layer at first
         self.scale_shift_table = nn.Parameter(table)
-        self.skip_proj = None
-        if long_skip:
-            self.skip_proj = nn.Linear(2 * hidden_size, hidden_size)
-            with torch.no_grad():  # the skip starts closed: [identity | 0]
-                self.skip_proj.weight.copy_(torch.eye(hidden_size, 2 * hidden_size))
-                self.skip_proj.bias.zero_()
 
-    def forward(
-        self, hidden_states: torch.Tensor, modulation: torch.Tensor, skip: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if skip is not None:
-            hidden_states = self.skip_proj(torch.cat([hidden_states, skip], dim=-1))  # (B, L, D)
+    def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         modulation = modulation + self.scale_shift_table.to(modulation.dtype)  # (B, 3, D)
         shift, scale, gate = modulation.chunk(3, dim=1)  # (B, 1, D) each
         normed = torch.addcmul(shift, self.norm(hidden_states), 1 + scale)  # (B, L, D)
         return torch.addcmul(hidden_states, gate, self.mixer(normed))  # (B, L, D)
 
 
-class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class PISDMSkipBlock(PISDMBlock):
+    """
+    A layer of the second half: it first takes in the output of its mirror image in the first half (long skip of U-ViT).
+
+    A class of its own, so that each of the two is compiled once, whatever the number of layers.
+    """
+
+    def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int):
+        super().__init__(hidden_size, state_size, conv_kernel, expand, time_step_rank)
+        self.skip_proj = nn.Linear(2 * hidden_size, hidden_size)
+        with torch.no_grad():  # the skip starts closed: [identity | 0]
+            self.skip_proj.weight.copy_(torch.eye(hidden_size, 2 * hidden_size))
+            self.skip_proj.bias.zero_()
+
+    def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.skip_proj(torch.cat([hidden_states, skip], dim=-1))  # (B, L, D)
+        return super().forward(hidden_states, modulation)  # (B, L, D)
+
+
+class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     A Mamba backbone that predicts the noise (or velocity) of a class-conditional image, one stage of
     [`PISDMCascadePipeline`]. The paper's components are one argument each: cyclic scanning (`scan_directions`), padding
@@ -211,8 +219,8 @@ class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["PISDMBlock"]
-    _repeated_blocks = ["PISDMBlock"]
+    _no_split_modules = ["PISDMBlock", "PISDMSkipBlock"]
+    _repeated_blocks = ["PISDMBlock", "PISDMSkipBlock"]
     _keep_in_fp32_modules = ["A_log", "D", "dt_bias"]
     _skip_layerwise_casting_patterns = ["patch_embed", "class_embedding", "norm", "modulation", "proj_out"]
 
@@ -254,7 +262,6 @@ class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         time_step_rank = time_step_rank or math.ceil(hidden_size / 16)
         num_outputs = patch_size**2 * (out_channels or in_channels)
         num_inputs = in_channels + (low_res_channels or 0)
-        half = num_layers // 2
         # Layer i of the second half scans as its mirror image in the first.
         self.layer_directions = tuple(
             scan_directions[min(i, num_layers - 1 - i) % len(scan_directions)] for i in range(num_layers)
@@ -274,16 +281,10 @@ class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.noise_level_embedding = TimestepEmbedding(TIME_FREQUENCIES, hidden_size)
         self.modulation = nn.Linear(hidden_size, 3 * hidden_size)
 
+        num_skips = num_layers // 2 if long_skips else 0  # an odd number of layers has a middle one, without a skip
         self.transformer_blocks = nn.ModuleList(
-            PISDMBlock(
-                hidden_size,
-                state_size,
-                conv_kernel,
-                expand,
-                time_step_rank,
-                long_skip=long_skips and i >= num_layers - half,
-            )
-            for i in range(num_layers)
+            block_class(hidden_size, state_size, conv_kernel, expand, time_step_rank)
+            for block_class in [PISDMBlock] * (num_layers - num_skips) + [PISDMSkipBlock] * num_skips
         )
 
         self.local_out = PISDMLocalEnhancement(hidden_size) if local_enhancement else None
@@ -296,8 +297,11 @@ class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _initialize_weights(self) -> None:
         nn.init.normal_(self.class_embedding.weight, std=0.02)
-        # Modulation and output start at zero, as in DiT: the first prediction is 0 whatever the input.
-        for linear in (self.modulation, self.modulation_out, self.proj_out):
+        # A small first prediction. Not zero as in DiT: then no gradient would reach the layers at the first step.
+        nn.init.normal_(self.proj_out.weight, std=0.02)
+        nn.init.zeros_(self.proj_out.bias)
+        # Modulation starts at zero: timestep and class enter through their tokens alone at first.
+        for linear in (self.modulation, self.modulation_out):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
         for conv in (self.local_in, self.local_out):
@@ -340,7 +344,9 @@ class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         batch_size, channels, height, width = hidden_states.shape
         patch_size = self.config.patch_size
         if channels != self.config.in_channels:
-            raise ValueError(f"`hidden_states` has {channels} channels, but the model takes {self.config.in_channels}.")
+            raise ValueError(
+                f"`hidden_states` has {channels} channels, but the model takes {self.config.in_channels}."
+            )
         if height % patch_size != 0 or width % patch_size != 0:
             raise ValueError(
                 f"Height and width of `hidden_states` must be divisible by the model's `patch_size` ({patch_size}), got"
@@ -353,8 +359,8 @@ class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # 1. Conditioning
         time_token = self.time_embedding(self._sinusoids(timestep, hidden_states))  # (B, D)
         if low_res is not None:
-            level = torch.as_tensor(noise_level, device=hidden_states.device) * NOISE_LEVEL_SCALE
-            time_token = time_token + self.noise_level_embedding(self._sinusoids(level, hidden_states))  # (B, D)
+            sinusoids = self._sinusoids(noise_level, hidden_states, scale=NOISE_LEVEL_SCALE)  # (B, TIME_FREQUENCIES)
+            time_token = time_token + self.noise_level_embedding(sinusoids)  # (B, D)
         class_token = self.class_embedding(class_labels).to(dtype)  # (B, D)
         condition = F.silu(time_token + class_token)  # (B, D)
         modulation = self.modulation(condition).unflatten(1, (3, -1))  # (B, 3, D)
@@ -384,16 +390,19 @@ class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             num_prefix_tokens=NUM_PREFIX_TOKENS,
             device=hidden_states.device,
         )
+        num_layers = len(self.transformer_blocks)
         skips = []
         for i, (block, move) in enumerate(zip(self.transformer_blocks, moves)):
             if move is not None:
                 hidden_states = move_tokens(hidden_states, move)  # (B, L, D)
-            skip = skips.pop() if block.skip_proj is not None else None
+            inputs = (hidden_states, modulation)
+            if self.config.long_skips and i >= num_layers - num_layers // 2:
+                inputs = (*inputs, skips.pop())
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, modulation, skip)
+                hidden_states = self._gradient_checkpointing_func(block, *inputs)
             else:
-                hidden_states = block(hidden_states, modulation, skip)  # (B, L, D)
-            if self.config.long_skips and i < len(self.transformer_blocks) // 2:
+                hidden_states = block(*inputs)  # (B, L, D)
+            if self.config.long_skips and i < num_layers // 2:
                 skips.append(hidden_states)
 
         # 4. Output
@@ -414,9 +423,11 @@ class PISDMTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return (sample, features)
         return PISDMTransformer2DModelOutput(sample=sample, features=features)
 
-    def _sinusoids(self, values: torch.Tensor | int | float, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _sinusoids(
+        self, values: torch.Tensor | int | float, hidden_states: torch.Tensor, scale: float = 1.0
+    ) -> torch.Tensor:
         # Half precision cannot tell neighbouring timesteps apart: sinusoids are taken in float32.
-        values = torch.as_tensor(values, device=hidden_states.device).float()
+        values = torch.as_tensor(values, device=hidden_states.device).float() * scale
         values = values.expand(hidden_states.shape[0])  # (B,)
         return self.time_proj(values).to(hidden_states.dtype)  # (B, TIME_FREQUENCIES)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .cached_table import cached_table
 
@@ -107,6 +108,7 @@ def scan_transitions(
     snake: bool = False,
     num_padding_tokens: int = 0,
     num_prefix_tokens: int = 0,
+    *,
     device: torch.device | str | None = None,
 ) -> list[TokenMove | None]:
     r"""
@@ -146,7 +148,8 @@ def scan_transitions(
     def change(before: str, after: str) -> TokenMove:
         path = paths[after]
         lines_before, lines_after = _num_lines(height, width, before), _num_lines(height, width, after)
-        is_permutation = num_padding_tokens == 0 or lines_before == lines_after
+        # In a compiled graph of symbolic sizes the second question goes unanswered, and squares count as rectangles.
+        is_permutation = num_padding_tokens == 0 or statically_known_true(lines_before == lines_after)
         if not is_permutation:
             pad = path - num_pixels
             line = pad // num_padding_tokens * lines_before // lines_after
