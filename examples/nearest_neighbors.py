@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Checks whether a cascade repeats its training images.
+
+    python examples/nearest_neighbors.py --model checkpoints/pisdm-emoji64 --train_data_dir data/emoji64
+
+Draws random classes and seeds, finds the nearest training image of each sample in pixel space, and reports the share
+that is nearer than the near-duplicates within the training set (its 1-percentile nearest-neighbour distance). Writes
+the figures as JSON and the nearest pairs as a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.evaluation import memorization_report
+from diffusers_pisdm.image_grid import make_image_grid
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="checkpoints/pisdm-emoji64")
+    parser.add_argument("--train_data_dir", required=True, help="Folder of images or parquet files.")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--num_samples", type=int, default=500)
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int, default=None, help="The pipeline's default if not given.")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="The pipeline's default if not given.")
+    parser.add_argument("--percentile", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="nearest_neighbors.json")
+    parser.add_argument("--picture", default="nearest_neighbors.png", help="The closest pairs, side by side.")
+    return parser.parse_args(argv)
+
+
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    pixels = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255  # (N, 3, H, W)
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    pipe = PISDMCascadePipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {
+        name: value for name in ("num_inference_steps", "guidance_scale") if (value := getattr(args, name)) is not None
+    }
+
+    random = np.random.default_rng(args.seed)
+    classes = random.integers(len(pipe.config.id2label), size=args.num_samples).tolist()
+    samples = []
+    for start in tqdm(range(0, args.num_samples, args.batch_size), desc="sampling"):
+        labels = classes[start : start + args.batch_size]
+        generators = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(labels))]
+        samples += pipe(class_labels=labels, generator=generators, **settings).images
+
+    size = samples[0].size
+    rows = load_dataset(args.train_data_dir, split="train")[args.image_column]
+    training_images = to_tensor([ImageOps.fit(image.convert("RGB"), size, Image.LANCZOS) for image in rows])
+    report = memorization_report(to_tensor(samples), training_images, args.percentile)
+
+    figures = {
+        "model": args.model,
+        "samples": args.num_samples,
+        "training_images": len(training_images),
+        "seed": args.seed,
+        **settings,
+        "percentile": args.percentile,
+        "threshold_rms": report.threshold,
+        "share_below_threshold": report.share_below,
+        "nearest_rms_median": report.distances.median().item(),
+        "nearest_rms_minimum": report.distances.min().item(),
+    }
+    Path(args.output).write_text(json.dumps(figures, indent=2) + "\n")
+    pairs, labels = [], []
+    for index in report.distances.argsort()[:16].tolist():
+        pairs += [samples[index], to_pil(training_images[report.indices[index]])]
+        labels += [f"sample {report.distances[index]:.3f}", "nearest"]
+    make_image_grid(pairs, labels, columns=8).save(args.picture)
+    print(json.dumps(figures, indent=2))
+    print(f"Wrote {args.output} and {args.picture}")
+
+
+if __name__ == "__main__":
+    main()
