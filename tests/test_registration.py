@@ -17,19 +17,34 @@ from tests.pipelines.tiny_cascade import make_cascade
 
 ROOT = Path(__file__).parents[1]
 
+LOAD = """
+import json
+
+import diffusers_pisdm
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers_pisdm import PISDMCascadePipeline
+
+
+def load(name, **kwargs):
+    pipes = [loader.from_pretrained(name, **kwargs) for loader in (PISDMCascadePipeline, DiffusionPipeline)]
+    model = AutoModel.from_pretrained(name, subfolder="transformer_2", **kwargs)
+    classes = [type(loaded).__name__ for loaded in (*pipes, model)]
+    return [*classes, model.config.low_res_channels, *(pipe.num_stages for pipe in pipes)]
+"""
+LOADED = ["PISDMCascadePipeline", "PISDMCascadePipeline", "PISDMTransformer2DModel", 3, 2, 2]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cascade")
-    make_cascade(2, id2label=["cat", "dog"]).save_pretrained(path)
+    make_cascade(2).save_pretrained(path)
     return path
 
 
-def run_python(code: str, **environment: str) -> list:
-    """Runs code in a fresh process that has imported the package and returns what it puts in `result`."""
-    code = f"import json, diffusers_pisdm\n{code}\nprint(json.dumps(result))"
+def run_python(code: str, **environment: str) -> dict:
+    """Runs code after `LOAD` in a fresh process and returns the dictionary `result` that it leaves."""
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"{LOAD}\nresult = {{}}\n{code}\nprint(json.dumps(result))"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -37,17 +52,6 @@ def run_python(code: str, **environment: str) -> list:
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
-
-
-LOAD_ALL = """
-from diffusers import AutoModel, DiffusionPipeline
-from diffusers_pisdm import PISDMCascadePipeline
-pipes = [loader.from_pretrained({name!r}) for loader in (PISDMCascadePipeline, DiffusionPipeline)]
-model = AutoModel.from_pretrained({name!r}, subfolder="transformer_2")
-result = [type(pipe).__name__ for pipe in pipes] + [type(model).__name__, model.config.low_res_channels]
-result += [pipe.num_stages for pipe in pipes] + [pipe.config.id2label[1] for pipe in pipes]
-"""
-LOADED = ["PISDMCascadePipeline"] * 2 + ["PISDMTransformer2DModel", 3, 2, 2, "dog", "dog"]
 
 
 def test_public_names():
@@ -78,45 +82,32 @@ def test_saved_pipeline_names_the_package(folder):
 
 
 def test_loads_from_a_folder(folder):
-    assert run_python(LOAD_ALL.format(name=str(folder))) == LOADED
-
-
-def test_model_loads_from_its_own_folder(folder):
-    code = f"from diffusers import AutoModel\nmodel = AutoModel.from_pretrained({str(folder / 'transformer')!r})\n"
-    assert run_python(code + "result = [type(model).__name__]") == ["PISDMTransformer2DModel"]
-
-
-def test_loads_from_a_hub_and_then_from_its_cache(folder, tmp_path):
-    with serve_hub({"someone/cascade": folder}) as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        assert run_python(LOAD_ALL.format(name="someone/cascade"), **environment) == LOADED
-        weights = "/someone/cascade/resolve/"
-        assert any(path.startswith(weights) and path.endswith("safetensors") for _, _, path in hub.requests)
-    environment["HF_HUB_OFFLINE"] = "1"
-    assert run_python(LOAD_ALL.format(name="someone/cascade"), **environment) == LOADED
-
-
-def test_shortened_cascade_downloads_no_more_than_it_needs(folder, tmp_path):
-    code = """
-from diffusers_pisdm import PISDMCascadePipeline
-pipe = PISDMCascadePipeline.from_pretrained("someone/cascade", transformer_2=None)
-result = [pipe.num_stages]
+    code = f"""
+result["all"] = load({str(folder)!r})
+result["model alone"] = type(AutoModel.from_pretrained({str(folder / "transformer")!r})).__name__
 """
-    with serve_hub({"someone/cascade": folder}) as hub:
-        assert run_python(code, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0") == [1]
-        assert not any("transformer_2" in path for _, _, path in hub.requests)
+    assert run_python(code) == {"all": LOADED, "model alone": "PISDMTransformer2DModel"}
 
 
-def test_pickled_weights_on_a_hub_are_refused(tmp_path):
-    make_cascade(1).save_pretrained(tmp_path / "repo", safe_serialization=False)
+def test_loads_from_a_hub(folder, tmp_path):
+    """All in one process, as importing takes most of the time."""
+    make_cascade(1).save_pretrained(tmp_path / "pickled", safe_serialization=False)
     code = """
-from diffusers_pisdm import PISDMCascadePipeline
+result["all"] = load("someone/cascade")
+result["from its cache"] = load("someone/cascade", local_files_only=True)
+result["shortened"] = PISDMCascadePipeline.from_pretrained("someone/shortened", transformer_2=None).num_stages
 try:
     PISDMCascadePipeline.from_pretrained("someone/pickled")
 except OSError as error:
-    result = [str(error)]
+    result["pickled"] = str(error)
 """
-    with serve_hub({"someone/pickled": tmp_path / "repo"}) as hub:
-        (message,) = run_python(code, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
-        assert "safetensors" in message
-        assert not any(path.endswith(".bin") for _, _, path in hub.requests)
+    repositories = {"someone/cascade": folder, "someone/shortened": folder, "someone/pickled": tmp_path / "pickled"}
+    with serve_hub(repositories) as hub:
+        result = run_python(code, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
+    assert result["all"] == result["from its cache"] == LOADED
+    assert result["shortened"] == 1
+    assert "Could not find the necessary `safetensors` weights" in result["pickled"]
+    paths = [path for _, _, path in hub.requests]
+    assert any(path.startswith("/someone/cascade/resolve/") and "transformer_2" in path for path in paths)
+    assert not any(path.startswith("/someone/shortened/resolve/") and "transformer_2" in path for path in paths)
+    assert not any(path.endswith(".bin") for path in paths)

@@ -1,0 +1,338 @@
+"""
+With a model that predicts exactly what Gaussian data ask for, sampling has a known result. A deterministic scheduler
+maps the initial noise z to `mean + std * z` in every pixel; a stochastic one gives pixels of that mean and std.
+"""
+
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import is_scipy_available, is_torchsde_available
+
+from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.ops.conditioning_augmentation import upsample_low_res
+from tests.pipelines.gaussian_model import BETA_SCHEDULE, GaussianDenoiser
+from tests.pipelines.tiny_cascade import generators, make_cascade
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
+
+MEAN = 0.5  # of class 1
+STD = 0.25
+
+# Largest error of a pixel after 50 steps, as measured, times 1.5. Initial noise reaches 4 standard deviations.
+DETERMINISTIC = {
+    "DPMSolverMultistepScheduler": 0.006,
+    "DPMSolverSinglestepScheduler": 0.04,
+    "DDIMScheduler": 0.07,
+    "EulerDiscreteScheduler": 0.08,
+    "HeunDiscreteScheduler": 0.06,
+    "UniPCMultistepScheduler": 0.012,
+    "DEISMultistepScheduler": 0.02,
+    "KDPM2DiscreteScheduler": 0.02,
+    "PNDMScheduler": 0.06,
+    "LMSDiscreteScheduler": 0.006,
+}
+# Name, options, and eta; 200 steps.
+STOCHASTIC = [
+    ("DDPMScheduler", {}, 0.0),
+    ("DDIMScheduler", {}, 1.0),
+    ("EulerAncestralDiscreteScheduler", {}, 0.0),
+    ("KDPM2AncestralDiscreteScheduler", {}, 0.0),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 0.0),
+]
+# With the cosine schedule, whose first sigma is 20,000, KDPM2AncestralDiscreteScheduler makes NaN of fewer steps.
+FEW_STEPS = 10
+NO_SAMPLE_PREDICTION = {"KDPM2DiscreteScheduler", "PNDMScheduler"}  # in diffusers
+
+
+def make_scheduler(name: str, prediction_type: str = "epsilon", **options):
+    if name == "LMSDiscreteScheduler" and not is_scipy_available():
+        pytest.skip("LMSDiscreteScheduler needs scipy")
+    config = DDPMScheduler(beta_schedule=BETA_SCHEDULE, prediction_type=prediction_type, clip_sample=False).config
+    return getattr(diffusers, name).from_config(config, **options)
+
+
+def make_pipeline(scheduler, *higher, prediction_type: str = "epsilon", **model) -> PISDMCascadePipeline:
+    """One stage of 64 pixels, or of 32 below the given higher one."""
+    first = GaussianDenoiser(prediction_type=prediction_type, sample_size=32 if higher else 64, **model)
+    pipe = PISDMCascadePipeline(first, scheduler, *higher)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, steps=50, **arguments) -> torch.Tensor:
+    defaults = {"class_labels": 1, "guidance_scale": 1.0, "output_type": "latent", "generator": generators(0)}
+    return pipe(**{**defaults, "num_inference_steps": steps, **arguments}).images
+
+
+def make_noise() -> torch.Tensor:
+    return torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic_schedulers_map_noise_to_data(name, prediction_type):
+    if prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
+        pytest.skip(f"{name} does not know this prediction type")
+    pipe = make_pipeline(make_scheduler(name, prediction_type), prediction_type=prediction_type)
+    noise = make_noise()
+    torch.testing.assert_close(sample(pipe, latents=noise), MEAN + STD * noise, rtol=0, atol=DETERMINISTIC[name])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("name", "options", "eta"), STOCHASTIC)
+def test_stochastic_schedulers_give_the_data_distribution(name, options, eta, prediction_type):
+    pipe = make_pipeline(make_scheduler(name, prediction_type, **options), prediction_type=prediction_type)
+    noise = make_noise()
+    images = sample(pipe, 200, latents=noise, eta=eta)
+    assert images.mean().item() == pytest.approx(MEAN, abs=4 * STD / 64)  # 4096 pixels
+    assert images.std().item() == pytest.approx(STD, rel=0.08)
+    correlation = torch.corrcoef(torch.stack([images.flatten(), noise.flatten()]))[0, 1]
+    assert correlation.abs() < 0.1  # new noise has replaced the initial noise
+
+
+@pytest.mark.parametrize(("name", "options", "eta"), STOCHASTIC)
+def test_scheduler_noise_comes_from_each_images_generator(name, options, eta):
+    pipe = make_pipeline(make_scheduler(name, **options))
+    alone = sample(pipe, FEW_STEPS, eta=eta, generator=generators(7))
+    in_batch = sample(pipe, FEW_STEPS, eta=eta, class_labels=[0, 1, 0], generator=generators(3, 7, 5))
+    torch.testing.assert_close(in_batch[1:2], alone)
+    assert (in_batch[0] - in_batch[2]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "name", [*DETERMINISTIC, "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
+)
+def test_runs_leave_no_state_behind(name):
+    """Neither a complete run, nor one that was interrupted or broken off, changes the next one."""
+    higher = GaussianDenoiser(means=(0.0, 0.2), low_res_channels=1)
+    pipe = make_pipeline(make_scheduler(name), higher)
+
+    def interrupt(pipe, step, timestep, callback_kwargs):
+        pipe._interrupt = step == 4
+        return callback_kwargs
+
+    def break_off(pipe, step, timestep, callback_kwargs):
+        raise RuntimeError("broken off")
+
+    first = sample(pipe, FEW_STEPS)
+    assert torch.equal(sample(pipe, FEW_STEPS), first)
+    sample(pipe, FEW_STEPS + 1, callback_on_step_end=interrupt)
+    assert torch.equal(sample(pipe, FEW_STEPS), first)
+    with pytest.raises(RuntimeError, match="broken off"):
+        sample(pipe, FEW_STEPS + 1, callback_on_step_end=break_off)
+    assert torch.equal(sample(pipe, FEW_STEPS), first)
+    if name != "PNDMScheduler":
+        sample(pipe, FEW_STEPS, relay_strength=0.5)
+        assert torch.equal(sample(pipe, FEW_STEPS), first)
+
+
+def test_guidance_moves_the_mean():
+    """Between Gaussians of one std guidance amounts to the mean `m_u + w (m_c - m_u)`; off, to that of the class."""
+    noise = make_noise()
+    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"))
+    guided = sample(pipe, latents=noise, guidance_scale=3.0)
+    torch.testing.assert_close(guided, 0.1 + 3.0 * (MEAN - 0.1) + STD * noise, rtol=0, atol=0.03)
+    for scale in (1.0, 0.0):
+        torch.testing.assert_close(
+            sample(pipe, latents=noise, guidance_scale=scale), MEAN + STD * noise, rtol=0, atol=0.006
+        )
+
+
+def test_guidance_is_on_inside_its_interval_only():
+    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"))
+    sample(pipe, 10, guidance_scale=3.0, guidance_start=0.2, guidance_stop=0.5)
+    assert [call["batch_size"] for call in pipe.transformer.calls] == [1, 1, 2, 2, 2, 1, 1, 1, 1, 1]
+    noise = make_noise()
+    images = sample(pipe, latents=noise, guidance_scale=3.0, guidance_stop=0.0)
+    assert torch.equal(images, sample(pipe, latents=noise, guidance_scale=1.0))
+
+
+def test_higher_stage_follows_the_lower():
+    noise = make_noise()
+    higher = GaussianDenoiser(means=(0.0, 0.2), low_res_channels=1)
+    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"), higher)
+    output = pipe(
+        1,
+        num_inference_steps=[10, 50],
+        guidance_scale=1.0,
+        noise_level=0.0,
+        latents=[None, noise],
+        output_type="latent",
+        output_stages=True,
+    )
+    low, high = output.stage_images
+    assert low.shape == (1, 1, 32, 32)
+    torch.testing.assert_close(high, upsample_low_res(low, (64, 64)) + 0.2 + STD * noise, rtol=0, atol=0.006)
+    assert len(pipe.transformer.calls) == 10
+    assert len(higher.calls) == 50
+    assert all(call["noise_level"].tolist() == [0.0] for call in higher.calls)
+    assert all(call["noise_level"] is None for call in pipe.transformer.calls)
+
+
+def test_condition_is_noised_to_its_level():
+    """The model's mean is the condition `sqrt(1 - l^2) u + l n`: what is added to the scaled image has std l."""
+    higher = GaussianDenoiser(means=(0.0, 0.0), std=1e-3, low_res_channels=1)
+    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"), higher)
+    arguments = {"guidance_scale": 1.0, "num_inference_steps": 20, "output_type": "latent", "output_stages": True}
+    low, high = pipe(1, noise_level=0.6, generator=generators(0), **arguments).stage_images
+    noise = high - 0.8 * upsample_low_res(low, (64, 64))
+    assert noise.mean().abs() < 0.04
+    assert noise.std().item() == pytest.approx(0.6, rel=0.04)
+    assert all(call["noise_level"].tolist() == [pytest.approx(0.6)] for call in higher.calls)
+
+
+@pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name != "PNDMScheduler"])
+def test_relay_starts_from_the_noised_lower_image(name):
+    r"""From `x_t = a u + s z` a deterministic scheduler reaches `m + std (x_t - a m) / sqrt(a^2 std^2 + s^2)`."""
+    noise = make_noise()
+    higher = GaussianDenoiser(means=(0.0, 0.2), low_res_channels=1)
+    pipe = make_pipeline(make_scheduler(name), higher)
+    arguments = {"guidance_scale": 1.0, "num_inference_steps": [10, 50], "noise_level": 0.0, "output_type": "latent"}
+    output = pipe(1, relay_strength=0.5, latents=[None, noise], output_stages=True, **arguments)
+    low, high = output.stage_images
+
+    first = higher.calls[0]["timestep"].item()
+    assert 450 < first < 550
+    assert len(higher.calls) == (49 if pipe.scheduler.order == 2 else 25)
+    sigma = np.exp(np.interp(first, np.arange(1000), higher.log_sigmas)).item()
+    a, s = 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
+    upsampled = upsample_low_res(low, (64, 64))
+    mean = upsampled + 0.2
+    expected = mean + STD * (a * upsampled + s * noise - a * mean) / math.sqrt((a * STD) ** 2 + s**2)
+    atol = max(DETERMINISTIC[name], 0.045 if name == "LMSDiscreteScheduler" else 0)  # LMS starts with too low an order
+    torch.testing.assert_close(high, expected, rtol=0, atol=atol)
+
+
+def test_relay_can_differ_by_stage():
+    pipe = make_cascade(3)
+    timesteps = []
+
+    def record(pipe, step, timestep, callback_kwargs):
+        timesteps.append((callback_kwargs["stage"], timestep.item()))
+        return callback_kwargs
+
+    pipe(
+        1,
+        num_inference_steps=10,
+        relay_strength=[None, 0.3],
+        callback_on_step_end=record,
+        callback_on_step_end_tensor_inputs=["stage"],
+    )
+    assert [sum(stage == i for stage, _ in timesteps) for i in (1, 2, 3)] == [10, 10, 3]
+    assert pipe.num_timesteps == 23
+    assert timesteps[10][1] > 900 > 400 > timesteps[20][1]
+
+
+def test_relay_refuses_a_scheduler_that_cannot_start_midway():
+    pipe = make_cascade(2, scheduler=PNDMScheduler(beta_schedule=BETA_SCHEDULE))
+    with pytest.raises(
+        ValueError, match="`relay_strength` needs a scheduler that can start midway, but PNDMScheduler"
+    ):
+        pipe(1, relay_strength=0.5)
+
+
+def test_custom_timesteps():
+    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"))
+    sample(pipe, timesteps=[990, 700, 300, 20])
+    assert [call["timestep"].item() for call in pipe.transformer.calls] == [990, 700, 300, 20]
+
+
+def test_custom_timesteps_of_one_stage():
+    higher = GaussianDenoiser(low_res_channels=1)
+    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"), higher)
+    sample(pipe, [3, 5], timesteps=[None, [900, 100]])
+    assert len(pipe.transformer.calls) == 3
+    assert [call["timestep"].item() for call in higher.calls] == [900, 100]
+
+
+def test_custom_sigmas():
+    pipe = make_pipeline(make_scheduler("EulerDiscreteScheduler"))
+    sample(pipe, sigmas=[80.0, 5.0, 0.5, 0.0])  # this scheduler wants the last one, where the image is clean
+    sigmas = np.exp([pipe.transformer.log_sigmas[round(call["timestep"].item())] for call in pipe.transformer.calls])
+    np.testing.assert_allclose(sigmas, [80.0, 5.0, 0.5], rtol=0.35)  # the nearest training timesteps
+
+
+@pytest.mark.parametrize(("name", "schedule"), [("DDIMScheduler", "timesteps"), ("DDPMScheduler", "sigmas")])
+def test_custom_schedule_needs_a_scheduler_that_takes_it(name, schedule):
+    pipe = make_pipeline(make_scheduler(name))
+    with pytest.raises(ValueError, match=f"`{name}.set_timesteps` does not support custom `{schedule}`"):
+        sample(pipe, **{schedule: [900, 100]})
+
+
+def test_timesteps_and_sigmas_exclude_each_other():
+    pipe = make_pipeline(make_scheduler("EulerDiscreteScheduler"))
+    with pytest.raises(ValueError, match="Only one of `timesteps` or `sigmas` can be passed"):
+        sample(pipe, timesteps=[900], sigmas=[1.0])
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+def test_learned_variance_goes_to_the_scheduler_that_wants_it(variance_type):
+    pipe = make_pipeline(make_scheduler("DDPMScheduler", variance_type=variance_type), out_channels=2)
+    images = sample(pipe, 200, guidance_scale=3.0)
+    assert images.shape == (1, 1, 64, 64)
+    assert images.mean().item() == pytest.approx(0.1 + 3.0 * (MEAN - 0.1), abs=4 * STD / 64)
+    # The middle of the learned range lies between the posterior's variance and beta.
+    assert images.std().item() == pytest.approx(STD, rel=0.12)
+
+
+def test_learned_variance_is_split_off_for_others():
+    noise = make_noise()
+    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"), out_channels=2)
+    torch.testing.assert_close(sample(pipe, latents=noise), MEAN + STD * noise, rtol=0, atol=0.006)
+
+
+def test_stage_without_a_scheduler_copies_the_first():
+    pipe = make_cascade(3)
+    pipe.scheduler_2 = pipe.scheduler  # a shared object must not be set twice in one run
+    schedulers = pipe.get_stage_schedulers()
+    assert schedulers[0] is pipe.scheduler
+    assert len({id(scheduler) for scheduler in schedulers}) == 3
+    assert all(scheduler.config == pipe.scheduler.config for scheduler in schedulers)
+
+
+def test_stage_schedulers_are_used():
+    pipe = make_cascade(2, scheduler_2=DDIMScheduler(beta_schedule=BETA_SCHEDULE, clip_sample=False))
+    first, second = pipe.get_stage_schedulers()
+    assert isinstance(first, DPMSolverMultistepScheduler)
+    assert second is pipe.scheduler_2
+    pipe(1, num_inference_steps=[4, 3])
+    assert (pipe.scheduler.num_inference_steps, pipe.scheduler_2.num_inference_steps) == (4, 3)
+
+
+def test_initial_noise_is_scaled_for_the_scheduler_and_input_for_the_model():
+    scheduler = make_scheduler("EulerDiscreteScheduler")
+    pipe = make_pipeline(scheduler)
+    seen = []
+
+    def spy(module, args, kwargs):
+        seen.append(args[0])
+
+    pipe.transformer.register_forward_pre_hook(spy, with_kwargs=True)
+    noise = make_noise()
+    sample(pipe, 10, latents=noise)
+    assert isinstance(scheduler, EulerDiscreteScheduler)
+    assert scheduler.init_noise_sigma > 1000
+    torch.testing.assert_close(seen[0], noise, rtol=1e-3, atol=0)  # sigma z / sqrt(sigma^2 + 1)
+    assert all(0.15 < model_input.std() < 1.2 for model_input in seen)
+
+
+@pytest.mark.parametrize("name", [scheduler.name for scheduler in KarrasDiffusionSchedulers])
+def test_every_karras_scheduler_runs(name):
+    if name == "DPMSolverSDEScheduler" and not is_torchsde_available():
+        pytest.skip("DPMSolverSDEScheduler needs torchsde")
+    pipe = make_cascade(2, scheduler=make_scheduler(name, skip_prk_steps=True))
+    images = pipe([1, 2], num_inference_steps=FEW_STEPS, output_type="np", generator=generators(0, 1)).images
+    assert images.shape == (2, 16, 16, 3)
+    assert np.isfinite(images).all()
