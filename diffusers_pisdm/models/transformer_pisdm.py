@@ -54,8 +54,8 @@ def sincos_position_embedding(
     height: int, width: int, dim: int, base_size: int, *, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """
-    Fixed 2-D sine-cosine positions. A grid of any size spans the range of the `base_size x base_size` grid the model is
-    trained on, so that positions interpolate.
+    Fixed 2-D sine-cosine positions. A grid of any size spans the range of the `base_size x base_size` grid the model
+    is trained on, so that positions interpolate.
 
     Returns:
         `torch.Tensor` of shape `(height * width, dim)`, float32.
@@ -164,7 +164,7 @@ class PISDMBlock(nn.Module):
 
 class PISDMSkipBlock(PISDMBlock):
     """
-    A layer of the second half: it first takes in the output of its mirror image in the first half (long skip of U-ViT).
+    A layer of the second half: it first takes in the output of its mirror image in the first half (U-ViT's long skip).
 
     A class of its own, so that each of the two is compiled once, whatever the number of layers.
     """
@@ -184,9 +184,9 @@ class PISDMSkipBlock(PISDMBlock):
 class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     A Mamba backbone that predicts the noise (or velocity) of a class-conditional image, one stage of
-    [`PISDMCascadePipeline`]. The paper's components are one argument each: cyclic scanning (`scan_directions`), padding
-    tokens (`num_padding_tokens`), local structure enhancement (`local_enhancement`), and the cascade's condition
-    (`low_res_channels`). Turning one off removes its parameters and its cost.
+    [`PISDMCascadePipeline`]. The paper's components are one argument each: cyclic scanning (`scan_directions`),
+    padding tokens (`num_padding_tokens`), local structure enhancement (`local_enhancement`), and the cascade's
+    condition (`low_res_channels`). Turning one off removes its parameters and its cost.
 
     Args:
         sample_size (`int`, defaults to 32):
@@ -349,8 +349,8 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             )
         if height % patch_size != 0 or width % patch_size != 0:
             raise ValueError(
-                f"Height and width of `hidden_states` must be divisible by the model's `patch_size` ({patch_size}), got"
-                f" {height} x {width}."
+                f"Height and width of `hidden_states` must be divisible by the model's `patch_size` ({patch_size}),"
+                f" got {height} x {width}."
             )
         self._check_condition(hidden_states, low_res, noise_level)
         dtype = hidden_states.dtype

@@ -2,6 +2,7 @@
 
 from .causal_conv import CAUSAL_CONV_BACKENDS, causal_conv
 from .conditioning_augmentation import augment_low_res, upsample_low_res
+from .draw_scan_paths import draw_scan_paths
 from .move_tokens import move_tokens
 from .scan_paths import SCAN_DIRECTIONS, TokenMove, invert_scan_path, scan_path, scan_transitions
 from .selective_scan import SELECTIVE_SCAN_BACKENDS, selective_scan
@@ -14,6 +15,7 @@ __all__ = [
     "TokenMove",
     "augment_low_res",
     "causal_conv",
+    "draw_scan_paths",
     "invert_scan_path",
     "move_tokens",
     "scan_path",

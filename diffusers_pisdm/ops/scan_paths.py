@@ -1,4 +1,4 @@
-"""The orders in which a 1-D scan visits a 2-D grid of tokens (the paper's cyclic scanning module and padding tokens)."""
+"""The orders in which a 1-D scan visits a 2-D grid of tokens (the paper's cyclic scanning and padding tokens)."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def scan_path(
     The order in which a scan visits the tokens of a `height x width` grid.
 
     Image tokens bear their raster number `row * width + column`. With `num_padding_tokens = P > 0` every scanned line
-    is followed by its `P` padding tokens, numbered `height * width + line * P + p`, where `line` is the row (or column)
-    they belong to, whatever the order in which lines are visited (paper: padding tokens).
+    is followed by its `P` padding tokens, numbered `height * width + line * P + p`, where `line` is the row (or
+    column) they belong to, whatever the order in which lines are visited (paper: padding tokens).
 
     Args:
         height (`int`): Rows of the grid, at least 1.
@@ -94,7 +94,7 @@ def invert_scan_path(path: torch.Tensor) -> torch.Tensor:
 
 
 class TokenMove(NamedTuple):
-    """One gather along the token axis. `inverse` undoes it, where it is a permutation: its gradient is a gather too."""
+    """One gather along the token axis. `inverse` undoes it where it is a permutation: its gradient is a gather too."""
 
     index: torch.Tensor
     inverse: torch.Tensor | None
