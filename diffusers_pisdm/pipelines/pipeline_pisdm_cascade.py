@@ -242,6 +242,16 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
                 f" (`low_res_channels`), but the stage before makes {lower.config.in_channels} (`in_channels`). Pass"
                 " stages that were trained as one cascade."
             )
+        if lower is not None and config.in_channels != lower.config.in_channels:
+            raise ValueError(
+                f"`{name}` makes {config.in_channels} channels (`in_channels`), but the stage before makes"
+                f" {lower.config.in_channels}. Pass stages that were trained as one cascade."
+            )
+        if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
+            raise ValueError(
+                f"`{name}` has {config.out_channels} output channels (`out_channels`). Pass a transformer with"
+                f" {config.in_channels}, or {2 * config.in_channels} where it learns variances."
+            )
         if lower is not None and config.num_classes != lower.config.num_classes:
             raise ValueError(
                 f"`{name}` knows {config.num_classes} classes (`num_classes`), but the stage before"

