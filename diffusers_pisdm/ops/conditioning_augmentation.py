@@ -33,5 +33,5 @@ def augment_low_res(low_res: torch.Tensor, noise: torch.Tensor, noise_level: tor
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`.
     """
-    level = noise_level.to(low_res.dtype)[:, None, None, None]  # (B, 1, 1, 1)
-    return (1 - level**2).sqrt() * low_res + level * noise
+    level = noise_level.float()[:, None, None, None]  # (B, 1, 1, 1)
+    return ((1 - level**2).sqrt() * low_res + level * noise).to(low_res.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .scan_paths import SCAN_DIRECTIONS, scan_path
+from .scan_paths import SCAN_DIRECTIONS, check_scan_direction, scan_path
 
 
 START_COLOUR, END_COLOUR = (24, 90, 188), (230, 96, 20)  # the path turns from the first to the second
@@ -46,6 +46,8 @@ def draw_scan_paths(
     """
     if len(directions) == 0:
         raise ValueError(f"`directions` is empty: name at least one of {', '.join(SCAN_DIRECTIONS)}.")
+    for direction in directions:
+        check_scan_direction(direction)
     if cell_size < 8:
         raise ValueError(f"`cell_size` must be at least 8 pixels, got {cell_size}.")
     panels = [
