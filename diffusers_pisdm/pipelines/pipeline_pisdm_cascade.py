@@ -124,7 +124,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
         r"""
         Loads a saved pipeline as [`DiffusionPipeline.from_pretrained`] does, with two differences: weights are read
         from safetensors only, unless `use_safetensors=False` asks for pickled ones, and `transformer_2=None` (or 3, 4)
-        shortens the cascade to the stages before.
+        shortens the cascade to the stages before. To pass components, call this method: where they have defaults,
+        `DiffusionPipeline.from_pretrained` itself ignores them.
 
         Raises:
             OSError: Weights are missing, pickled, truncated or corrupt.

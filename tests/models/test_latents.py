@@ -1,0 +1,127 @@
+"""Latents of every kind of autoencoder: there and back, and through a cascade."""
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+
+from diffusers_pisdm.models.latents import decode_latents, encode_latents, vae_scale_factor
+from tests.pipelines.tiny_cascade import generators, make_cascade
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
+
+
+def make_kl(**config) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        **config,
+    )
+
+
+def make_tiny(**config) -> AutoencoderTiny:
+    blocks = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    return AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), **config)
+
+
+def make_dc(**config) -> AutoencoderDC:
+    blocks = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
+    widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    layers = {"encoder_layers_per_block": (1, 1, 1), "decoder_layers_per_block": (1, 1, 1)}
+    scales = {"encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ())}
+    types = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
+    return AutoencoderDC(latent_channels=4, **blocks, **widths, **layers, **scales, **types, **config)
+
+
+KINDS = {"kl": make_kl, "tiny": make_tiny, "dc": make_dc}
+
+
+@pytest.fixture(params=KINDS)
+def make_vae(request):
+    return KINDS[request.param]
+
+
+def make_images() -> torch.Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_scale_factor(make_vae):
+    vae = make_vae()
+    factor = vae_scale_factor(vae)
+    assert factor == 4
+    latents = encode_latents(vae, make_images())
+    assert latents.shape == (2, 4, 32 // factor, 32 // factor)
+    assert decode_latents(vae, latents).shape == (2, 3, 32, 32)
+
+
+def test_pixel_space():
+    images = make_images()
+    assert vae_scale_factor(None) == 1
+    assert encode_latents(None, images) is images
+    assert decode_latents(None, images) is images
+
+
+@torch.no_grad()
+def test_scaling_is_undone(make_vae):
+    """Whatever the factors, decoding gets the autoencoder's own latents back, and training and sampling agree."""
+    torch.manual_seed(0)
+    plain = make_vae(scaling_factor=1.0)
+    config = {"scaling_factor": 0.25} if make_vae is make_dc else {"scaling_factor": 0.25, "shift_factor": 0.5}
+    scaled = make_vae(**config)
+    scaled.load_state_dict(plain.state_dict())
+    own = encode_latents(plain, make_images(), generator=torch.Generator().manual_seed(1))
+    latents = encode_latents(scaled, make_images(), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(latents, (own - config.get("shift_factor", 0.0)) * 0.25)
+    torch.testing.assert_close(decode_latents(scaled, latents), plain.decode(own).sample, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_posterior_is_sampled_from_the_generators():
+    vae = make_kl()
+    images = make_images()[:1].expand(2, -1, -1, -1)
+    latents = encode_latents(vae, images, generator=generators(0, 1))
+    assert (latents[0] - latents[1]).abs().max() > 0.01
+    torch.testing.assert_close(encode_latents(vae, images, generator=generators(0, 1)), latents)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_latents_and_images_are_float32(make_vae, dtype):
+    vae = make_vae().to(dtype)
+    latents = encode_latents(vae, make_images())
+    assert latents.dtype == decode_latents(vae, latents).dtype == torch.float32
+
+
+def test_cascade_in_latent_space(make_vae):
+    vae = make_vae()
+    pipe = make_cascade(2, in_channels=4, vae=vae)
+    arguments = {"num_inference_steps": 2, "output_stages": True}
+    images = pipe([1, 2], output_type="pt", generator=generators(0, 1), **arguments)
+    latents = pipe([1, 2], output_type="latent", generator=generators(0, 1), **arguments)
+    assert [stage.shape for stage in images.stage_images] == [(2, 3, 32, 32), (2, 3, 64, 64)]
+    assert [stage.shape for stage in latents.stage_images] == [(2, 4, 8, 8), (2, 4, 16, 16)]
+    for image, latent in zip(images.stage_images, latents.stage_images):
+        with torch.no_grad():
+            decoded = vae.decode(latent / vae.config.scaling_factor).sample
+        torch.testing.assert_close(image, (decoded / 2 + 0.5).clamp(0, 1))
+    assert pipe.get_stage_sizes(height=128) == [(16, 8), (32, 16)]
+
+
+def test_cascade_with_its_autoencoder_is_saved(make_vae, tmp_path):
+    pipe = make_cascade(1, in_channels=4, vae=make_vae())
+    pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    assert type(loaded.vae) is type(pipe.vae)
+    loaded.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 2, "output_type": "pt"}
+    images = [p([1], generator=generators(0), **arguments).images for p in (pipe, loaded)]
+    assert torch.equal(*images)
+
+
+def test_cascade_in_half_precision_with_an_autoencoder(make_vae):
+    pipe = make_cascade(1, in_channels=4, vae=make_vae()).to(torch.bfloat16)
+    images = pipe([1], num_inference_steps=2, output_type="pt").images
+    assert images.dtype == torch.float32
+    assert images.isfinite().all()

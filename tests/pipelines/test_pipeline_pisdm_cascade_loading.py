@@ -1,0 +1,190 @@
+"""Saved pipelines come back whole, shortened where asked, and never from files that cannot be trusted."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
+
+from diffusers_pisdm import PISDMCascadePipeline
+from tests.pipelines.tiny_cascade import generators, make_cascade, make_transformer
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+NAMES = ["cat", "dog, hound", *"cdefghij"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved cascade of four stages; copied by tests that change it."""
+    path = tmp_path_factory.mktemp("cascade")
+    scheduler_3 = EulerDiscreteScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    make_cascade(4, scheduler_3=scheduler_3, id2label=NAMES).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def run(pipe) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe([1, 2], num_inference_steps=2, output_type="np", generator=generators(0, 1)).images
+
+
+def test_round_trip(folder):
+    pipe = PISDMCascadePipeline.from_pretrained(folder)
+    original = make_cascade(4, scheduler_3=pipe.scheduler_3)
+    assert np.array_equal(run(pipe), run(original))
+    assert pipe.config.id2label == dict(enumerate(NAMES))
+    assert pipe.get_label_ids("hound") == [1]
+    assert (pipe.vae, pipe.scheduler_2, pipe.scheduler_4) == (None, None, None)
+    assert isinstance(pipe.scheduler_3, EulerDiscreteScheduler)
+    assert all(not transformer.training for transformer in pipe.stages)
+
+
+def test_loading_warns_of_nothing(folder, caplog):
+    logger = logging.getLogger("diffusers")
+    logger.propagate = True
+    with caplog.at_level(logging.WARNING):
+        PISDMCascadePipeline.from_pretrained(folder)
+    logger.propagate = False
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_names_may_be_given_at_load(folder):
+    pipe = PISDMCascadePipeline.from_pretrained(folder, id2label={"0": "zero", 1: "one"})
+    assert pipe.config.id2label == {0: "zero", 1: "one"}
+
+
+def test_components_may_be_given_at_load(folder):
+    transformer, scheduler = make_transformer(2), DDIMScheduler()
+    pipe = PISDMCascadePipeline.from_pretrained(folder, transformer_2=transformer, scheduler=scheduler)
+    assert pipe.transformer_2 is transformer
+    assert pipe.scheduler is scheduler
+
+
+@pytest.mark.parametrize(("name", "num_stages"), [("transformer_4", 3), ("transformer_3", 2), ("transformer_2", 1)])
+def test_shortened_at_load(folder, name, num_stages, tmp_path):
+    pipe = PISDMCascadePipeline.from_pretrained(folder, **{name: None})
+    assert pipe.num_stages == num_stages
+    assert run(pipe).shape == (2, 4 * 2**num_stages, 4 * 2**num_stages, 3)
+    pipe.save_pretrained(tmp_path)
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    expected = {"transformer", "scheduler", *(f"transformer_{stage}" for stage in range(2, num_stages + 1))}
+    assert folders == expected | ({"scheduler_3"} if num_stages >= 3 else set())
+    assert np.array_equal(run(PISDMCascadePipeline.from_pretrained(tmp_path)), run(pipe))
+
+
+def test_from_pipe():
+    pipe = make_cascade(3, id2label=NAMES)
+    same = PISDMCascadePipeline.from_pipe(pipe)
+    assert all(getattr(same, name) is component for name, component in pipe.components.items())
+    assert same.config.id2label == pipe.config.id2label
+    assert np.array_equal(run(same), run(pipe))
+    shorter = PISDMCascadePipeline.from_pipe(pipe, transformer_2=None)
+    assert shorter.num_stages == 1
+    assert pipe.num_stages == 3
+    other = PISDMCascadePipeline.from_pipe(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+    assert isinstance(other.scheduler, DDIMScheduler)
+    assert other.transformer is pipe.transformer
+
+
+def test_variant(tmp_path):
+    make_cascade(2).to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "transformer_2" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    pipe = PISDMCascadePipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    assert pipe.transformer_2.dtype == torch.float16
+    assert np.isfinite(run(pipe)).all()
+    with pytest.raises(ValueError, match="no such modeling files are available"):
+        PISDMCascadePipeline.from_pretrained(tmp_path, variant="bf16")
+
+
+def test_shards(tmp_path):
+    pipe = make_cascade(2)
+    pipe.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list((tmp_path / "transformer_2").glob("*.safetensors"))) > 1
+    assert np.array_equal(run(PISDMCascadePipeline.from_pretrained(tmp_path)), run(pipe))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_load(folder, dtype):
+    pipe = PISDMCascadePipeline.from_pretrained(folder, torch_dtype=dtype)
+    assert all(transformer.dtype == dtype for transformer in pipe.stages)
+    assert np.isfinite(run(pipe)).all()
+
+
+def test_precision_of_each_component(folder):
+    pipe = PISDMCascadePipeline.from_pretrained(folder, torch_dtype={"transformer_3": torch.bfloat16})
+    assert [transformer.dtype for transformer in pipe.stages] == [torch.float32] * 2 + [torch.bfloat16, torch.float32]
+
+
+# Files that are missing, broken or not to be trusted
+
+
+def test_missing_weights(copy):
+    (copy / "transformer_2" / WEIGHTS).unlink()
+    with pytest.raises(OSError, match=rf"no file named {WEIGHTS} .*transformer_2\. Remedy: copy or download") as error:
+        PISDMCascadePipeline.from_pretrained(copy)
+    assert error.type is OSError
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-10], lambda data: data[:100], lambda data: b"", lambda data: b"\xff" * len(data)],
+    ids=["truncated", "truncated header", "empty", "corrupt"],
+)
+def test_broken_weights(copy, damage):
+    path = copy / "transformer" / WEIGHTS
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(OSError, match=rf"Unable to load weights .*transformer/{WEIGHTS}.* Remedy: .*copy it again"):
+        PISDMCascadePipeline.from_pretrained(copy)
+
+
+def test_pickled_weights_are_refused(copy):
+    path = copy / "transformer" / WEIGHTS
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    with pytest.raises(
+        OSError, match=r"Pickled weights are not read, as they can run code; .*`use_safetensors=False`"
+    ):
+        PISDMCascadePipeline.from_pretrained(copy)
+    with pytest.raises(OSError, match="Pickled weights are not read"):
+        PISDMCascadePipeline.from_pretrained(copy, use_safetensors=None)
+
+
+def test_pickled_weights_load_where_asked_for(tmp_path):
+    pipe = make_cascade(1)
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    assert np.array_equal(run(PISDMCascadePipeline.from_pretrained(tmp_path, use_safetensors=False)), run(pipe))
+
+
+def test_weights_of_another_shape(copy):
+    path = copy / "transformer" / WEIGHTS
+    save_file({**load_file(path), "proj_out.bias": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"proj_out.bias expected shape torch.Size\(\[12\]\), but got torch.Size"):
+        PISDMCascadePipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("loader", [PISDMCascadePipeline, DiffusionPipeline])
+def test_unknown_key_of_the_pipeline(copy, loader):
+    path = copy / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "transformer_5": [None, None]}))
+    with pytest.raises(
+        ValueError, match=r"`model_index\.json` of .* unknown keys: transformer_5. Correct or remove them"
+    ):
+        loader.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(("name", "file"), [("", "model_index.json"), ("transformer", "config.json")])
+def test_missing_configuration(copy, name, file):
+    (copy / name / file).unlink()
+    with pytest.raises(OSError, match=f"no file named {file} found in directory"):
+        PISDMCascadePipeline.from_pretrained(copy)
