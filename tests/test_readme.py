@@ -38,3 +38,12 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     for line, code in python_blocks(page):
         # Blank lines in front make a traceback name the page's own line.
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", text) + re.findall(r'src="([^"]+)"', text)
+    targets += re.findall(r"`((?:diffusers_pisdm|examples|tests|benchmarks)/[\w./]+)`", text)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
