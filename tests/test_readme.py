@@ -46,4 +46,4 @@ def test_links_and_paths_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", text) + re.findall(r'src="([^"]+)"', text)
     targets += re.findall(r"`((?:diffusers_pisdm|examples|tests|benchmarks)/[\w./]+)`", text)
     assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    assert [target for target in targets if "NAME" not in target and not (ROOT / target).exists()] == []
