@@ -1,0 +1,269 @@
+"""
+Compares selective scans on the CPU: this package's backends, mambapy (`pip install mambapy`) and the loop that Mamba
+models fall back to without CUDA kernels.
+
+    python benchmarks/scan.py
+    python benchmarks/scan.py --shapes 2x1024x1024 --repeats 15 --threads 2 --output-dir results
+
+Every candidate is first checked against float64, outputs and gradients; one that is off by more than `--tolerance` of
+the largest value is not timed. Then the candidates take turns, so that a disturbance of the machine hits all alike,
+and the medians are reported with their ratio over mambapy. Written are a table, `scan.json` and `scan.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from diffusers_pisdm.ops import selective_scan
+from diffusers_pisdm.ops.optional_backends import missing_backend
+
+
+# Autograd gives every index `x[..., t]` a gradient of x's full size: the loop's backward is quadratic in the length,
+# and is not run above this one.
+MAX_LOOP_LENGTH_BACKWARD = 256
+MODES = ("forward", "forward + backward")
+
+
+def make_inputs(batch: int, channels: int, length: int, state_size: int) -> dict[str, torch.Tensor]:
+    """Leaves as a Mamba block has them, time before channels: steps of about 0.01 to 0.3 and rates of -1 to -N."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "u": randn(batch, length, channels),
+        "delta": randn(batch, length, channels),
+        "A": -torch.arange(1.0, state_size + 1).repeat(channels, 1),
+        "B": randn(batch, length, state_size),
+        "C": randn(batch, length, state_size),
+        "D": randn(channels),
+        "z": randn(batch, length, channels),
+        "delta_bias": randn(channels) - 3,
+    }
+
+
+def package_scan(backend: str) -> Callable[..., torch.Tensor]:
+    """This package's scan with one backend, on (B, L, D) tensors."""
+
+    def scan(u, delta, A, B, C, D, z, delta_bias):
+        return selective_scan(u.mT, delta.mT, A, B.mT, C.mT, D, z.mT, delta_bias, True, backend=backend).mT
+
+    return scan
+
+
+def loop_scan(u, delta, A, B, C, D, z, delta_bias):
+    """The fallback of Mamba implementations: all decays and inputs at once, then a loop over time."""
+    u, delta, z = u.mT, F.softplus(delta.mT + delta_bias[:, None]), z.mT  # (B, D, L)
+    decays = torch.exp(A[None, :, None] * delta[..., None])  # (B, D, L, N)
+    inputs = delta[..., None] * B[:, None] * u[..., None]  # (B, D, L, N)
+    state = torch.zeros_like(inputs[:, :, 0])  # (B, D, N)
+    outputs = []
+    for step in range(u.shape[2]):
+        state = decays[:, :, step] * state + inputs[:, :, step]
+        outputs.append(torch.matmul(state, C[:, step, :, None])[..., 0])  # (B, D)
+    y = torch.stack(outputs, dim=-1) + u * D[:, None]  # (B, D, L)
+    return (y * F.silu(z)).mT
+
+
+def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
+    """mambapy's parallel scan, which wants the decays and inputs of all steps."""
+    from mambapy.pscan import pscan
+
+    delta = F.softplus(delta + delta_bias)  # (B, L, D)
+    decays = torch.exp(delta[..., None] * A)  # (B, L, D, N)
+    inputs = delta[..., None] * B[:, :, None] * u[..., None]  # (B, L, D, N)
+    y = torch.matmul(pscan(decays, inputs), C[..., None])[..., 0] + u * D  # (B, L, D)
+    return y * F.silu(z)
+
+
+def make_candidates() -> dict[str, Callable[..., torch.Tensor]]:
+    """All scans that can run here, mambapy first."""
+    candidates = {"mambapy": mambapy_scan, "Mamba's loop": loop_scan, "torch": package_scan("torch")}
+    reason = missing_backend("numba")
+    if reason is None:
+        candidates["numba"] = package_scan("numba")
+    else:
+        print(f"Skipping numba: {reason}")
+    try:
+        import mambapy.pscan  # noqa: F401
+    except ImportError:
+        print("Skipping mambapy, and with it all ratios: pip install mambapy")
+        del candidates["mambapy"]
+    return candidates
+
+
+def run_forward(scan: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return scan(**inputs)
+
+
+def run_backward(
+    scan: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], grad: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    out = scan(**leaves)
+    return out, torch.autograd.grad(out, list(leaves.values()), grad)
+
+
+def relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference over the largest value; NaN if there is one."""
+    return ((value.double() - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def check_oracle(inputs: dict[str, torch.Tensor]) -> None:
+    """Checks float64's blocked scan, which fits in memory at any length, against the textbook loop on 64 steps."""
+    short = {
+        name: (tensor[:, :64] if tensor.ndim == 3 else tensor).double() for name, tensor in inputs.items()
+    }  # (B, 64, ...)
+    grad = torch.ones_like(short["u"])
+    out, gradients = run_backward(package_scan("torch"), short, grad)
+    wanted, wanted_gradients = run_backward(package_scan("reference"), short, grad)
+    for value, reference in zip((out, *gradients), (wanted, *wanted_gradients)):
+        if not relative_error(value, reference) < 1e-12:
+            raise RuntimeError("The float64 oracle differs from the textbook loop: nothing can be compared with it.")
+
+
+def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]:
+    """Errors and times of all candidates at one (batch, channels, length): a row for each candidate and mode."""
+    inputs = make_inputs(*shape, args.state_size)
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1))
+    check_oracle(inputs)
+    wanted, wanted_gradients = run_backward(
+        package_scan("torch"), {name: tensor.double() for name, tensor in inputs.items()}, grad.double()
+    )
+
+    runs, rows = {}, []
+    for name, scan in make_candidates().items():
+        row = {"shape": list(shape), "candidate": name, "mode": MODES[0], "gradient_error": None}
+        row["output_error"] = relative_error(run_forward(scan, inputs), wanted)
+        rows.append(row)
+        runs[name, MODES[0]] = (row, lambda scan=scan: run_forward(scan, inputs))
+
+        row = row | {"mode": MODES[1], "skipped": None}
+        if name == "Mamba's loop" and shape[2] > MAX_LOOP_LENGTH_BACKWARD:
+            row["skipped"] = "quadratic"
+            rows.append(row)
+            continue
+        out, gradients = run_backward(scan, inputs, grad)
+        row["output_error"] = relative_error(out, wanted)
+        row["gradient_error"] = max(relative_error(*pair) for pair in zip(gradients, wanted_gradients))
+        del out, gradients
+        rows.append(row)
+        runs[name, MODES[1]] = (row, lambda scan=scan: run_backward(scan, inputs, grad))
+    del wanted, wanted_gradients
+
+    for row, _ in runs.values():
+        errors = [error for error in (row["output_error"], row["gradient_error"]) if error is not None]
+        # Written so that a NaN is a failure too.
+        row["skipped"] = None if all(error <= args.tolerance for error in errors) else "wrong"
+        row["milliseconds"] = []
+    for _ in range(args.repeats):
+        for row, call in runs.values():
+            if row["skipped"] is None:
+                start = time.perf_counter()
+                call()
+                row["milliseconds"].append(1000 * (time.perf_counter() - start))
+    for row in rows:
+        row["median"] = statistics.median(row["milliseconds"]) if row.get("milliseconds") else None
+    baseline = {row["mode"]: row["median"] for row in rows if row["candidate"] == "mambapy"}
+    for row in rows:
+        known = row["median"] is not None and baseline.get(row["mode"]) is not None
+        row["times_mambapy"] = baseline[row["mode"]] / row["median"] if known else None
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    title = f"{'(batch, channels, length)':<26}{'mode':<20}{'candidate':<14}"
+    print(title + f"{'x mambapy':>10}{'ms':>10}{'output err':>12}{'grad err':>10}")
+    for row in sorted(rows, key=lambda row: (row["shape"], MODES.index(row["mode"]))):
+        ratio = "" if row["times_mambapy"] is None else f"{row['times_mambapy']:.1f}"
+        median = row["skipped"] or f"{row['median']:.1f}"
+        gradient_error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.0e}"
+        print(
+            f"{tuple(row['shape'])!s:<26}{row['mode']:<20}{row['candidate']:<14}{ratio:>10}{median:>10}"
+            f"{row['output_error']:>12.0e}{gradient_error:>10}"
+        )
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """One panel a shape and mode: a bar a candidate, on a logarithmic axis of milliseconds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
+    figure, axes = plt.subplots(
+        len(shapes), len(MODES), figsize=(10, 0.8 + 2 * len(shapes)), squeeze=False, layout="constrained"
+    )
+    for line, shape in zip(axes, shapes):
+        for axis, mode in zip(line, MODES):
+            timed = [r for r in rows if tuple(r["shape"]) == shape and r["mode"] == mode and r["median"] is not None]
+            bars = axis.barh([row["candidate"] for row in timed], [row["median"] for row in timed])
+            axis.bar_label(bars, [f"{row['median']:.3g} ms" for row in timed], padding=3)
+            axis.set_xscale("log")
+            axis.invert_yaxis()
+            axis.margins(x=0.3)
+            axis.set_title(f"{mode}, {shape[0]} x {shape[1]} channels x {shape[2]} steps", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("milliseconds, median (less is better)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    try:
+        batch, channels, length = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxCHANNELSxLENGTH, as in 2x1024x1024") from None
+    if min(batch, channels, length) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has a size below 1")
+    return batch, channels, length
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes", type=parse_shape, nargs="+", default=[(2, 1024, 1024), (1, 3072, 4096)], help="BxDxL"
+    )
+    parser.add_argument("--state-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7, help="timed turns of each candidate, after the check's one")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the kernels")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative error of a timed candidate")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
+    args = parser.parse_args(arguments)
+
+    torch.set_num_threads(args.threads)
+    rows = [row for shape in args.shapes for row in measure_shape(shape, args)]
+    machine = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print_table(rows)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine, "state_size": args.state_size, "repeats": args.repeats, "rows": rows}
+    (args.output_dir / "scan.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(rows, args.output_dir / "scan.png")
+    print(f"Wrote {args.output_dir / 'scan.json'} and {args.output_dir / 'scan.png'}.")
+
+
+def cpu_name() -> str:
+    """The CPU's name as Linux gives it, else what Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
