@@ -378,7 +378,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
             schedulers.append(scheduler)
         return schedulers
 
-    def set_timesteps(
+    def retrieve_timesteps(
         self,
         scheduler: SchedulerMixin,
         num_inference_steps: int,
@@ -632,7 +632,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
         # 3. Schedules of all stages, for `num_timesteps` to be known from the first step on
         schedulers = self.get_stage_schedulers()
         schedules = [
-            self.set_timesteps(*arguments, device)
+            self.retrieve_timesteps(*arguments, device)
             for arguments in zip(schedulers, num_inference_steps, timesteps, sigmas, relay_strength)
         ]
         self._num_timesteps = sum(len(schedule) for schedule in schedules)

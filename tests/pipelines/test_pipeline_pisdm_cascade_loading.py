@@ -129,10 +129,11 @@ def test_precision_of_each_component(folder):
 # Files that are missing, broken or not to be trusted
 
 
-def test_missing_weights(copy):
+@pytest.mark.parametrize("loader", [PISDMCascadePipeline, DiffusionPipeline])
+def test_missing_weights(copy, loader):
     (copy / "transformer_2" / WEIGHTS).unlink()
     with pytest.raises(OSError, match=rf"no file named {WEIGHTS} .*transformer_2\. Remedy: copy or download") as error:
-        PISDMCascadePipeline.from_pretrained(copy)
+        loader.from_pretrained(copy)
     assert error.type is OSError
 
 
@@ -148,16 +149,17 @@ def test_broken_weights(copy, damage):
         PISDMCascadePipeline.from_pretrained(copy)
 
 
-def test_pickled_weights_are_refused(copy):
+@pytest.mark.parametrize("loader", [PISDMCascadePipeline, DiffusionPipeline])
+def test_pickled_weights_are_refused(copy, loader):
     path = copy / "transformer" / WEIGHTS
     torch.save(load_file(path), path.with_suffix(".bin"))
     path.unlink()
     with pytest.raises(
         OSError, match=r"Pickled weights are not read, as they can run code; .*`use_safetensors=False`"
     ):
-        PISDMCascadePipeline.from_pretrained(copy)
+        loader.from_pretrained(copy)
     with pytest.raises(OSError, match="Pickled weights are not read"):
-        PISDMCascadePipeline.from_pretrained(copy, use_safetensors=None)
+        loader.from_pretrained(copy, use_safetensors=None)
 
 
 def test_pickled_weights_load_where_asked_for(tmp_path):
@@ -179,6 +181,16 @@ def test_unknown_key_of_the_pipeline(copy, loader):
     path.write_text(json.dumps({**json.loads(path.read_text()), "transformer_5": [None, None]}))
     with pytest.raises(
         ValueError, match=r"`model_index\.json` of .* unknown keys: transformer_5. Correct or remove them"
+    ):
+        loader.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("loader", [PISDMCascadePipeline, DiffusionPipeline])
+def test_unknown_key_of_a_model(copy, loader):
+    path = copy / "transformer_2" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layer": 2}))
+    with pytest.raises(
+        ValueError, match=r"`config\.json` of PISDMTransformer2DModel holds unknown keys: num_layer\. "
     ):
         loader.from_pretrained(copy)
 

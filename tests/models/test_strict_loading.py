@@ -1,0 +1,72 @@
+"""A class with `StrictLoadingMixin` loads as diffusers does, or says why not."""
+
+import json
+
+import pytest
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+from diffusers_pisdm.models.strict_loading import StrictLoadingMixin
+
+
+class Model(StrictLoadingMixin, ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, width: int = 3, depth: int = 1):
+        super().__init__()
+        self.linear = torch.nn.Linear(width, depth)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def change_config(folder, **keys) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def test_round_trip(tmp_path):
+    model = Model(width=5)
+    model.save_pretrained(tmp_path)
+    loaded = Model.from_pretrained(tmp_path)
+    assert loaded.config.width == 5
+    assert torch.equal(loaded.linear.weight, model.linear.weight)
+
+
+def test_unknown_key(tmp_path):
+    Model().save_pretrained(tmp_path)
+    change_config(tmp_path, widht=4, length=1)
+    message = r"`config\.json` of Model holds unknown keys: length, widht\. .*; known keys are depth, width\."
+    with pytest.raises(ValueError, match=message):
+        Model.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Model.from_config({"width": 3, "widht": 4, "length": 1})
+
+
+def test_keys_that_diffusers_adds_are_known(tmp_path):
+    Model().save_pretrained(tmp_path)
+    change_config(tmp_path, _private=1, auto_map={"AutoModel": "model.Model"})
+    assert Model.from_pretrained(tmp_path).config.width == 3
+
+
+def test_pickled_weights(tmp_path):
+    Model().save_pretrained(tmp_path, safe_serialization=False)
+    for arguments in ({}, {"use_safetensors": None}, {"use_safetensors": True}):
+        with pytest.raises(OSError, match="Pickled weights are not read, as they can run code"):
+            Model.from_pretrained(tmp_path, **arguments)
+    assert isinstance(Model.from_pretrained(tmp_path, use_safetensors=False), Model)
+
+
+def test_broken_weights(tmp_path):
+    Model().save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(OSError, match=f"Unable to load weights .*{WEIGHTS}.* Remedy: the file is truncated") as error:
+        Model.from_pretrained(tmp_path)
+    assert str(error.value).count("Remedy") == 1
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    with pytest.raises(OSError, match="no file named config") as error:
+        Model.from_pretrained(tmp_path)
+    assert "Remedy" not in str(error.value)
