@@ -49,6 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add("--cascade_config", required=True, help="JSON: the noise schedule and each stage's model configuration.")
     add("--output_dir", required=True)
+    add("--pretrained_model_name_or_path", help="A cascade of the same configuration whose weights to start from.")
     add("--seed", type=int, default=0)
 
     loss = parser.add_argument_group("objective (eq. 17)")
@@ -194,6 +195,10 @@ def main(argv: list[str] | None = None) -> None:
     # Data, models, optimizer
     train_loader, validation_loader, id2label = make_dataloaders(args, cascade["stages"][-1]["sample_size"])
     stages = [PISDMTransformer2DModel(num_classes=len(id2label), **config) for config in cascade["stages"]]
+    if args.pretrained_model_name_or_path is not None:
+        pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, vae=None)
+        for stage, start in zip(stages, pretrained.stages, strict=True):
+            stage.load_state_dict(start.state_dict())
     if args.gradient_checkpointing:
         for stage in stages:
             stage.enable_gradient_checkpointing()
@@ -258,6 +263,11 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     metrics_file = output_dir / "metrics.jsonl"
+    if accelerator.is_main_process:  # what a killed run logged after its last checkpoint will be logged again
+        output_dir.mkdir(parents=True, exist_ok=True)
+        kept = metrics_file.read_text().splitlines() if metrics_file.exists() else []
+        kept = [line for line in kept if json.loads(line)["step"] <= step]
+        metrics_file.write_text("".join(line + "\n" for line in kept))
 
     def log(values: dict[str, float]) -> None:
         accelerator.log(values, step=step)
@@ -279,7 +289,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # Train
     start = time.time()
-    output_dir.mkdir(parents=True, exist_ok=True)
     steps_per_epoch = len(train_loader) // args.gradient_accumulation_steps
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
     running, running_count, running_since = 0.0, 0, time.time()
@@ -307,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
             ema.step(bare.stages.parameters())
             progress.update()
             done = step == args.max_train_steps
-            if accelerator.is_main_process and step % args.logging_steps == 0:
+            if accelerator.is_main_process and (step % args.logging_steps == 0 or done):
                 values = name_losses("train", (running / running_count).tolist(), len(bare.stages))
                 seconds = time.time() - running_since
                 values["images_per_second"] = running_count * len(images) * accelerator.num_processes / seconds

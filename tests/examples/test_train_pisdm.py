@@ -66,8 +66,12 @@ def test_the_published_weights_are_the_averaged_ones(train):
 
 def test_resuming_gives_the_same_weights_bit_for_bit(train):
     through = weights(train("through", 8) / "checkpoint-8")
-    train("twice", 4)
+    first = train("twice", 4)
+    with (first / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/denoising_1": 0.0}\n')  # logged by a run that was killed before its checkpoint
     resumed = weights(train("twice", 8) / "checkpoint-8")
+    rows = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/denoising_1" in row] == [2, 4, 6, 8]
     assert through.keys() == resumed.keys()
     assert [name for name in through if not torch.equal(through[name], resumed[name])] == []
 
@@ -83,3 +87,11 @@ def test_the_data_must_be_named(capsys):
     with pytest.raises(SystemExit):
         train_pisdm.parse_args(["--cascade_config", "c.json", "--output_dir", "o"])
     assert "either --dataset_name or --train_data_dir" in capsys.readouterr().err
+
+
+def test_a_run_can_start_from_a_published_cascade(train):
+    first = train("first", 4)
+    published = load_file(first / "transformer" / "diffusion_pytorch_model.safetensors")
+    second = train("second", 1, "--pretrained_model_name_or_path", str(first), "--learning_rate", "0")
+    continued = load_file(second / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert [name for name in published if not torch.equal(published[name], continued[name])] == []
