@@ -254,6 +254,8 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
         if num_padding_tokens < 0:
             raise ValueError(f"`num_padding_tokens` must be 0 or more, got {num_padding_tokens}.")
+        if isinstance(scan_directions, str):
+            raise ValueError(f"`scan_directions` must be a tuple of names, got the string `{scan_directions}`.")
         if len(scan_directions) == 0:
             raise ValueError(f"`scan_directions` must name at least one of {', '.join(SCAN_DIRECTIONS)}.")
         for direction in scan_directions:

@@ -1,0 +1,114 @@
+"""The Mamba mixer against an independent implementation: transformers' MambaMixer without kernels."""
+
+import pytest
+import torch
+from transformers import MambaConfig
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+from diffusers_pisdm.models.transformer_pisdm import PISDMMambaMixer
+
+
+# hidden_size, state_size, conv_kernel, expand, time_step_rank, batch, length
+SHAPES = [(16, 4, 3, 2, 1, 2, 17), (32, 16, 4, 2, 2, 1, 40), (24, 8, 2, 1, 5, 3, 9), (8, 1, 3, 3, 1, 2, 1)]
+
+
+def make_pair(hidden_size, state_size, conv_kernel, expand, rank, seed=0):
+    """Both mixers with the same random weights."""
+    torch.manual_seed(seed)
+    mixer = PISDMMambaMixer(hidden_size, state_size, conv_kernel, expand, rank)
+    for parameter in (mixer.A_log, mixer.D, mixer.dt_bias):
+        parameter.data += torch.randn_like(parameter) * 0.3  # away from the regular values they start at
+    config = MambaConfig(
+        hidden_size=hidden_size,
+        state_size=state_size,
+        conv_kernel=conv_kernel,
+        expand=expand,
+        time_step_rank=rank,
+        num_hidden_layers=1,
+        use_bias=False,
+        use_conv_bias=True,
+    )
+    oracle = MambaMixer(config, layer_idx=0)
+    missing = oracle.load_state_dict({oracle_name(name): value for name, value in mixer.state_dict().items()})
+    assert missing.missing_keys == missing.unexpected_keys == []
+    return mixer, oracle
+
+
+def oracle_name(name):
+    return "dt_proj.bias" if name == "dt_bias" else name
+
+
+def run_oracle(oracle, tokens):
+    # transformers 4 dispatches to its CUDA kernels in `forward`; version 5 has the slow path there.
+    return getattr(oracle, "slow_forward", oracle)(tokens)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients_equal_the_oracles(shape):
+    *sizes, batch, length = shape
+    mixer, oracle = make_pair(*sizes)
+    tokens = torch.randn(batch, length, sizes[0])
+    grad = torch.randn(batch, length, sizes[0])
+    ours, theirs = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+
+    out, expected = mixer(ours), run_oracle(oracle, theirs)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+    oracle_gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    for name, parameter in mixer.named_parameters():
+        scale = oracle_gradients[oracle_name(name)].abs().max().clamp(min=1.0)
+        torch.testing.assert_close(
+            parameter.grad / scale,
+            oracle_gradients[oracle_name(name)] / scale,
+            atol=1e-5,
+            rtol=1e-5,
+            msg=lambda message, name=name: f"{name}: {message}",
+        )
+
+
+def test_step_bias_is_the_oracles_projection_bias():
+    """A larger bias means larger steps; both mixers must see it in the same place."""
+    mixer, oracle = make_pair(16, 4, 3, 2, 1)
+    tokens = torch.randn(1, 12, 16)
+    before = mixer(tokens)
+    mixer.dt_bias.data += 5.0
+    assert (mixer(tokens) - before).norm() > 0.1 * before.norm()
+    assert (mixer(tokens) - run_oracle(oracle, tokens)).norm() > 0.1 * before.norm()
+    oracle.dt_proj.bias.data += 5.0
+    torch.testing.assert_close(mixer(tokens), run_oracle(oracle, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_is_causal():
+    mixer, _ = make_pair(16, 4, 3, 2, 1)
+    tokens = torch.randn(1, 10, 16)
+    changed = tokens.clone()
+    changed[:, 6] += 1.0
+    difference = (mixer(changed) - mixer(tokens)).abs().amax((0, 2))
+    assert torch.equal(difference[:6], torch.zeros(6))
+    assert (difference[6:] > 0).all()
+
+
+def test_starts_with_the_steps_and_rates_of_the_mamba_paper():
+    torch.manual_seed(0)
+    mixer = PISDMMambaMixer(64, 16, 3, 2, 4)
+    steps = torch.nn.functional.softplus(mixer.dt_bias)
+    assert 1e-3 * 0.999 <= steps.min() < 2e-3
+    assert 0.05 < steps.max() <= 0.1 * 1.001
+    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).expand(128, 16))
+    assert torch.equal(mixer.D, torch.ones(128))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_single(dtype):
+    mixer, _ = make_pair(32, 8, 3, 2, 2)
+    tokens = torch.randn(2, 20, 32).to(dtype)
+    half, _ = make_pair(32, 8, 3, 2, 2)
+    for name, parameter in half.named_parameters():
+        if name not in ("A_log", "D", "dt_bias"):
+            parameter.data = parameter.data.to(dtype)
+    out, expected = half(tokens), mixer(tokens.float())
+    assert out.dtype == dtype
+    assert (out.float() - expected).norm() / expected.norm() < (2e-2 if dtype == torch.bfloat16 else 3e-3)
