@@ -18,6 +18,8 @@ def make_pair(hidden_size, state_size, conv_kernel, expand, rank, seed=0):
     mixer = PISDMMambaMixer(hidden_size, state_size, conv_kernel, expand, rank)
     for parameter in (mixer.A_log, mixer.D, mixer.dt_bias):
         parameter.data += torch.randn_like(parameter) * 0.3  # away from the regular values they start at
+    for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj):
+        linear.weight.data *= 4  # as they start, the skip `D` hides the scan
     config = MambaConfig(
         hidden_size=hidden_size,
         state_size=state_size,
@@ -74,10 +76,10 @@ def test_step_bias_is_the_oracles_projection_bias():
     mixer, oracle = make_pair(16, 4, 3, 2, 1)
     tokens = torch.randn(1, 12, 16)
     before = mixer(tokens)
-    mixer.dt_bias.data += 5.0
+    mixer.dt_bias.data += 2.0
     assert (mixer(tokens) - before).norm() > 0.1 * before.norm()
     assert (mixer(tokens) - run_oracle(oracle, tokens)).norm() > 0.1 * before.norm()
-    oracle.dt_proj.bias.data += 5.0
+    oracle.dt_proj.bias.data += 2.0
     torch.testing.assert_close(mixer(tokens), run_oracle(oracle, tokens), atol=1e-5, rtol=1e-5)
 
 
