@@ -141,6 +141,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
         """
         return super().from_pipe(pipeline, **_drop_higher_stages(kwargs))
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        r"""Saves all components as [`DiffusionPipeline.save_pretrained`] does, later-set optional ones included."""
+        # diffusers would leave out a component that was None at first and was then set as an attribute.
+        self.register_modules(**self.components)
+        super().save_pretrained(save_directory, **kwargs)
+
     @property
     def stages(self) -> list[PISDMTransformer2DModel]:
         """The transformers of the cascade, first stage first."""
@@ -673,7 +679,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
                 self._describe(progress_bar, shape)
                 for i, t in enumerate(schedule):
                     if self.interrupt:
-                        continue
+                        break
                     self._current_timestep = t
                     in_interval = guidance_start[index] <= i / len(schedule) < guidance_stop[index]
                     guided = self.do_classifier_free_guidance and in_interval

@@ -83,6 +83,17 @@ def test_shortened_at_load(folder, name, num_stages, tmp_path):
     assert np.array_equal(run(PISDMCascadePipeline.from_pretrained(tmp_path)), run(pipe))
 
 
+def test_components_set_later_are_saved(tmp_path):
+    pipe = make_cascade(3)
+    pipe.scheduler_2 = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    transformer, pipe.transformer_3 = pipe.transformer_3, None
+    pipe.transformer_3 = transformer
+    pipe.save_pretrained(tmp_path)
+    loaded = PISDMCascadePipeline.from_pretrained(tmp_path)
+    assert isinstance(loaded.scheduler_2, DDIMScheduler)
+    assert loaded.num_stages == 3
+
+
 def test_from_pipe():
     pipe = make_cascade(3, id2label=NAMES)
     same = PISDMCascadePipeline.from_pipe(pipe)
@@ -100,7 +111,7 @@ def test_from_pipe():
 def test_variant(tmp_path):
     make_cascade(2).to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert (tmp_path / "transformer_2" / "diffusion_pytorch_model.fp16.safetensors").is_file()
-    pipe = PISDMCascadePipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    pipe = PISDMCascadePipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
     assert pipe.transformer_2.dtype == torch.float16
     assert np.isfinite(run(pipe)).all()
     with pytest.raises(ValueError, match="no such modeling files are available"):
@@ -116,13 +127,13 @@ def test_shards(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_load(folder, dtype):
-    pipe = PISDMCascadePipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipe = PISDMCascadePipeline.from_pretrained(folder, dtype=dtype)
     assert all(transformer.dtype == dtype for transformer in pipe.stages)
     assert np.isfinite(run(pipe)).all()
 
 
 def test_precision_of_each_component(folder):
-    pipe = PISDMCascadePipeline.from_pretrained(folder, torch_dtype={"transformer_3": torch.bfloat16})
+    pipe = PISDMCascadePipeline.from_pretrained(folder, dtype={"transformer_3": torch.bfloat16})
     assert [transformer.dtype for transformer in pipe.stages] == [torch.float32] * 2 + [torch.bfloat16, torch.float32]
 
 
