@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import Self
+
+
+# What diffusers itself adds to a configuration: for quantized models, for remote code, and by `EMAModel`.
+KEYS_OF_DIFFUSERS = (
+    "quantization_config",
+    "auto_map",
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
 
 
 class StrictLoadingMixin:
@@ -29,17 +45,21 @@ class StrictLoadingMixin:
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
-            remedy = _find_remedy(str(error))
+            message = str(error).strip()
+            remedy = _find_remedy(message)
             if remedy is None:
                 raise
-            raise OSError(f"{str(error).strip()} {remedy}") from error
+            pickled = message.replace(".safetensors", ".bin")
+            name = re.match(r"Error no file named (\S+\.bin) found in directory", pickled)
+            if name and not Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", name[1]).exists():
+                message = f"{message} {pickled}"  # what diffusers says where it would read pickles
+            raise OSError(f"{message} {remedy}") from error
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
         known = cls._get_init_keys(cls)
         unknown = sorted(key for key in config_dict if key not in known and not key.startswith("_"))
-        # Keys that quantized and remote-code models carry in diffusers.
-        unknown = [key for key in unknown if key not in ("quantization_config", "auto_map")]
+        unknown = [key for key in unknown if key not in KEYS_OF_DIFFUSERS]
         if unknown:
             raise ValueError(
                 f"`{cls.config_name}` of {cls.__name__} holds unknown keys: {', '.join(unknown)}. Correct or remove"

@@ -46,7 +46,7 @@ class PISDMTransformer2DModelOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    features: torch.Tensor
+    features: torch.Tensor | None = None  # always given; accelerate's hooks rebuild outputs from a dict alone
 
 
 @cached_table
