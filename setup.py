@@ -16,16 +16,16 @@ extras = {
 }
 # mkdocstrings 1.0 breaks on pymdown-extensions 12; it formats signatures with ruff.
 extras["docs"] = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "pymdown-extensions<12", *extras["lint"]]
-# The tests import the training script, load LoRA weights and compare with transformers' MambaMixer.
+# The tests run the training script and the benchmarks, load LoRA weights and compare with transformers' MambaMixer.
 extras["test"] = [
     *extras["train"],
+    *extras["benchmarks"],
     "peft>=0.17",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
-    "transformers>=4.57",
     *extras["lint"],
 ]
-extras["dev"] = sorted({*extras["test"], *extras["benchmarks"], *extras["docs"]})
+extras["dev"] = sorted({*extras["test"], *extras["docs"]})
 
 setup(
     name="diffusers-pisdm",
