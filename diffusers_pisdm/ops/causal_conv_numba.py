@@ -1,7 +1,7 @@
 """Depthwise causal convolution with SiLU on the CPU: Numba kernels as operators of torch.
 
-The kernels want channels adjacent in memory (`(B, L, D)` order) and take any strides over batch and length; tensors in
-another order are copied to it. Results are in `(B, L, D)` order.
+Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
+Kernels compute in float32 whatever the inputs' dtypes; results and gradients are cast to these.
 """
 
 from __future__ import annotations
@@ -10,112 +10,82 @@ import functools
 
 import torch
 
-from .numba_parallel import run_kernel
+from .numba_launch import LANES, ceil_div, channels_last, empty_channels_last, launch
 
 
 @functools.cache
-def _kernels():
-    """The kernels' module and their addresses; Numba is imported and compiles here, at the first convolution."""
-    from . import causal_conv_numba_kernels as kernels
+def _kernel(name: str):
+    """The kernels' module and the address of one of them. Numba is imported and compiles here, at the first call."""
+    from . import causal_conv_numba_kernels
     from .numba_compile import kernel_address
 
-    return kernels, kernel_address(kernels.forward_kernel), kernel_address(kernels.backward_kernel)
+    return causal_conv_numba_kernels, kernel_address(getattr(causal_conv_numba_kernels, name))
 
 
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` (B, D, L) in float32 with adjacent channels: itself where it already is so."""
-    x = x.float()
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.mT.contiguous().mT
-
-
-def _empty_channels_last(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-    batch, channels, length = shape
-    return like.new_empty(batch, length, channels, dtype=torch.float32).mT
-
-
-def _run(address, scratch_bytes, x, weight, bias, activation, sums, sequences):
-    batch, channels, length = x.shape
-    blocks = (channels + 255) // 256
-    units = batch * blocks
-    threads = max(1, min(torch.get_num_threads(), units))
-    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
-    parameters = [
-        0,
-        0,
-        units,
-        blocks,
-        scratch.data_ptr(),
-        scratch_bytes,
-        channels,
-        length,
-        weight.shape[0],
-        int(activation == "silu"),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        *[0 if total is None else total.data_ptr() for total in sums],
-        (channels + 15) // 16 * 16,
-    ]
-    for sequence in sequences:
-        if sequence is None:
-            parameters += [0, 0, 0]
-        else:
-            parameters += [sequence.data_ptr(), sequence.stride(0) * 4, sequence.stride(2) * 4]
-    run_kernel(address, torch.tensor(parameters, dtype=torch.int64), threads)
-
-
-def _filters(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return weight.float().t().contiguous(), None if bias is None else bias.float().contiguous()  # (K, D), (D,)
+def _input_parameters(kernels, x, weight, bias, activation):
+    """The inputs as the kernels take them, by their index in the parameter array."""
+    return {
+        kernels.TAPS: weight.shape[1],
+        kernels.SILU: int(activation == "silu"),
+        kernels.X: channels_last(x),
+        kernels.WEIGHT: weight.float().t().contiguous(),  # (K, D)
+        kernels.BIAS: None if bias is None else bias.float().contiguous(),
+    }
 
 
 @torch.library.custom_op("diffusers_pisdm::causal_conv_numba", mutates_args=(), device_types="cpu")
 def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-    kernels, forward, _ = _kernels()
-    out = _empty_channels_last(x.shape, x)
-    if x.numel():
-        taps, offset = _filters(weight, bias)
-        scratch_bytes = kernels.forward_scratch_bytes(taps.shape[0])
-        sequences = (_channels_last(x), out, None, None)
-        _run(forward, scratch_bytes, x, taps, offset, activation, (None, None), sequences)
+    kernels, address = _kernel("forward_kernel")
+    out = empty_channels_last(x)
+    parameters = _input_parameters(kernels, x, weight, bias, activation) | {kernels.OUT: out}
+    launch(kernels, address, kernels.forward_scratch_bytes, weight.shape[1], x.shape, parameters)
     return out.to(x.dtype)
 
 
 @_conv.register_fake
 def _(x, weight, bias, activation):
-    return _empty_channels_last(x.shape, x).to(x.dtype)
+    return empty_channels_last(x, x.dtype)
 
 
 @torch.library.custom_op("diffusers_pisdm::causal_conv_numba_backward", mutates_args=(), device_types="cpu")
 def _conv_backward(
     grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, the weight and the bias."""
-    kernels, _, backward = _kernels()
+    """Gradients of x, the weight and the bias; an empty tensor if there is no bias."""
+    kernels, address = _kernel("backward_kernel")
     batch, channels, _ = x.shape
-    grad_x = _empty_channels_last(x.shape, x)
-    padded = (channels + 15) // 16 * 16
-    grad_weight = torch.empty(batch, weight.shape[1], padded)
-    grad_bias = torch.empty(batch, padded)
-    if x.numel():
-        taps, offset = _filters(weight, bias)
-        scratch_bytes = kernels.backward_scratch_bytes(taps.shape[0])
-        sequences = (_channels_last(x), None, _channels_last(grad_out), grad_x)
-        _run(backward, scratch_bytes, x, taps, offset, activation, (grad_weight, grad_bias), sequences)
+    taps = weight.shape[1]
+    padded_channels = ceil_div(channels, LANES) * LANES
+    grad_x = empty_channels_last(x)
+    # Each unit of work writes its own partial sums; they are added below, in an order that is always the same.
+    grad_weight = torch.empty(batch, taps * padded_channels)
+    grad_bias = torch.empty(batch, padded_channels)
+    parameters = _input_parameters(kernels, x, weight, bias, activation) | {
+        kernels.GRAD_OUT: channels_last(grad_out),
+        kernels.GRAD_X: grad_x,
+        kernels.GRAD_WEIGHT: grad_weight,
+        kernels.GRAD_BIAS: grad_bias,
+    }
+    launch(kernels, address, kernels.backward_scratch_bytes, taps, x.shape, parameters)
     return (
         grad_x.to(x.dtype),
-        grad_weight.sum(0)[:, :channels].t().to(weight.dtype).contiguous(),
-        grad_bias.sum(0)[:channels].to(weight.dtype if bias is None else bias.dtype).contiguous(),
+        grad_weight.sum(0).view(taps, -1)[:, :channels].t().to(weight.dtype, copy=True).contiguous(),
+        grad_out.new_empty(0) if bias is None else grad_bias.sum(0)[:channels].to(bias.dtype, copy=True),
     )
 
 
 @_conv_backward.register_fake
 def _(grad_out, x, weight, bias, activation):
-    like = weight if bias is None else bias
-    return _empty_channels_last(x.shape, x).to(x.dtype), weight.new_empty(weight.shape), like.new_empty(weight.shape[0])
+    return (
+        empty_channels_last(x, x.dtype),
+        weight.new_empty(weight.shape),
+        grad_out.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.activation = inputs
-    ctx.save_for_backward(x, weight, bias)
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad_out):
@@ -130,4 +100,19 @@ _conv.register_autograd(_backward, setup_context=_setup_context)
 def causal_conv_numba(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = "silu"
 ) -> torch.Tensor:
+    """
+    Causal convolution with compiled CPU kernels; arguments as of [`~ops.causal_conv`], of any strides.
+
+    All arithmetic is float32. The result has `x`'s dtype and is a transposed, contiguous (batch, length, channels)
+    tensor. The backward recomputes what lies before the activation. The first call compiles the kernels, or loads them
+    from Numba's cache.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, length)`.
+
+    Raises:
+        NotImplementedError: if a tensor is float64, which only the `torch` backend computes in, or not on the CPU.
+    """
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, weight, bias)):
+        raise NotImplementedError("The 'numba' backend computes in float32: use backend='torch' for float64.")
     return _conv(x, weight, bias, activation)

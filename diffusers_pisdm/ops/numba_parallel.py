@@ -11,16 +11,11 @@ Where there is none (macOS, Windows) a small Python pool serves; kernels run wit
 
 import ctypes
 import functools
-import importlib.util
 import os
+from array import array
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
-
-
-# Numba takes half a second to import, so kernels import it when first called; that it is there is checked now.
-if importlib.util.find_spec("numba") is None:
-    raise ModuleNotFoundError("No module named 'numba'", name="numba")
 
 
 def _find_gomp_parallel():
@@ -60,19 +55,19 @@ def _callable(address):
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
-def run_kernel(address: int, parameters: torch.Tensor, num_threads: int) -> None:
+def run_kernel(address: int, parameters: array, num_threads: int) -> None:
     """
     Run a kernel on `num_threads` threads and wait for it.
 
     Args:
         address (`int`):
             Address of a C function `void kernel(int64_t *parameters)`.
-        parameters (`torch.Tensor`):
-            int64 vector; the first two entries are 0.
+        parameters (`array`):
+            Of int64; the first two entries are 0.
         num_threads (`int`):
             At least 1; the calling thread is one of them.
     """
-    pointer = parameters.data_ptr()
+    pointer, _ = parameters.buffer_info()
     if num_threads == 1:
         _callable(address)(pointer)
         return

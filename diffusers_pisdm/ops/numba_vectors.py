@@ -87,7 +87,10 @@ _ROUND = 1.5 * 2**23 + 127.0
 
 def _exp2(builder, x):
     # From -127 down the scale is 0, from 128 up it is infinity: underflow and overflow come out right.
-    x = _clamp(builder, x, -127.0, 128.0)
+    return _exp2_bounded(builder, _clamp(builder, x, -127.0, 128.0))
+
+
+def _exp2_bounded(builder, x):
     rounded = builder.fadd(x, _constant(_ROUND))
     fraction = builder.fsub(x, builder.fsub(rounded, _constant(_ROUND)))
     scale = builder.shl(builder.bitcast(rounded, _INT_VECTOR), _int_constant(23))
@@ -99,9 +102,12 @@ _ATANH = (1.0, 0.3333320915699005, 0.2001076340675354, 0.14000903069972992, 0.14
 _LOG2E = 1.4426950408889634
 
 
+def _absolute(builder, x):
+    return builder.call(_declare(builder, "llvm.fabs.v16f32", _VECTOR, [_VECTOR]), [x])
+
+
 def _exp_minus_abs(builder, x):
-    absolute = builder.call(_declare(builder, "llvm.fabs.v16f32", _VECTOR, [_VECTOR]), [x])
-    return _exp2(builder, builder.fmul(absolute, _constant(-_LOG2E)))
+    return _exp2(builder, builder.fmul(_absolute(builder, x), _constant(-_LOG2E)))
 
 
 def _softplus(builder, x):
@@ -116,7 +122,6 @@ def _softplus(builder, x):
 def _sigmoid(builder, x):
     y = _exp_minus_abs(builder, x)
     top = builder.select(builder.fcmp_ordered("<", x, _constant(0.0)), y, _constant(1.0))
-    # x * 0 keeps NaN, which the comparison above would turn into a number at the top.
     return builder.fdiv(top, builder.fadd(y, _constant(1.0)))
 
 
@@ -131,6 +136,10 @@ def _vector_function(emit, num_arguments):
 
         def typing(typingctx, a):
             return (float32x16(float32x16), lower) if a == float32x16 else None
+    elif num_arguments == 2:
+
+        def typing(typingctx, a, b):
+            return (float32x16(float32x16, float32x16), lower) if a == float32x16 else None
     else:
 
         def typing(typingctx, a, b, c):
@@ -140,8 +149,12 @@ def _vector_function(emit, num_arguments):
 
 
 exp2 = _vector_function(_exp2, 1)
+exp2_bounded = _vector_function(_exp2_bounded, 1)  # for -127 <= x < 128 or NaN
 softplus = _vector_function(_softplus, 1)
 sigmoid = _vector_function(_sigmoid, 1)
+absolute = _vector_function(_absolute, 1)
+# Ignores NaN in `b`.
+maximum = _vector_function(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", b, a), b, a), 2)
 multiply_add = _vector_function(_multiply_add, 3)
 
 
@@ -179,35 +192,40 @@ def _pointer(builder, address, pointee):
     return builder.inttoptr(address, ir.PointerType(pointee))
 
 
-@intrinsic
-def load(typingctx, address):
-    """The 16 floats at `address`, which need not be aligned."""
-
-    def lower(context, builder, signature, arguments):
-        return builder.load(_pointer(builder, arguments[0], _VECTOR), align=4)
-
-    return float32x16(types.int64), lower
+def _element(builder, address, index, pointee):
+    """Pointer to the element `index` of an array that starts at the integer `address`."""
+    return builder.gep(_pointer(builder, address, pointee), [index], source_etype=pointee)
 
 
 @intrinsic
-def store(typingctx, address, vector):
-    """Write 16 floats to `address`, which need not be aligned."""
+def load(typingctx, address, index):
+    """The vector `index` at `address`, which need not be aligned."""
 
     def lower(context, builder, signature, arguments):
-        builder.store(arguments[1], _pointer(builder, arguments[0], _VECTOR), align=4)
+        return builder.load(_element(builder, *arguments, _VECTOR), align=4)
+
+    return float32x16(types.int64, types.int64), lower
+
+
+@intrinsic
+def store(typingctx, address, index, vector):
+    """Write the vector `index` at `address`, which need not be aligned."""
+
+    def lower(context, builder, signature, arguments):
+        builder.store(arguments[2], _element(builder, *arguments[:2], _VECTOR), align=4)
         return context.get_dummy_value()
 
-    return types.void(types.int64, float32x16), lower
+    return types.void(types.int64, types.int64, float32x16), lower
 
 
 @intrinsic
-def load_splat(typingctx, address):
-    """The one float at `address` in each lane."""
+def load_splat(typingctx, address, index):
+    """The float `index` at `address` in each lane."""
 
     def lower(context, builder, signature, arguments):
-        return _broadcast(builder, builder.load(_pointer(builder, arguments[0], _FLOAT), align=4))
+        return _broadcast(builder, builder.load(_element(builder, *arguments, _FLOAT), align=4))
 
-    return float32x16(types.int64), lower
+    return float32x16(types.int64, types.int64), lower
 
 
 def _first_lanes(builder, count):
@@ -244,7 +262,7 @@ def _store_masked(typingctx, address, vector, count):
 def load_first(address, count):
     """The first `count` <= 16 floats at `address`, zero in the other lanes; memory behind them is not touched."""
     if count == 16:
-        return load(address)
+        return load(address, 0)
     return _load_masked(address, count)
 
 
@@ -252,55 +270,95 @@ def load_first(address, count):
 def store_first(address, vector, count):
     """Write the first `count` <= 16 lanes to `address`; memory behind them is not touched."""
     if count == 16:
-        store(address, vector)
+        store(address, 0, vector)
     else:
         _store_masked(address, vector, count)
 
 
 @intrinsic
-def lane_sum(typingctx, vector):
-    """The sum of the 16 lanes, added pairwise (an order that does not depend on the CPU)."""
+def store_lane_sums(typingctx, address, index, a, b, c, d):
+    """Write the sum of each vector's lanes to the floats `index` to `index + 3` at `address`."""
 
     def lower(context, builder, signature, arguments):
-        value = arguments[0]
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        for half in (8, 4, 2, 1):
-            order = [(lane + half) % LANES for lane in range(LANES)]
-            value = builder.fadd(value, builder.shuffle_vector(value, undefined, ir.Constant(_INT_VECTOR, order)))
-        return builder.extract_element(value, ir.Constant(_INT, 0))
+        def fold(x, y, halves):
+            # Adds the second half of each run of lanes to its first half, x's runs before y's.
+            first, second = (ir.Constant(ir.VectorType(_INT, len(half)), half) for half in halves)
+            return builder.fadd(builder.shuffle_vector(x, y, first), builder.shuffle_vector(x, y, second))
 
-    return types.float32(float32x16), lower
+        def halves(run, lanes):
+            starts = range(0, lanes, run)
+            return [[start + half + lane for start in starts for lane in range(run // 2)] for half in (0, run // 2)]
+
+        a, b, c, d = arguments[2:]
+        sums = fold(fold(a, b, halves(16, 32)), fold(c, d, halves(16, 32)), halves(8, 32))
+        sums = fold(sums, sums, halves(4, 16))
+        sums = fold(sums, sums, halves(2, 8))
+        builder.store(
+            sums, builder.bitcast(_element(builder, *arguments[:2], _FLOAT), ir.PointerType(sums.type)), align=4
+        )
+        return context.get_dummy_value()
+
+    vectors = (float32x16,) * 4
+    return types.void(types.int64, types.int64, *vectors), lower
+
+
+@intrinsic
+def any_above(typingctx, vector, limits):
+    """Whether some lane is greater than that of `limits`; NaN is not."""
+
+    def lower(context, builder, signature, arguments):
+        mask = builder.bitcast(builder.fcmp_ordered(">", *arguments), ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", mask, ir.Constant(ir.IntType(LANES), 0))
+
+    return types.boolean(float32x16, float32x16), lower
+
+
+def _prefetch(for_writing):
+    def prefetch(typingctx, address):
+        def lower(context, builder, signature, arguments):
+            pointer = _pointer(builder, arguments[0], ir.IntType(8))
+            function = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, _INT, _INT, _INT])
+            # Keep in all caches (3), data (1).
+            builder.call(function, [pointer, *[ir.Constant(_INT, value) for value in (for_writing, 3, 1)]])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), lower
+
+    return intrinsic(prefetch)
+
+
+# Ask for the cache line at an address, which need not exist.
+prefetch, prefetch_write = _prefetch(0), _prefetch(1)
 
 
 def _scalar_memory(llvm_type, numba_type):
-    """Load and store intrinsics of one scalar type."""
+    """Load and store intrinsics for arrays of one scalar type."""
 
-    def load_scalar(typingctx, address):
+    def load_scalar(typingctx, address, index):
         def lower(context, builder, signature, arguments):
-            return builder.load(_pointer(builder, arguments[0], llvm_type), align=4)
+            return builder.load(_element(builder, *arguments, llvm_type), align=4)
 
-        return numba_type(types.int64), lower
+        return numba_type(types.int64, types.int64), lower
 
-    def store_scalar(typingctx, address, value):
+    def store_scalar(typingctx, address, index, value):
         def lower(context, builder, signature, arguments):
-            builder.store(arguments[1], _pointer(builder, arguments[0], llvm_type), align=4)
+            builder.store(arguments[2], _element(builder, *arguments[:2], llvm_type), align=4)
             return context.get_dummy_value()
 
-        return types.void(types.int64, numba_type), lower
+        return types.void(types.int64, types.int64, numba_type), lower
 
     return intrinsic(load_scalar), intrinsic(store_scalar)
 
 
 load_float, store_float = _scalar_memory(_FLOAT, types.float32)
-load_int, store_int = _scalar_memory(_LONG, types.int64)
+load_int, _ = _scalar_memory(_LONG, types.int64)
 
 
 @intrinsic
-def take_ticket(typingctx, address):
-    """Atomically increment the int64 at `address` and return its old value: threads draw their work with it."""
+def take_ticket(typingctx, address, index):
+    """Atomically increment the int64 `index` at `address`; return its old value. Threads draw their work with it."""
 
     def lower(context, builder, signature, arguments):
-        pointer = _pointer(builder, arguments[0], _LONG)
-        return builder.atomic_rmw("add", pointer, ir.Constant(_LONG, 1), "monotonic")
+        return builder.atomic_rmw("add", _element(builder, *arguments, _LONG), ir.Constant(_LONG, 1), "monotonic")
 
-    return types.int64(types.int64), lower
+    return types.int64(types.int64, types.int64), lower

@@ -1,7 +1,7 @@
 """Selective scan on the CPU: Numba kernels as operators of torch, differentiable, traceable and exportable.
 
-The kernels want channels adjacent in memory (`(B, L, D)` order) and take any strides over batch and length; tensors in
-another order are copied to it. Results are in `(B, L, D)` order.
+Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
+Kernels compute in float32 whatever the inputs' dtypes; results and gradients are cast to these.
 """
 
 from __future__ import annotations
@@ -10,98 +10,42 @@ import functools
 
 import torch
 
-from .numba_parallel import run_kernel
+from .numba_launch import LANES, ceil_div, channels_last, empty_channels_last, launch, split_channels
+
+
+CHUNK = 32  # steps between two states kept for the backward
+FOUR = 4  # states are done four at a time
 
 
 @functools.cache
-def _kernels():
-    """The kernels' module and their addresses; Numba is imported and compiles here, at the first scan."""
-    from . import selective_scan_numba_kernels as kernels
+def _kernel(name: str):
+    """The kernels' module and the address of one of them. Numba is imported and compiles here, at the first call."""
+    from . import selective_scan_numba_kernels
     from .numba_compile import kernel_address
 
-    return kernels, kernel_address(kernels.forward_kernel), kernel_address(kernels.backward_kernel)
+    return selective_scan_numba_kernels, kernel_address(getattr(selective_scan_numba_kernels, name))
 
 
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` (B, D, L) in float32 with adjacent channels: itself where it already is so."""
-    x = x.float()
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.mT.contiguous().mT
-
-
-def _empty_channels_last(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-    batch, channels, length = shape
-    return like.new_empty(batch, length, channels, dtype=torch.float32).mT
-
-
-def _sequence(x: torch.Tensor | None) -> tuple[int, int, int, int]:
-    """The four parameters of a sequence tensor."""
-    if x is None:
-        return (0, 0, 0, 0)
-    batch, middle, length = x.stride()
-    return (x.data_ptr(), batch * 4, middle * 4, length * 4)
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _ceil16(channels: int) -> int:
-    return (channels + 15) // 16 * 16
-
-
-CHUNK = 32
-
-
-def _num_chunks(length: int) -> int:
-    return (length + CHUNK - 1) // CHUNK
-
-
-def _kept_shape(u: torch.Tensor, A: torch.Tensor, keep: bool) -> tuple[int, int, int, int]:
-    """Shape of the states kept for the backward: those before each chunk but the first, which are zero."""
-    kept = _num_chunks(u.shape[2]) - 1 if keep else 0
-    return (u.shape[0], kept, (A.shape[1] + 3) // 4 * 4, _ceil16(u.shape[1]))
-
-
-def _prepare(u, delta, A, B, C, D, z, delta_bias):
-    return (
-        _channels_last(u),
-        _channels_last(delta),
-        A.float().t().contiguous(),  # (N, D)
-        B.float(),
-        C.float(),
-        None if D is None else D.float().contiguous(),
-        None if z is None else _channels_last(z),
-        None if delta_bias is None else delta_bias.float().contiguous(),
-    )
-
-
-def _run(address, scratch_bytes, u, A, softplus, kept, D, delta_bias, sequences):
+def _kept_shape(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> tuple[int, int, int, int]:
+    """The states before each chunk but the first, which are zero; no chunk without `keep_states`."""
     batch, channels, length = u.shape
-    blocks = (channels + 255) // 256
-    units = batch * blocks
-    threads = max(1, min(torch.get_num_threads(), units))
-    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
-    parameters = [
-        0,
-        0,
-        units,
-        blocks,
-        scratch.data_ptr(),
-        scratch_bytes,
-        channels,
-        length,
-        A.shape[0],
-        int(softplus),
-        kept.data_ptr() if kept is not None else 0,
-        A.data_ptr(),
-        _address(D),
-        _address(delta_bias),
-        0,
-        _ceil16(channels),
-    ]
-    for sequence in sequences:
-        parameters.extend(_sequence(sequence) if sequence is None or sequence.ndim == 3 else (sequence.data_ptr(), 0, 0, 0))
-    run_kernel(address, torch.tensor(parameters, dtype=torch.int64), threads)
+    return batch, ceil_div(length, CHUNK) - 1 if keep_states else 0, A.shape[1], ceil_div(channels, LANES) * LANES
+
+
+def _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """The inputs as the kernels take them, by their index in the parameter array."""
+    return {
+        kernels.STATES: A.shape[1],
+        kernels.SOFTPLUS: int(delta_softplus),
+        kernels.U: channels_last(u),
+        kernels.DELTA: channels_last(delta),
+        kernels.A: A.float().t().contiguous(),  # (N, D)
+        kernels.B: B.float(),
+        kernels.C: C.float(),
+        kernels.D: None if D is None else D.float().contiguous(),
+        kernels.Z: None if z is None else channels_last(z),
+        kernels.BIAS: None if delta_bias is None else delta_bias.float().contiguous(),
+    }
 
 
 @torch.library.custom_op("diffusers_pisdm::selective_scan_numba", mutates_args=(), device_types="cpu")
@@ -117,30 +61,19 @@ def _scan(
     delta_softplus: bool,
     keep_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kernels, forward, _ = _kernels()
+    """The scan's output, and the kept states for the backward."""
+    kernels, address = _kernel("forward_kernel")
+    out = empty_channels_last(u)
     kept = u.new_empty(_kept_shape(u, A, keep_states), dtype=torch.float32)
-    out = _empty_channels_last(u.shape, u)
-    dtype = u.dtype
-    u, delta, A, B, C, D, z, delta_bias = _prepare(u, delta, A, B, C, D, z, delta_bias)
-    if u.numel():
-        _run(
-            forward,
-            kernels.forward_scratch_bytes(A.shape[0]),
-            u,
-            A,
-            delta_softplus,
-            kept if keep_states else None,
-            D,
-            delta_bias,
-            (u, delta, z, out, B, C),
-        )
-    return out.to(dtype), kept
+    parameters = _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    parameters |= {kernels.OUT: out, kernels.KEPT: kept.data_ptr()}
+    launch(kernels, address, kernels.forward_scratch_bytes, A.shape[1], u.shape, parameters)
+    return out.to(u.dtype), kept
 
 
 @_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states):
-    out = _empty_channels_last(u.shape, u).to(u.dtype)
-    return out, u.new_empty(_kept_shape(u, A, keep_states), dtype=torch.float32)
+    return empty_channels_last(u, u.dtype), u.new_empty(_kept_shape(u, A, keep_states), dtype=torch.float32)
 
 
 @torch.library.custom_op("diffusers_pisdm::selective_scan_numba_backward", mutates_args=(), device_types="cpu")
@@ -158,66 +91,54 @@ def _scan_backward(
     delta_softplus: bool,
 ) -> list[torch.Tensor]:
     """Gradients of u, delta, A, B, C, D, z and the bias; empty tensors for what is absent."""
-    kernels, _, backward = _kernels()
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    kernels, address = _kernel("backward_kernel")
     batch, channels, length = u.shape
-    states, padded = A.shape[1], _ceil16(channels)
-    grad_u = _empty_channels_last(u.shape, u)
-    grad_delta = _empty_channels_last(u.shape, u)
-    grad_z = None if z is None else _empty_channels_last(u.shape, u)
-    # Partial sums: one row a batch element, for B and C one a block of channels.
-    grad_A = torch.empty(batch, states, padded)
-    grad_D = torch.empty(batch, padded)
-    grad_bias = torch.empty(batch, padded)
-    grad_B = torch.empty((channels + 255) // 256, batch, length, states)
-    grad_C = torch.empty_like(grad_B)
-    u, delta, A, B, C, D, z, delta_bias = _prepare(*inputs)
-    if u.numel():
-        _run(
-            backward,
-            kernels.backward_scratch_bytes(states),
-            u,
-            A,
-            delta_softplus,
-            kept,
-            D,
-            delta_bias,
-            (u, delta, z, None, B, C, _channels_last(grad_out), grad_u, grad_delta, grad_z)
-            + (grad_A[None, ...], grad_D, grad_bias, grad_B, grad_C),
-        )
-    gradients = (
-        grad_u,
-        grad_delta,
-        grad_A.sum(0)[:, :channels].t(),
-        grad_B.sum(0).mT,
-        grad_C.sum(0).mT,
-        grad_D.sum(0)[:channels],
-        grad_z,
-        grad_bias.sum(0)[:channels],
-    )
+    states = A.shape[1]
+    blocks, _ = split_channels(batch, channels)
+    padded_channels = ceil_div(channels, LANES) * LANES
+    grad_u, grad_delta = empty_channels_last(u), empty_channels_last(u)
+    grad_z = None if z is None else empty_channels_last(u)
+    # Each unit of work writes its own partial sums; they are added below, in an order that is always the same.
+    grad_A = torch.empty(batch, states * padded_channels)
+    grad_D, grad_bias = torch.empty(2, batch, padded_channels)
+    grad_B, grad_C = torch.empty(2, blocks, batch * length * states)
+    parameters = _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus) | {
+        kernels.KEPT: kept,
+        kernels.GRAD_OUT: channels_last(grad_out),
+        kernels.GRAD_U: grad_u,
+        kernels.GRAD_DELTA: grad_delta,
+        kernels.GRAD_Z: grad_z,
+        kernels.GRAD_A: grad_A,
+        kernels.GRAD_D: grad_D,
+        kernels.GRAD_BIAS: grad_bias,
+        kernels.GRAD_B: grad_B,
+        kernels.GRAD_C: grad_C,
+    }
+    parameters[kernels.KEPT] = kept.data_ptr()
+    launch(kernels, address, kernels.backward_scratch_bytes, states, u.shape, parameters)
     return [
-        grad_out.new_empty(0) if tensor is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(gradients, inputs)
+        grad_u.to(u.dtype),
+        grad_delta.to(delta.dtype),
+        grad_A.sum(0).view(states, -1)[:, :channels].t().to(A.dtype, copy=True).contiguous(),
+        grad_B.sum(0).view(batch, length, states).mT.to(B.dtype),
+        grad_C.sum(0).view(batch, length, states).mT.to(C.dtype),
+        grad_out.new_empty(0) if D is None else grad_D.sum(0)[:channels].to(D.dtype, copy=True),
+        grad_out.new_empty(0) if z is None else grad_z.to(z.dtype),
+        grad_out.new_empty(0) if delta_bias is None else grad_bias.sum(0)[:channels].to(delta_bias.dtype, copy=True),
     ]
 
 
 @_scan_backward.register_fake
 def _(grad_out, kept, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    def channels_last(x):
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).mT
-
-    def vector(x):
-        return grad_out.new_empty(0) if x is None else x.new_empty(x.shape)
-
     return [
-        channels_last(u),
-        channels_last(delta),
-        A.new_empty(A.shape[1], A.shape[0]).t(),
-        channels_last(B),
-        channels_last(C),
-        vector(D),
-        grad_out.new_empty(0) if z is None else channels_last(z),
-        vector(delta_bias),
+        empty_channels_last(u, u.dtype),
+        empty_channels_last(delta, delta.dtype),
+        A.new_empty(A.shape),
+        empty_channels_last(B, B.dtype),
+        empty_channels_last(C, C.dtype),
+        grad_out.new_empty(0) if D is None else D.new_empty(D.shape),
+        grad_out.new_empty(0) if z is None else empty_channels_last(z, z.dtype),
+        grad_out.new_empty(0) if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
     ]
 
 
@@ -239,6 +160,20 @@ def _backward(ctx, grad_out, grad_kept):
 _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _fill_fours(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The same system with a multiple of four states.
+
+    The last states are repeated, two or four times, and their read-outs are shared out: exact, since these are powers
+    of two. A state of zeros would not do, as it turns an infinite input into NaN.
+    """
+    states = A.shape[1]
+    repeats = [1] * (states // FOUR * FOUR) + {0: [], 1: [4], 2: [2, 2], 3: [1, 1, 2]}[states % FOUR]
+    index = [state for state, count in enumerate(repeats) for _ in range(count)]
+    share = C.new_tensor([1 / repeats[state] for state in index])
+    return A[:, index], B[:, index], C[:, index] * share[:, None]
+
+
 def selective_scan_numba(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -250,6 +185,23 @@ def selective_scan_numba(
     delta_bias: torch.Tensor | None = None,
     delta_softplus: bool = False,
 ) -> torch.Tensor:
+    r"""
+    Selective scan with compiled CPU kernels; arguments as of [`~ops.selective_scan`], of any strides.
+
+    All arithmetic is float32. The result has `u`'s dtype and is a transposed, contiguous (batch, length, channels)
+    tensor. The backward keeps one state in 32 steps and recomputes the others: memory is linear in the length. The
+    first call compiles the kernels, or loads them from Numba's cache.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, length)`.
+
+    Raises:
+        NotImplementedError: if a tensor is float64, which only the other backends compute in, or not on the CPU.
+    """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep)[0]
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        raise NotImplementedError("The 'numba' backend computes in float32: use backend='torch' for float64.")
+    keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if A.shape[1] % FOUR:
+        A, B, C = _fill_fours(A, B, C)
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states)[0]
