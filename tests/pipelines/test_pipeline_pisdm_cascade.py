@@ -361,7 +361,8 @@ def test_fractional_timesteps_reach_the_model_unrounded():
     pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: timesteps.append(kwargs["timestep"]), with_kwargs=True
     )
-    run(pipe, num_inference_steps=7)
+    latents = run(pipe, num_inference_steps=7, output_type="latent").images
+    assert latents.dtype == torch.float32  # this scheduler returns the precision of the model's output
     expected = np.linspace(999, 0, 7, dtype=np.float32)
     np.testing.assert_array_equal([timestep[0].item() for timestep in timesteps], expected)
 
@@ -371,7 +372,9 @@ def test_model_cpu_offload():
     pipe = make_cascade(2)
     expected = run(pipe).images
     pipe.enable_model_cpu_offload(device="cpu")
+    hooks = list(pipe._all_hooks)
     np.testing.assert_allclose(run(pipe).images, expected, atol=1e-5)
+    assert not set(map(id, pipe._all_hooks)) & set(map(id, hooks))  # the models were put back after the run
     np.testing.assert_allclose(run(pipe).images, expected, atol=1e-5)
 
 
