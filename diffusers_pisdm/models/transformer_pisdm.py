@@ -49,7 +49,7 @@ class PISDMTransformer2DModelOutput(BaseOutput):
     features: torch.Tensor | None = None  # always given; accelerate's hooks rebuild outputs from a dict alone
 
 
-@cached_table
+@cached_table(maxsize=32)
 def sincos_position_embedding(
     height: int, width: int, dim: int, base_size: int, *, device: torch.device | str | None = None
 ) -> torch.Tensor:

@@ -12,28 +12,31 @@ import torch
 Table = TypeVar("Table")
 
 
-def cached_table(build: Callable[..., Table]) -> Callable[..., Table]:
+def cached_table(maxsize: int) -> Callable[[Callable[..., Table]], Callable[..., Table]]:
     """
     Decorates a function of hashable arguments and the keyword `device` that builds constant tensors: eager calls share
-    one copy per argument set and device, the last 32 of them. Compiled and exported graphs build the table themselves,
-    since their sizes may be symbolic, and so do calls under a mode that makes tensors of another kind (fake tensors,
-    say): those are of no use to anybody else.
+    one copy per argument set and device, the last `maxsize` of them. Compiled and exported graphs build the table
+    themselves, since their sizes may be symbolic, and so do calls under a mode that makes tensors of another kind
+    (fake tensors, say): those are of no use to anybody else.
     """
 
-    @lru_cache(maxsize=32)
-    def build_once(*args, **kwargs) -> Table:
-        # A tensor made inside `torch.inference_mode()` could never be used for training afterwards.
-        with torch.inference_mode(False):
-            return build(*args, **kwargs)
+    def decorate(build: Callable[..., Table]) -> Callable[..., Table]:
+        @lru_cache(maxsize=maxsize)
+        def build_once(*args, **kwargs) -> Table:
+            # A tensor made inside `torch.inference_mode()` could never be used for training afterwards.
+            with torch.inference_mode(False):
+                return build(*args, **kwargs)
 
-    @wraps(build)
-    def table(*args, device: torch.device | str | None = None, **kwargs) -> Table:
-        if torch.compiler.is_compiling():
-            return build(*args, device=device, **kwargs)
-        # What a tensor made here and now is, and where: `device` may be None, or "cuda" without an index.
-        probe = torch.empty(0, device=device)
-        if type(probe) is not torch.Tensor:
-            return build(*args, device=device, **kwargs)
-        return build_once(*args, device=probe.device, **kwargs)
+        @wraps(build)
+        def table(*args, device: torch.device | str | None = None, **kwargs) -> Table:
+            if torch.compiler.is_compiling():
+                return build(*args, device=device, **kwargs)
+            # What a tensor made here and now is, and where: `device` may be None, or "cuda" without an index.
+            probe = torch.empty(0, device=device)
+            if type(probe) is not torch.Tensor:
+                return build(*args, device=device, **kwargs)
+            return build_once(*args, device=probe.device, **kwargs)
 
-    return table
+        return table
+
+    return decorate

@@ -100,7 +100,7 @@ class TokenMove(NamedTuple):
     inverse: torch.Tensor | None
 
 
-@cached_table
+@cached_table(maxsize=32)
 def scan_transitions(
     height: int,
     width: int,
@@ -133,43 +133,91 @@ def scan_transitions(
         `list[TokenMove | None]` of `len(directions) + 1` moves; `None` where nothing moves (for the last one: where
         dropping the prefix is all there is to do).
     """
-    num_pixels = height * width
-    prefix = torch.arange(num_prefix_tokens, device=device)
-    paths = {d: scan_path(height, width, d, snake, num_padding_tokens, device) for d in set(directions)}
-    inverses = {d: invert_scan_path(path) for d, path in paths.items()}
+    # Compiled graphs take the indices from an operator: building them would be most of the graph.
+    build_index = _move_index_op if torch.compiler.is_compiling() else _build_move_index
+    device = None if device is None else torch.device(device)
 
-    def enter(direction: str) -> TokenMove:
-        path = paths[direction]
-        if num_padding_tokens > 0:
-            pad = num_pixels + (path - num_pixels) % num_padding_tokens
-            path = torch.where(path >= num_pixels, pad, path)
-        return TokenMove(torch.cat([prefix, num_prefix_tokens + path]), None)
+    def index(before: str | None, after: str | None) -> torch.Tensor:
+        return build_index(height, width, before, after, snake, num_padding_tokens, num_prefix_tokens, device)
 
     def change(before: str, after: str) -> TokenMove:
-        path = paths[after]
-        lines_before, lines_after = _num_lines(height, width, before), _num_lines(height, width, after)
         # In a compiled graph of symbolic sizes the second question goes unanswered, and squares count as rectangles.
-        is_permutation = num_padding_tokens == 0 or statically_known_true(lines_before == lines_after)
-        if not is_permutation:
-            pad = path - num_pixels
-            line = pad // num_padding_tokens * lines_before // lines_after
-            nearest = num_pixels + line * num_padding_tokens + pad % num_padding_tokens
-            path = torch.where(path >= num_pixels, nearest, path)
-        index = torch.cat([prefix, num_prefix_tokens + inverses[before][path]])
-        return TokenMove(index, invert_scan_path(index) if is_permutation else None)
+        is_permutation = num_padding_tokens == 0 or statically_known_true(
+            _num_lines(height, width, before) == _num_lines(height, width, after)
+        )
+        return TokenMove(index(before, after), index(after, before) if is_permutation else None)
 
     # Layers repeat a few pairs of directions: each pair is built once and shared.
-    changes = {
-        (before, after): change(before, after)
-        for before, after in set(zip(directions, directions[1:]))
-        if before != after
-    }
-    first = last = None
-    if num_padding_tokens > 0 or snake or directions[0] != SCAN_DIRECTIONS[0]:
-        first = enter(directions[0])
-    if num_padding_tokens > 0 or snake or directions[-1] != SCAN_DIRECTIONS[0]:
-        last = TokenMove(num_prefix_tokens + inverses[directions[-1]][:num_pixels], None)
-    return [first, *(changes.get(pair) for pair in zip(directions, directions[1:])), last]
+    pairs = list(zip(directions, directions[1:]))
+    changes = {pair: change(*pair) for pair in dict.fromkeys(pairs) if pair[0] != pair[1]}
+    is_raster = num_padding_tokens == 0 and not snake
+    enters = leaves = None
+    if not is_raster or directions[0] != SCAN_DIRECTIONS[0]:
+        enters = TokenMove(index(None, directions[0]), None)
+    if not is_raster or directions[-1] != SCAN_DIRECTIONS[0]:
+        leaves = TokenMove(index(directions[-1], None), None)
+    return [enters, *(changes.get(pair) for pair in pairs), leaves]
+
+
+def _build_move_index(
+    height: int,
+    width: int,
+    before: str | None,
+    after: str | None,
+    snake: bool,
+    num_padding_tokens: int,
+    num_prefix_tokens: int,
+    device: torch.device | None,
+) -> torch.Tensor:
+    """
+    One index of [`scan_transitions`]: from the order `before` (`None`: prefix, raster order, one set of padding
+    tokens) to the order `after` (`None`: raster order, image tokens alone).
+    """
+    num_pixels = height * width
+    if after is None:
+        path = torch.arange(num_pixels, device=device)
+    else:
+        path = scan_path(height, width, after, snake, num_padding_tokens, device)
+        if num_padding_tokens > 0:
+            line, pad = (path - num_pixels) // num_padding_tokens, (path - num_pixels) % num_padding_tokens
+            if before is None:
+                line = torch.zeros_like(line)
+            else:
+                line = line * _num_lines(height, width, before) // _num_lines(height, width, after)
+            path = torch.where(path >= num_pixels, num_pixels + line * num_padding_tokens + pad, path)
+    if before is not None:
+        path = invert_scan_path(scan_path(height, width, before, snake, num_padding_tokens, device))[path]
+    if after is None:
+        return num_prefix_tokens + path
+    return torch.cat([torch.arange(num_prefix_tokens, device=device), num_prefix_tokens + path])
+
+
+@cached_table(maxsize=256)
+def _move_index_table(*arguments, device: torch.device | None) -> torch.Tensor:
+    return _build_move_index(*arguments, device)
+
+
+@torch.library.custom_op("diffusers_pisdm::token_move_index", mutates_args=())
+def _move_index_op(
+    height: int,
+    width: int,
+    before: str | None,
+    after: str | None,
+    snake: bool,
+    num_padding_tokens: int,
+    num_prefix_tokens: int,
+    device: torch.device | None,
+) -> torch.Tensor:
+    arguments = (height, width, before, after, snake, num_padding_tokens, num_prefix_tokens)
+    return _move_index_table(*arguments, device=device).clone()  # the graph may reuse its memory
+
+
+@_move_index_op.register_fake
+def _(height, width, before, after, snake, num_padding_tokens, num_prefix_tokens, device):
+    length = height * width
+    if after is not None:
+        length = num_prefix_tokens + length + _num_lines(height, width, after) * num_padding_tokens
+    return torch.empty(length, dtype=torch.int64, device=device)
 
 
 def _num_lines(height: int, width: int, direction: str) -> int:
