@@ -22,8 +22,8 @@ def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int]) -> torch.Tens
 
 def augment_low_res(low_res: torch.Tensor, noise: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
     r"""
-    Mixes noise into the condition, keeping its variance: `sqrt(1 - level^2) * low_res + level * noise`. In training the
-    level is drawn per sample, so that a stage learns not to trust the errors of the one below.
+    Mixes noise into the condition, keeping its variance: `sqrt(1 - level^2) * low_res + level * noise`. In training
+    the level is drawn per sample, so that a stage learns not to trust the errors of the one below.
 
     Args:
         low_res (`torch.Tensor` of shape `(B, C, H, W)`): The upsampled low-resolution image.
