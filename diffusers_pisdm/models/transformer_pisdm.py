@@ -405,7 +405,8 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             else:
                 hidden_states = block(*inputs)  # (B, L, D)
             if self.config.long_skips and i < num_layers // 2:
-                skips.append(hidden_states)
+                # A view: the middle layer gets this tensor twice, and torch.compile would compile it anew for that.
+                skips.append(hidden_states[:])
 
         # 4. Output
         if to_raster is None:

@@ -239,8 +239,8 @@ def test_a_skip_brings_its_mirror_images_output():
         block.register_forward_hook(lambda block, args, out, i=i: seen.update({i: (args, out)}))
     run(model, **make_inputs(model))
     assert [len(args) for args, _ in seen.values()] == [2, 2, 2, 3, 3]
-    assert seen[3][0][2] is seen[1][1]
-    assert seen[4][0][2] is seen[0][1]
+    assert seen[3][0][2].data_ptr() == seen[1][1].data_ptr()
+    assert seen[4][0][2].data_ptr() == seen[0][1].data_ptr()
 
 
 def test_positions_interpolate():
