@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from typing_extensions import Self
 
 
@@ -37,13 +38,13 @@ class StrictLoadingMixin:
         Loads as diffusers does, but from safetensors only, unless `use_safetensors=False` asks for pickled weights.
 
         Raises:
-            OSError: Weights are missing, pickled, truncated or corrupt.
+            OSError: Weights are missing, incomplete, pickled, truncated or corrupt.
             ValueError: The configuration holds an unknown key.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
             message = str(error).strip()
             remedy = _find_remedy(message)
@@ -54,6 +55,15 @@ class StrictLoadingMixin:
             if name and not Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", name[1]).exists():
                 message = f"{message} {pickled}"  # what diffusers says where it would read pickles
             raise OSError(f"{message} {remedy}") from error
+        if isinstance(loaded, torch.nn.Module) and getattr(loaded, "hf_device_map", None) is None:
+            # diffusers leaves parameters that the file lacks without memory, and warns.
+            missing = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
+            if missing:
+                raise OSError(
+                    f"The weights of {cls.__name__} in {pretrained_model_name_or_path} lack {', '.join(missing)}."
+                    f" Remedy: copy or download weights and `{cls.config_name}` again; they do not belong together."
+                )
+        return loaded
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:

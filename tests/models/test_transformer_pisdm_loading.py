@@ -108,6 +108,13 @@ def test_exponential_average(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded.shadow_params, ema.shadow_params))
 
 
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, {"": "disk"}], ids=str)
+def test_device_map(folder, tmp_path, device_map):
+    offload_folder = tmp_path / "offloaded" if device_map == {"": "disk"} else None
+    model = PISDMTransformer2DModel.from_pretrained(folder, device_map=device_map, offload_folder=offload_folder)
+    assert torch.equal(run(model), run(make_model()))
+
+
 # --- Precision -------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +209,19 @@ def test_pickled_weights_are_refused(folder):
     ):
         PISDMTransformer2DModel.from_pretrained(folder)
     assert torch.equal(run(PISDMTransformer2DModel.from_pretrained(folder, use_safetensors=False)), run(make_model()))
+
+
+def test_incomplete_weights(folder):
+    path = folder / WEIGHTS
+    tensors = load_file(path)
+    del tensors["proj_out.bias"], tensors["transformer_blocks.2.mixer.D"]
+    save_file(tensors, path)
+    with pytest.raises(OSError) as error:
+        PISDMTransformer2DModel.from_pretrained(folder)
+    assert str(error.value) == (
+        f"The weights of PISDMTransformer2DModel in {folder} lack transformer_blocks.2.mixer.D, proj_out.bias. Remedy:"
+        " copy or download weights and `config.json` again; they do not belong together."
+    )
 
 
 def test_weights_of_another_shape(folder):

@@ -204,6 +204,16 @@ def test_group_offloading_brings_every_parameter_in_time(offload_type):
 
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offloading_to_disk(tmp_path, offload_type):
+    model = make_model()
+    kwargs = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    model.enable_group_offload(CPU, offload_type=offload_type, offload_to_disk_path=str(tmp_path), **kwargs)
+    assert list(tmp_path.glob("*.safetensors"))
+    with torch.inference_mode():
+        assert torch.equal(run(model), run(make_model()))
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_group_offloading_with_layerwise_casting(offload_type):
     model = make_model()
     kwargs = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
