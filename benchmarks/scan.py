@@ -210,7 +210,7 @@ def draw(rows: list[dict], path: Path) -> None:
         for axis, mode in zip(line, MODES):
             timed = [r for r in rows if tuple(r["shape"]) == shape and r["mode"] == mode and r["median"] is not None]
             bars = axis.barh([row["candidate"] for row in timed], [row["median"] for row in timed])
-            axis.bar_label(bars, [f"{row['median']:.3g} ms" for row in timed], padding=3)
+            axis.bar_label(bars, [f"{row['median']:,.0f} ms" for row in timed], padding=3)
             axis.set_xscale("log")
             axis.invert_yaxis()
             axis.margins(x=0.3)
