@@ -26,10 +26,15 @@ def _kernel(name: str):
     return selective_scan_numba_kernels, kernel_address(getattr(selective_scan_numba_kernels, name))
 
 
-def _kept_shape(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> tuple[int, int, int, int]:
-    """The states before each chunk but the first, which are zero; no chunk without `keep_states`."""
+def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
+    """
+    The number of floats in the states before each chunk.
+
+    They are kept as a flat tensor: an axis of chunks could have length 1, which a compiled graph would guard against.
+    """
     batch, channels, length = u.shape
-    return batch, ceil_div(length, CHUNK) - 1 if keep_states else 0, A.shape[1], ceil_div(channels, LANES) * LANES
+    chunks = ceil_div(length, CHUNK) if keep_states else 0
+    return batch * chunks * A.shape[1] * ceil_div(channels, LANES) * LANES
 
 
 def _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
@@ -64,16 +69,16 @@ def _scan(
     """The scan's output, and the kept states for the backward."""
     kernels, address = _kernel("forward_kernel")
     out = empty_channels_last(u)
-    kept = u.new_empty(_kept_shape(u, A, keep_states), dtype=torch.float32)
+    kept = u.new_empty(_num_kept(u, A, keep_states), dtype=torch.float32)
     parameters = _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    parameters |= {kernels.OUT: out, kernels.KEPT: kept.data_ptr()}
+    parameters |= {kernels.OUT: out, kernels.KEPT: kept}
     launch(kernels, address, kernels.forward_scratch_bytes, A.shape[1], u.shape, parameters)
     return out.to(u.dtype), kept
 
 
 @_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states):
-    return empty_channels_last(u, u.dtype), u.new_empty(_kept_shape(u, A, keep_states), dtype=torch.float32)
+    return empty_channels_last(u, u.dtype), u.new_empty(_num_kept(u, A, keep_states), dtype=torch.float32)
 
 
 @torch.library.custom_op("diffusers_pisdm::selective_scan_numba_backward", mutates_args=(), device_types="cpu")
@@ -114,7 +119,6 @@ def _scan_backward(
         kernels.GRAD_B: grad_B,
         kernels.GRAD_C: grad_C,
     }
-    parameters[kernels.KEPT] = kept.data_ptr()
     launch(kernels, address, kernels.backward_scratch_bytes, states, u.shape, parameters)
     return [
         grad_u.to(u.dtype),

@@ -171,7 +171,8 @@ def _forward_unit(parameters, unit, scratch):
     states = load_int(parameters, STATES)
     with_softplus = load_int(parameters, SOFTPLUS)
     with_gate = load_int(parameters, Z)
-    kept = load_int(parameters, KEPT)
+    with_skip = load_int(parameters, D)
+    keep_states = load_int(parameters, KEPT)
     padded_channels = load_int(parameters, PADDED_CHANNELS)
     u_stride = _stride(parameters, U)
     delta_stride = _stride(parameters, DELTA)
@@ -182,7 +183,7 @@ def _forward_unit(parameters, unit, scratch):
     channels = min(load_int(parameters, GROUPS) * 16, load_int(parameters, CHANNELS) - first_channel)
     groups = (channels + 15) // 16
     chunks = (length + CHUNK - 1) // CHUNK
-    kept += (batch * (chunks - 1) * states * padded_channels + first_channel) * 4
+    kept = keep_states + (batch * chunks * states * padded_channels + first_channel) * 4
 
     delta = scratch
     inputs = delta + ROWS
@@ -193,6 +194,7 @@ def _forward_unit(parameters, unit, scratch):
     state = rates + groups * states * VECTOR
     _load_rates(parameters, first_channel, channels, groups, states, rates)
     _clear(state, groups * states)
+    zero = splat(0.0)
 
     for chunk in range(chunks):
         start = chunk * CHUNK
@@ -203,9 +205,9 @@ def _forward_unit(parameters, unit, scratch):
             channel = first_channel + group * 16
             lanes = min(16, channels - group * 16)
             four = group * states * VECTOR  # of the first four states
-            if load_int(parameters, KEPT) != 0 and chunk > 0:
-                # (batch, chunks - 1, states, padded_channels): the zero state of the first chunk is not kept.
-                target = kept + ((chunk - 1) * states * padded_channels + group * 16) * 4
+            if keep_states != 0:
+                # (batch, chunks, states, padded_channels)
+                target = kept + (chunk * states * padded_channels + group * 16) * 4
                 for index in range(states):
                     store(target, 0, load(state + four, index))
                     target += padded_channels * 4
@@ -218,7 +220,7 @@ def _forward_unit(parameters, unit, scratch):
             delta_row = _row(parameters, DELTA, batch, start, channel)
             z_row = _row(parameters, Z, batch, start, channel)
             out_row = _row(parameters, OUT, batch, start, channel)
-            peak = splat(0.0)
+            peak = zero
             for step in range(steps):
                 prefetch(u_row + VECTOR)
                 prefetch(delta_row + VECTOR)
@@ -231,7 +233,8 @@ def _forward_unit(parameters, unit, scratch):
                 peak = maximum(peak, absolute(dt))
                 store(delta, step, dt)
                 store(inputs, step, dt * u)
-                store(output, step, skip * u)
+                # Without a skip no product with 0: that would make an infinite input NaN.
+                store(output, step, skip * u if with_skip != 0 else zero)
                 u_row += u_stride
                 delta_row += delta_stride
 
@@ -451,6 +454,7 @@ def _backward_unit(parameters, unit, scratch):
     states = load_int(parameters, STATES)
     with_softplus = load_int(parameters, SOFTPLUS)
     with_gate = load_int(parameters, Z)
+    with_skip = load_int(parameters, D)
     padded_channels = load_int(parameters, PADDED_CHANNELS)
     u_stride = _stride(parameters, U)
     delta_stride = _stride(parameters, DELTA)
@@ -465,7 +469,7 @@ def _backward_unit(parameters, unit, scratch):
     channels = min(load_int(parameters, GROUPS) * 16, load_int(parameters, CHANNELS) - first_channel)
     groups = (channels + 15) // 16
     chunks = (length + CHUNK - 1) // CHUNK
-    kept = load_int(parameters, KEPT) + (batch * (chunks - 1) * states * padded_channels + first_channel) * 4
+    kept = load_int(parameters, KEPT) + (batch * chunks * states * padded_channels + first_channel) * 4
 
     delta = scratch
     slope = delta + ROWS  # of softplus
@@ -515,7 +519,7 @@ def _backward_unit(parameters, unit, scratch):
             grad_u_row = _row(parameters, GRAD_U, batch, start, channel)
             grad_delta_row = _row(parameters, GRAD_DELTA, batch, start, channel)
             grad_z_row = _row(parameters, GRAD_Z, batch, start, channel)
-            peak = splat(0.0)
+            peak = zero
             for step in range(steps):
                 prefetch(u_row + step * u_stride + VECTOR)
                 prefetch(delta_row + VECTOR)
@@ -538,17 +542,17 @@ def _backward_unit(parameters, unit, scratch):
                 peak = maximum(peak, absolute(dt))
                 store(delta, step, dt)
                 store(inputs, step, dt * u)
-                store(output, step, skip * u)
+                store(output, step, skip * u if with_skip != 0 else zero)
                 store(grad_y, step, gy)
                 store(grad_inputs, step, zero)
                 store(grad_delta, step, zero)
                 delta_row += delta_stride
 
             four = group * states * VECTOR  # of the first four states
-            source = kept + ((chunk - 1) * states * padded_channels + group * 16) * 4
+            source = kept + (chunk * states * padded_channels + group * 16) * 4
             for index in range(0, states, 4):
                 for state in range(4):
-                    store(saved, state, load(source, 0) if chunk > 0 else zero)
+                    store(saved, state, load(source, 0))
                     source += padded_channels * 4
                 if _is_bounded(peak, rates + four):
                     _recompute_four(
@@ -606,7 +610,10 @@ def _backward_unit(parameters, unit, scratch):
                 u = load_first(u_row, lanes)
                 gy = load(grad_y, step)
                 gx = load(grad_inputs, step)
-                store_first(grad_u_row, multiply_add(gx, load(delta, step), skip * gy), lanes)
+                gu = gx * load(delta, step)
+                if with_skip != 0:
+                    gu = multiply_add(skip, gy, gu)
+                store_first(grad_u_row, gu, lanes)
                 gdt = multiply_add(load(grad_delta, step), ln2, gx * u)
                 if with_softplus != 0:
                     gdt = gdt * load(slope, step)
