@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,21 @@ def scan_path(
         ValueError: `direction` is unknown.
     """
     check_scan_direction(direction)
+    return _scan_path(
+        height, width, direction, snake, num_padding_tokens, _num_lines(height, width, direction), device
+    )
+
+
+def _scan_path(
+    height: int,
+    width: int,
+    direction: str,
+    snake: bool,
+    num_padding_tokens: int,
+    num_pad_lines: int,
+    device: torch.device | str | None,
+) -> torch.Tensor:
+    """[`scan_path`], whose lines share the padding tokens of `num_pad_lines` lines: each has those of the nearest."""
     axis, vertical, horizontal = direction.split("_")
 
     grid = torch.arange(height * width, device=device).view(height, width)  # (H, W)
@@ -80,6 +96,7 @@ def scan_path(
         line_ids = torch.arange(num_lines, device=device)
         if (vertical if axis == "row" else horizontal) in ("bottom", "right"):
             line_ids = line_ids.flip(0)
+        line_ids = line_ids * num_pad_lines // num_lines
         pads = torch.arange(num_padding_tokens, device=device) + line_ids[:, None] * num_padding_tokens
         lines = torch.cat([lines, height * width + pads], dim=1)  # (lines, length + P)
     return lines.reshape(-1)  # (L,)
@@ -133,12 +150,12 @@ def scan_transitions(
         `list[TokenMove | None]` of `len(directions) + 1` moves; `None` where nothing moves (for the last one: where
         dropping the prefix is all there is to do).
     """
-    # Compiled graphs take the indices from an operator: building them would be most of the graph.
-    build_index = _move_index_op if torch.compiler.is_compiling() else _build_move_index
-    device = None if device is None else torch.device(device)
-
-    def index(before: str | None, after: str | None) -> torch.Tensor:
-        return build_index(height, width, before, after, snake, num_padding_tokens, num_prefix_tokens, device)
+    sizes = (height, width, snake, num_padding_tokens, num_prefix_tokens)
+    if torch.compiler.is_compiling():
+        # From an operator: building them would be most of the graph.
+        index = partial(_move_index_op, *sizes, None if device is None else torch.device(device))
+    else:
+        index = _MoveIndices(*sizes, device)
 
     def change(before: str, after: str) -> TokenMove:
         # In a compiled graph of symbolic sizes the second question goes unanswered, and squares count as rectangles.
@@ -151,69 +168,78 @@ def scan_transitions(
     pairs = list(zip(directions, directions[1:]))
     changes = {pair: change(*pair) for pair in dict.fromkeys(pairs) if pair[0] != pair[1]}
     is_raster = num_padding_tokens == 0 and not snake
-    enters = leaves = None
+    enter = leave = None
     if not is_raster or directions[0] != SCAN_DIRECTIONS[0]:
-        enters = TokenMove(index(None, directions[0]), None)
+        enter = TokenMove(index(None, directions[0]), None)
     if not is_raster or directions[-1] != SCAN_DIRECTIONS[0]:
-        leaves = TokenMove(index(directions[-1], None), None)
-    return [enters, *(changes.get(pair) for pair in pairs), leaves]
+        leave = TokenMove(index(directions[-1], None), None)
+    return [enter, *(changes.get(pair) for pair in pairs), leave]
 
 
-def _build_move_index(
-    height: int,
-    width: int,
-    before: str | None,
-    after: str | None,
-    snake: bool,
-    num_padding_tokens: int,
-    num_prefix_tokens: int,
-    device: torch.device | None,
-) -> torch.Tensor:
+class _MoveIndices:
     """
-    One index of [`scan_transitions`]: from the order `before` (`None`: prefix, raster order, one set of padding
-    tokens) to the order `after` (`None`: raster order, image tokens alone).
+    The indices of [`scan_transitions`] for a grid: from the order `before` (`None`: prefix, raster order, one set of
+    padding tokens) to the order `after` (`None`: the image tokens alone, in raster order).
     """
-    num_pixels = height * width
-    if after is None:
-        path = torch.arange(num_pixels, device=device)
-    else:
-        path = scan_path(height, width, after, snake, num_padding_tokens, device)
-        if num_padding_tokens > 0:
-            line, pad = (path - num_pixels) // num_padding_tokens, (path - num_pixels) % num_padding_tokens
-            if before is None:
-                line = torch.zeros_like(line)
-            else:
-                line = line * _num_lines(height, width, before) // _num_lines(height, width, after)
-            path = torch.where(path >= num_pixels, num_pixels + line * num_padding_tokens + pad, path)
-    if before is not None:
-        path = invert_scan_path(scan_path(height, width, before, snake, num_padding_tokens, device))[path]
-    if after is None:
-        return num_prefix_tokens + path
-    return torch.cat([torch.arange(num_prefix_tokens, device=device), num_prefix_tokens + path])
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        snake: bool,
+        num_padding_tokens: int,
+        num_prefix_tokens: int,
+        device: torch.device | str | None,
+    ):
+        self.height, self.width, self.snake = height, width, snake
+        self.num_padding_tokens, self.num_prefix_tokens = num_padding_tokens, num_prefix_tokens
+        self.device = device
+        self.path, self.inverse, self.indices = cache(self._path), cache(self._inverse), cache(self._index)
+
+    def __call__(self, before: str | None, after: str | None) -> torch.Tensor:
+        return self.indices(before, after)
+
+    def _index(self, before: str | None, after: str | None) -> torch.Tensor:
+        if after is None:
+            image = slice(self.num_prefix_tokens, self.num_prefix_tokens + self.height * self.width)
+            return self.inverse(before)[image]
+        num_pad_lines = 1 if before is None else _num_lines(self.height, self.width, before)
+        path = self.path(after, num_pad_lines)
+        return path if before is None else self.inverse(before).index_select(0, path)
+
+    def _inverse(self, direction: str) -> torch.Tensor:
+        return invert_scan_path(self.path(direction, _num_lines(self.height, self.width, direction)))
+
+    def _path(self, direction: str, num_pad_lines: int) -> torch.Tensor:
+        sizes = (self.height, self.width, direction, self.snake, self.num_padding_tokens, num_pad_lines)
+        path = self.num_prefix_tokens + _scan_path(*sizes, self.device)
+        return torch.cat([torch.arange(self.num_prefix_tokens, device=self.device), path])  # (prefix + L,)
 
 
 @cached_table(maxsize=256)
-def _move_index_table(*arguments, device: torch.device | None) -> torch.Tensor:
-    return _build_move_index(*arguments, device)
+def _move_index(
+    before: str | None, after: str | None, *sizes: int | bool, device: torch.device | None = None
+) -> torch.Tensor:
+    return _MoveIndices(*sizes, device)(before, after)
 
 
 @torch.library.custom_op("diffusers_pisdm::token_move_index", mutates_args=())
 def _move_index_op(
     height: int,
     width: int,
-    before: str | None,
-    after: str | None,
     snake: bool,
     num_padding_tokens: int,
     num_prefix_tokens: int,
     device: torch.device | None,
+    before: str | None,
+    after: str | None,
 ) -> torch.Tensor:
-    arguments = (height, width, before, after, snake, num_padding_tokens, num_prefix_tokens)
-    return _move_index_table(*arguments, device=device).clone()  # the graph may reuse its memory
+    sizes = (height, width, snake, num_padding_tokens, num_prefix_tokens)
+    return _move_index(before, after, *sizes, device=device).clone()  # the graph may write into what it is given
 
 
 @_move_index_op.register_fake
-def _(height, width, before, after, snake, num_padding_tokens, num_prefix_tokens, device):
+def _(height, width, snake, num_padding_tokens, num_prefix_tokens, device, before, after):
     length = height * width
     if after is not None:
         length = num_prefix_tokens + length + _num_lines(height, width, after) * num_padding_tokens
