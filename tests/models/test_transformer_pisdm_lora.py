@@ -10,6 +10,9 @@ from diffusers_pisdm import PISDMTransformer2DModel
 from tests.models.tiny_model import CONFIG, make_inputs, make_model, mean_square_error_gradients
 
 
+# Two adapters on one model are meant here.
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+
 TARGETS = ["in_proj", "x_proj", "dt_proj", "out_proj", "skip_proj"]
 
 
