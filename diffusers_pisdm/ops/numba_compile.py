@@ -22,17 +22,21 @@ _lock = threading.Lock()
 _compiled: dict[Callable, object] = {}
 
 
-def _digest() -> str:
-    """Of the sources in this folder that a kernel may be made of, and of LLVM's version."""
+def _digest_sources() -> str:
+    """Digest of the sources in this folder that a kernel may be made of, and of LLVM's version."""
     digest = hashlib.sha256(llvmlite.__version__.encode())
     for path in sorted(Path(__file__).parent.glob("*numba*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+# Taken when the sources are imported, not when a kernel is compiled: they may be edited in between.
+_DIGEST = _digest_sources()
+
+
 def _compile(kernel: Callable[[int], None]):
     try:
-        kernel.__qualname__ = f"{kernel.__name__}_{_digest()}"
+        kernel.__qualname__ = f"{kernel.__name__}_{_DIGEST}"
         return cfunc(_SIGNATURE, cache=True, error_model="numpy")(kernel)
     except Exception:  # of any kind: damaged pickles raise anything; an error of the kernel itself comes again below
         return cfunc(_SIGNATURE, error_model="numpy")(kernel)

@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import torch
 
 
-def _find_gomp_parallel():
+@functools.cache
+def _gomp_parallel():
     """`GOMP_parallel` of an OpenMP runtime in this process, or None."""
     try:
         with open("/proc/self/maps") as maps:
@@ -37,11 +38,6 @@ def _find_gomp_parallel():
         function.restype = None
         return function
     return None
-
-
-@functools.cache
-def _gomp_parallel():
-    return _find_gomp_parallel()
 
 
 @functools.cache
@@ -68,13 +64,15 @@ def run_kernel(address: int, parameters: array, num_threads: int) -> None:
             At least 1; the calling thread is one of them.
     """
     pointer, _ = parameters.buffer_info()
+    kernel = _callable(address)
     if num_threads == 1:
-        _callable(address)(pointer)
+        kernel(pointer)
         return
     gomp_parallel = _gomp_parallel()
     if gomp_parallel is not None:
         gomp_parallel(address, pointer, num_threads, 0)
         return
-    kernel = _callable(address)
-    pool = _thread_pool(os.getpid(), num_threads)
-    wait([pool.submit(kernel, pointer) for _ in range(num_threads)])
+    pool = _thread_pool(os.getpid(), num_threads - 1)
+    others = [pool.submit(kernel, pointer) for _ in range(num_threads - 1)]
+    kernel(pointer)
+    wait(others)

@@ -1,4 +1,5 @@
 import multiprocessing
+import sys
 import threading
 
 import pytest
@@ -55,9 +56,8 @@ def test_results_do_not_depend_on_the_threads(leaves, threads, num_threads, with
     assert set(started) == {num_threads}
 
 
+@pytest.mark.skipif(sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="no libgomp")
 def test_finds_the_openmp_of_torch():
-    if not torch.backends.openmp.is_available() or not numba_parallel._find_gomp_parallel():
-        pytest.skip("this PyTorch has no libgomp")
     assert numba_parallel._gomp_parallel() is not None
 
 

@@ -127,12 +127,15 @@ def test_backward_operator_passes_opcheck(optional):
     )
 
 
-def test_one_graph_serves_all_shapes():
+@pytest.mark.parametrize("state_size", [16, 5])
+def test_one_graph_serves_all_shapes(state_size):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(selective_scan_numba, fullgraph=True, dynamic=True, backend=counter)
     for batch, channels, length in [(2, 19, 37), (3, 24, 75), (5, 40, 130), (4, 16, 20)]:
-        arguments = in_call_order(*make_arguments(batch=batch, channels=channels, length=length))
+        arguments = in_call_order(
+            *make_arguments(batch=batch, channels=channels, length=length, state_size=state_size)
+        )
         leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
         out, wanted = compiled(*leaves), selective_scan_numba(*leaves)
         assert torch.equal(out, wanted) and out.stride() == wanted.stride()
