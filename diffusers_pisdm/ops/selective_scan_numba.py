@@ -13,7 +13,7 @@ import torch
 from .numba_launch import LANES, ceil_div, channels_last, empty_channels_last, launch, split_channels
 
 
-CHUNK = 32  # steps between two states kept for the backward
+CHUNK = 24  # steps between two states kept for the backward
 FOUR = 4  # states are done four at a time
 
 
@@ -193,7 +193,7 @@ def selective_scan_numba(
     Selective scan with compiled CPU kernels; arguments as of [`~ops.selective_scan`], of any strides.
 
     All arithmetic is float32. The result has `u`'s dtype and is a transposed, contiguous (batch, length, channels)
-    tensor. The backward keeps one state in 32 steps and recomputes the others: memory is linear in the length. The
+    tensor. The backward keeps one state in 24 steps and recomputes the others: memory is linear in the length. The
     first call compiles the kernels, or loads them from Numba's cache.
 
     Returns:
