@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a PIS-DM cascade on a folder of images or a data set: all stages together, with eq. 17 of the paper.
+"""Trains a PIS-DM cascade on a folder of images or a data set: eq. 17 of the paper, all stages together or some.
 
     accelerate launch examples/train_pisdm.py --cascade_config examples/recipes/emoji64.json \
         --train_data_dir data/emoji64 --output_dir outputs/emoji64
@@ -12,45 +12,77 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import time
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from datasets import load_dataset
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image, ImageOps
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from PIL import Image
 from tqdm.auto import tqdm
 
+import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
-from diffusers_pisdm.image_grid import make_image_grid
-from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective
-from diffusers_pisdm.training.checkpoints import list_checkpoints, read_state, save_checkpoint
+from diffusers_pisdm.models.latents import encode_latents, vae_scale_factor
+from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid, shift_noise_schedule
+from diffusers_pisdm.training.checkpoints import find_checkpoints, find_fault, read_state, save_checkpoint
+from diffusers_pisdm.training.cost_estimate import (
+    CostSettings,
+    cost_report,
+    estimate_cascade_cost,
+    format_cost_report,
+    measure_stage_speed,
+)
+from diffusers_pisdm.training.fine_tuning import add_lora, start_cascade
+from diffusers_pisdm.training.image_data import load_image_data, read_class_names
+from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
+from diffusers_pisdm.training.image_transform import ImageTransform
+from diffusers_pisdm.training.latent_cache import LatentCache
 from diffusers_pisdm.training.loss_curves import plot_loss_curves
-from diffusers_pisdm.training.optimization import parameter_groups, warmup_cooldown_schedule
+from diffusers_pisdm.training.machine import describe_machine, peak_memory_gib
+from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
+from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
+from diffusers_pisdm.training.publishing import publish_cascade
+from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
+from diffusers_pisdm.training.replace_files import save_in_place
+from diffusers_pisdm.training.sample_sheets import forget_later_sheets, save_sample_sheets
 from diffusers_pisdm.training.seeds import noise_seed
+from diffusers_pisdm.training.training_batches import TrainingBatches, validation_batches
+from diffusers_pisdm.training.weight_average import load_average, save_average
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="A data set on the Hub, or a folder of parquet files.")
-    data.add_argument("--train_data_dir", help="A folder of images, one folder a class; or of parquet files.")
+    add("--output_dir", required=True)
+    add("--cascade_config", help="A recipe: JSON of noise schedule, stages, and defaults of these arguments.")
+    add("--pretrained_model_name_or_path", help="A cascade to start from; classes and stages may be added.")
+    add("--seed", type=int, default=0)
+
+    data = parser.add_argument_group("data: one of the first three")
+    data.add_argument("--dataset_name", help="A data set on the Hub.")
+    data.add_argument("--train_data_dir", help="A folder of images, one folder a class; of parquet; of webdataset.")
+    data.add_argument("--latent_cache", help="What examples/cache_latents.py wrote; training then needs no VAE.")
+    data.add_argument("--validation_latent_cache", help="Likewise of held-out images.")
+    data.add_argument("--streaming", action="store_true", help="Read the data set as it comes, without a local copy.")
+    data.add_argument("--shuffle_buffer_size", type=int, default=10_000, help="Rows a stream is shuffled among.")
     data.add_argument("--image_column", default="image")
     data.add_argument("--label_column", default="label")
-    data.add_argument("--validation_split", default="validation", help="Held-out split, if the data set has it.")
+    data.add_argument("--class_names_file", help="One class name a line, where the labels are bare numbers.")
+    data.add_argument("--train_split", default="train")
+    data.add_argument("--validation_split", help="A held-out split, whose loss is measured.")
+    data.add_argument("--random_crop", action="store_true")
+    data.add_argument("--random_flip", action="store_true", help="Mirror every other image.")
+    data.add_argument("--on_bad_image", choices=ON_BAD_IMAGE, default="stop")
     data.add_argument("--dataloader_num_workers", type=int, default=0)
-
-    add("--cascade_config", required=True, help="JSON: the noise schedule and each stage's model configuration.")
-    add("--output_dir", required=True)
-    add("--pretrained_model_name_or_path", help="A cascade of the same configuration whose weights to start from.")
-    add("--seed", type=int, default=0)
+    data.add_argument("--pretrained_vae_model_name_or_path", help="Train in the latents of this VAE.")
 
     loss = parser.add_argument_group("objective (eq. 17)")
     loss.add_argument("--loss_weighting", choices=LOSS_WEIGHTINGS, default="uniform", help="lambda(t)")
@@ -60,7 +92,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument("--sil_weight", type=float, default=1.0, help="0 trains without the scale-invariant loss")
     loss.add_argument("--sil_temperature", type=float, default=0.1)
     loss.add_argument("--sil_mask_same_class", action="store_true")
+    loss.add_argument("--train_stages", type=int, nargs="+", help="Stages to train, from 1; the others stay.")
     loss.add_argument("--batch_shares", type=float, nargs="+", help="Share of the batch for each stage.")
+    loss.add_argument("--stage_loss_weights", type=float, nargs="+", help="Weight of each stage's denoising loss.")
+    loss.add_argument("--noise_shifts", type=float, nargs="+", help="Shift of each stage's noise schedule.")
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--train_batch_size", type=int, default=64, help="Images a process and step.")
@@ -73,14 +108,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--adam_beta2", type=float, default=0.999)
     optim.add_argument("--adam_weight_decay", type=float, default=0.03)
     optim.add_argument("--adam_epsilon", type=float, default=1e-8)
+    optim.add_argument("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit")
     optim.add_argument("--max_grad_norm", type=float, default=1.0)
+    optim.add_argument("--max_skipped_steps", type=int, default=20, help="Non-finite steps in a row before stopping.")
     optim.add_argument("--ema_decay", type=float, default=0.9999)
-    optim.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    optim.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     optim.add_argument("--gradient_checkpointing", action="store_true")
+    optim.add_argument("--compile", action="store_true", help="torch.compile each block")
+    optim.add_argument("--lora_rank", type=int, help="Train LoRA adapters of this rank instead of all weights.")
+    optim.add_argument("--lora_alpha", type=float, help="default: the rank")
 
     watch = parser.add_argument_group("watching and resuming")
+    watch.add_argument("--dry_run", action="store_true", help="Print parameters, memory, FLOPs and time; then stop.")
     watch.add_argument("--logging_steps", type=int, default=50)
-    watch.add_argument("--validation_steps", type=int, default=1000, help="Held-out loss and sample grid.")
+    watch.add_argument("--validation_steps", type=int, default=1000, help="Held-out loss and samples; 0: at the end.")
     watch.add_argument("--validation_classes", type=int, default=16, help="Classes in the sample grid.")
     watch.add_argument("--validation_guidance_scale", type=float, default=2.0)
     watch.add_argument("--validation_inference_steps", type=int, default=20)
@@ -89,84 +130,170 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     watch.add_argument(
         "--resume_from_checkpoint", default="latest", help='"latest", "none" (start anew) or a checkpoint folder.'
     )
-    watch.add_argument("--report_to", help="tensorboard, wandb, ...: any tracker of accelerate.")
+    watch.add_argument("--report_to", help="tensorboard, wandb, trackio, ...: any tracker of accelerate.")
+    watch.add_argument("--tracker_project_name", default="pisdm")
 
-    args = parser.parse_args(argv)
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("give either --dataset_name or --train_data_dir")
-    return args
+    hub = parser.add_argument_group("publishing")
+    hub.add_argument("--push_to_hub", action="store_true", help="At the end; see also examples/publish.py.")
+    hub.add_argument("--hub_model_id", help="owner/name")
+    hub.add_argument("--hub_private_repo", action="store_true")
+    return parser
 
 
-def make_dataloaders(args: argparse.Namespace, size: int) -> tuple[DataLoader, DataLoader | None, dict[int, str]]:
-    splits = load_dataset(args.dataset_name or args.train_data_dir)
-    labels = splits["train"].features[args.label_column]
-    id2label = dict(enumerate(labels.names))
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe | None]:
+    """The recipe's training arguments are defaults: what the command line says counts more."""
+    parser = make_parser()
+    args, recipe = parser.parse_args(argv), None
+    if args.cascade_config is not None:
+        try:
+            recipe = read_recipe(args.cascade_config)
+            apply_recipe(recipe, parser)
+        except (OSError, ValueError) as error:
+            parser.error(f"--cascade_config {args.cascade_config}: {error}")
+        args = parser.parse_args(argv)
+    elif args.pretrained_model_name_or_path is None:
+        parser.error("give --cascade_config, --pretrained_model_name_or_path or both")
+    if sum(source is not None for source in (args.dataset_name, args.train_data_dir, args.latent_cache)) != 1:
+        parser.error("give one of --dataset_name, --train_data_dir and --latent_cache")
+    if args.latent_cache is not None and args.pretrained_vae_model_name_or_path is None:
+        parser.error("--latent_cache needs --pretrained_vae_model_name_or_path, to decode samples")
+    if args.push_to_hub and args.hub_model_id is None:
+        parser.error("--push_to_hub needs --hub_model_id owner/name")
+    if args.push_to_hub and args.lora_rank is not None:
+        parser.error("--push_to_hub publishes whole cascades: upload the LoRA file with `hf upload`")
+    if args.lora_rank is not None and args.pretrained_model_name_or_path is None:
+        parser.error("--lora_rank adapts a trained cascade: give --pretrained_model_name_or_path")
+    return args, recipe
 
-    def transform(rows: dict) -> dict:
-        images = [ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS) for image in rows[args.image_column]]
-        return {"image": images, "label": rows[args.label_column]}
 
-    def collate(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = [torch.frombuffer(bytearray(row["image"].tobytes()), dtype=torch.uint8) for row in rows]
-        images = torch.stack(pixels).view(-1, size, size, 3).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        return images.float() / 127.5 - 1.0, torch.tensor([row["label"] for row in rows])
+def load_vae(name: str | None, device: torch.device) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC | None:
+    if name is None:
+        return None
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, AutoencoderDC)}
+    config = AutoencoderKL.load_config(name)
+    if config["_class_name"] not in kinds:
+        raise ValueError(f"{name} is a {config['_class_name']}; the VAE must be one of {', '.join(kinds)}.")
+    return kinds[config["_class_name"]].from_pretrained(name).to(device).eval().requires_grad_(False)
 
-    def loader(split: str, train: bool) -> DataLoader:
-        return DataLoader(
-            splits[split].with_transform(transform),
-            batch_size=args.train_batch_size,
-            shuffle=train,
-            drop_last=train,
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-        )
 
-    validation = loader(args.validation_split, train=False) if args.validation_split in splits else None
-    return loader("train", train=True), validation, id2label
+def load_rows(
+    args: argparse.Namespace, sizes: list[int], channels: int, factor: int
+) -> tuple[ImageRows | LatentCache, ImageRows | LatentCache | None, list[str]]:
+    """Training rows, held-out rows if there are any, and the names of the classes."""
+    if args.latent_cache is not None:
+        train, held_out = LatentCache(args.latent_cache, args.random_flip), None
+        train.check_stages(sizes, channels)
+        if args.validation_latent_cache is not None:
+            held_out = LatentCache(args.validation_latent_cache)
+            held_out.check_stages(sizes, channels)
+        return train, held_out, train.class_names
+
+    source, size = args.dataset_name or args.train_data_dir, sizes[-1] * factor
+    class_names = None if args.class_names_file is None else read_class_names(args.class_names_file)
+
+    def load(split: str, names: list[str] | None, transform: ImageTransform) -> ImageRows:
+        data = load_image_data(source, split, args.streaming, args.image_column, args.label_column, names)
+        return ImageRows(data, transform, args.on_bad_image)
+
+    train, held_out = (
+        load(args.train_split, class_names, ImageTransform(size, args.random_crop, args.random_flip)),
+        None,
+    )
+    class_names = train.data.class_names
+    if args.validation_split is not None:
+        held_out = load(args.validation_split, class_names, ImageTransform(size))
+    return train, held_out, class_names
+
+
+def dry_run(args: argparse.Namespace, accelerator: Accelerator, configs: list[dict], num_classes: int) -> None:
+    settings = CostSettings(
+        gradient_checkpointing=args.gradient_checkpointing,
+        mixed_precision=accelerator.mixed_precision,
+        use_8bit_adam=args.use_8bit_adam,
+        num_processes=accelerator.num_processes,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        device_type=accelerator.device.type,
+    )
+    trained = [stage - 1 for stage in args.train_stages or range(1, len(configs) + 1)]
+    configs = [configs[index] for index in trained]
+    shares = None if args.batch_shares is None else [args.batch_shares[index] for index in trained]
+    costs = estimate_cascade_cost(configs, num_classes, args.train_batch_size, settings, shares)
+    speeds = [
+        measure_stage_speed(config, num_classes, cost.batch_size, settings, accelerator.device)
+        for config, cost in zip(configs, costs)
+    ]
+    report = cost_report(costs, settings, args.train_batch_size, args.max_train_steps, speeds)
+    accelerator.print(format_cost_report(report))
+
+
+def stage_config(stage: PISDMTransformer2DModel) -> dict:
+    return {key: value for key, value in stage.config.items() if not key.startswith("_") and key != "num_classes"}
 
 
 def make_pipeline(
-    objective: CascadeObjective, scheduler: DDPMScheduler, id2label: dict[int, str]
+    stages: list[PISDMTransformer2DModel],
+    schedulers: list[DDPMScheduler],
+    vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None,
+    class_names: list[str],
 ) -> PISDMCascadePipeline:
-    stages = list(objective.stages) + [None] * (4 - len(objective.stages))
+    numbers = ["", "_2", "_3", "_4"][: len(stages)]
+    samplers = [DPMSolverMultistepScheduler.from_config(scheduler.config) for scheduler in schedulers]
+    if all(scheduler is schedulers[0] for scheduler in schedulers):
+        samplers = samplers[:1]  # the others copy it
     return PISDMCascadePipeline(
-        transformer=stages[0],
-        transformer_2=stages[1],
-        transformer_3=stages[2],
-        transformer_4=stages[3],
-        scheduler=DPMSolverMultistepScheduler.from_config(scheduler.config),
-        id2label=id2label,
+        **{f"transformer{number}": stage for number, stage in zip(numbers, stages)},
+        **{f"scheduler{number}": sampler for number, sampler in zip(numbers, samplers)},
+        vae=vae,
+        id2label=dict(enumerate(class_names)),
     )
 
 
+def make_pyramid(
+    images: torch.Tensor | list[torch.Tensor],
+    sizes: list[int],
+    vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None,
+    accelerator: Accelerator,
+    seed: int,
+) -> list[torch.Tensor]:
+    """What each stage is trained on: pixels in [-1, 1], or latents, for which images of a cache are taken."""
+    if isinstance(images, list):
+        return [latents.to(accelerator.device) for latents in images]
+    pixels = images.to(accelerator.device).float() / 127.5 - 1.0  # (B, 3, H, W)
+    pyramid = image_pyramid(pixels, [size * vae_scale_factor(vae) for size in sizes])
+    if vae is None:
+        return pyramid
+    # An image's latents depend on its place in the global batch, not on the processes it is spread over.
+    places = [row * accelerator.num_processes + accelerator.process_index for row in range(len(pixels))]
+    generators = [torch.Generator().manual_seed(noise_seed(seed, place)) for place in places]
+    with torch.no_grad():
+        return [encode_latents(vae, stage, generators) for stage in pyramid]
+
+
 @torch.no_grad()
-def held_out_losses(objective: CascadeObjective, loader: DataLoader, seed: int) -> dict[str, float]:
-    """Mean loss of each stage on held-out images, with the same noise at every call."""
-    objective.eval()
-    sums, count = 0.0, 0
-    device = next(objective.parameters()).device
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for images, labels in loader:
-            losses = objective(images.to(device), labels.to(device))
-            sums = sums + torch.cat([losses.denoising, losses.scale_invariant]).cpu() * len(images)
-            count += len(images)
-    objective.train()
-    return name_losses("validation", (sums / count).tolist(), len(objective.stages))
+def held_out_losses(
+    accelerator: Accelerator,
+    objective: CascadeObjective,
+    rows: ImageRows | LatentCache,
+    vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Mean losses on held-out images, with the same noise at every call."""
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP  # then all processes run every batch together
+    place = (1, 0) if is_sharded else (accelerator.num_processes, accelerator.process_index)
+    sizes = [stage.config.sample_size for stage in objective.stages]
+    meter = LossMeter(objective)
+    for position, batch in enumerate(validation_batches(rows, args.train_batch_size, *place)):
+        seed = noise_seed(args.seed, position)
+        pyramid = make_pyramid(batch.images, sizes, vae, accelerator, seed)
+        meter.add(objective(pyramid, batch.labels.to(accelerator.device), seed))
+    return meter.means("validation", lambda tensor: accelerator.reduce(tensor, "sum"))
 
 
-def name_losses(prefix: str, values: list[float], num_stages: int) -> dict[str, float]:
-    names = [f"{prefix}/denoising_{i + 1}" for i in range(num_stages)]
-    names += [f"{prefix}/scale_invariant_{i + 1}_{i + 2}" for i in range(len(values) - num_stages)]
-    return dict(zip(names, values, strict=True))
-
-
-def sample_grid(pipeline: PISDMCascadePipeline, args: argparse.Namespace, picture: Path) -> None:
+def sample(pipeline: PISDMCascadePipeline, args: argparse.Namespace) -> tuple[list[Image.Image], list[str]]:
     """The same classes and seeds at every call, evenly spread over the classes."""
     num_classes = len(pipeline.config.id2label)
     count = min(args.validation_classes, num_classes)
     classes = [i * num_classes // count for i in range(count)]
-    columns = max(4, math.ceil(math.sqrt(count)))
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         class_labels=classes,
@@ -174,37 +301,129 @@ def sample_grid(pipeline: PISDMCascadePipeline, args: argparse.Namespace, pictur
         num_inference_steps=args.validation_inference_steps,
         generator=[torch.Generator().manual_seed(args.seed + i) for i in range(count)],
     ).images
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images, [pipeline.config.id2label[i] for i in classes], columns).save(picture)
+    return images, [pipeline.config.id2label[i] for i in classes]
+
+
+def log_picture(accelerator: Accelerator, picture: Path, step: int) -> None:
+    """To the trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            with Image.open(picture) as image:
+                tracker.log_images({"samples": np.array(image.convert("RGB"))[None]}, step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "trackio"):
+            tracker.log_images({"samples": [Image.open(picture)]}, step)
+
+
+def whole_stages(
+    accelerator: Accelerator, objective: torch.nn.Module, bare: CascadeObjective
+) -> list[PISDMTransformer2DModel]:
+    """The stages with all of their weights; copies in main memory where the processes hold a part each."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return list(bare.stages)
+    state, stages = accelerator.get_state_dict(objective), []
+    for index, stage in enumerate(bare.stages):
+        copy = PISDMTransformer2DModel.from_config(stage.config)
+        prefix = f"stages.{index}."
+        if accelerator.is_main_process:  # the others get no weights
+            copy.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        stages.append(copy)
+    return stages
+
+
+def find_resume_point(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+    if args.resume_from_checkpoint == "none":
+        return None
+    if args.resume_from_checkpoint != "latest":
+        checkpoint = Path(args.resume_from_checkpoint)
+        fault = find_fault(checkpoint)
+        if fault is not None:
+            raise ValueError(f"Cannot resume from {checkpoint}: {fault}.")
+    else:
+        complete, incomplete = find_checkpoints(args.output_dir)
+        for path, fault in incomplete.items():
+            accelerator.print(f"Ignoring {path}: {fault}.")
+        checkpoint = complete[-1] if complete else None
+    if checkpoint is not None:
+        accelerator.print(f"Resuming from {checkpoint}")
+    return checkpoint
+
+
+def write_training_config(args: argparse.Namespace, num_rows: int | None, accelerator: Accelerator) -> None:
+    """What the model card says about the run."""
+    config = {
+        "arguments": vars(args),
+        "images": num_rows,
+        "num_processes": accelerator.num_processes,
+        "hardware": describe_machine(accelerator.device),
+        "versions": {
+            "diffusers_pisdm": diffusers_pisdm.__version__,
+            **{name: version(name) for name in ("diffusers", "accelerate", "torch")},
+        },
+    }
+    Path(args.output_dir, "training_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def report_bad_images(bad_images: list[str], args: argparse.Namespace) -> int:
+    if bad_images:
+        with Path(args.output_dir, "bad_images.txt").open("a") as file:
+            file.writelines(f"{bad}\n" for bad in bad_images)
+        tqdm.write("\n".join(f"Skipped: {bad}" for bad in bad_images))
+    return len(bad_images)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args, recipe = parse_args(argv)
     output_dir = Path(args.output_dir)
-    cascade = json.loads(Path(args.cascade_config).read_text())
-    scheduler = DDPMScheduler(**cascade["scheduler"])
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available() and not os.environ.get("ACCELERATE_USE_DEEPSPEED"),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "logs"),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
+    device, num_processes, process_index = accelerator.device, accelerator.num_processes, accelerator.process_index
     set_seed(args.seed)  # the same initial weights in every process
 
-    # Data, models, optimizer
-    train_loader, validation_loader, id2label = make_dataloaders(args, cascade["stages"][-1]["sample_size"])
-    stages = [PISDMTransformer2DModel(num_classes=len(id2label), **config) for config in cascade["stages"]]
+    # Stages: their configurations, noise schedules and sizes
+    pretrained, vae_name = None, args.pretrained_vae_model_name_or_path
     if args.pretrained_model_name_or_path is not None:
-        pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, vae=None)
-        for stage, start in zip(stages, pretrained.stages, strict=True):
-            stage.load_state_dict(start.state_dict())
-    if args.gradient_checkpointing:
-        for stage in stages:
+        pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    if recipe is not None:
+        configs, scheduler = recipe.stages, DDPMScheduler(**recipe.scheduler)
+        vae = None if args.latent_cache is not None else load_vae(vae_name, device)
+    else:
+        configs = [stage_config(stage) for stage in pretrained.stages]
+        scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
+        vae = pretrained.vae
+    sizes = [config["sample_size"] for config in configs]
+    shifts = args.noise_shifts or [1.0] * len(configs)
+    if len(shifts) != len(configs):
+        raise ValueError(f"--noise_shifts must name one shift for each of the {len(configs)} stages, got {shifts}.")
+    schedulers = [shift_noise_schedule(scheduler, shift) for shift in shifts]
+
+    # Data
+    rows, held_out_rows, class_names = load_rows(args, sizes, configs[-1]["in_channels"], vae_scale_factor(vae))
+    if args.dry_run:
+        return dry_run(args, accelerator, configs, len(class_names))
+
+    # Models, optimizer, averages
+    if pretrained is None:
+        stages = [PISDMTransformer2DModel(num_classes=len(class_names), **config) for config in configs]
+    else:
+        known_names = list(pretrained.config.id2label.values())
+        stages = start_cascade(pretrained, configs, class_names)
+    trained = args.train_stages or range(1, len(stages) + 1)
+    for number, stage in enumerate(stages, start=1):
+        if args.lora_rank is not None and number in trained:
+            alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+            add_lora(stage, args.lora_rank, alpha, train_class_embedding=class_names != known_names)
+        if args.gradient_checkpointing:
             stage.enable_gradient_checkpointing()
+        if args.compile:
+            stage.compile_repeated_blocks(fullgraph=True)
     objective = CascadeObjective(
         stages,
-        scheduler,
+        schedulers,
         loss_weighting=args.loss_weighting,
         min_snr_gamma=args.snr_gamma,
         label_dropout=args.label_dropout,
@@ -212,124 +431,165 @@ def main(argv: list[str] | None = None) -> None:
         sil_weight=args.sil_weight,
         sil_temperature=args.sil_temperature,
         sil_mask_same_class=args.sil_mask_same_class,
+        train_stages=args.train_stages,
         batch_shares=args.batch_shares,
+        stage_loss_weights=args.stage_loss_weights,
+        process_index=process_index,
+        num_processes=num_processes,
     )
-    optimizer = torch.optim.AdamW(
+    optimizer = make_optimizer(
         parameter_groups(objective, args.adam_weight_decay),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=True,
+        args.learning_rate,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon,
+        args.use_8bit_adam,
     )
-    # accelerate steps the schedule once a process
-    lr_scheduler = warmup_cooldown_schedule(
-        optimizer,
-        args.lr_warmup_steps * accelerator.num_processes,
-        args.lr_cooldown_steps * accelerator.num_processes,
-        args.max_train_steps * accelerator.num_processes,
-    )
-    objective, optimizer, train_loader, lr_scheduler = accelerator.prepare(
-        objective, optimizer, train_loader, lr_scheduler
-    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it would take it from a data loader
+        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    objective, optimizer = accelerator.prepare(objective, optimizer)
     bare = accelerator.unwrap_model(objective)
-    ema_names = [name for name, _ in bare.stages.named_parameters()]
-    ema = EMAModel(bare.stages.parameters(), decay=args.ema_decay)
-    if args.report_to:
-        accelerator.init_trackers("pisdm", config={k: v for k, v in vars(args).items() if not isinstance(v, list)})
+    named = [(name, p) for name, p in bare.stages.named_parameters() if p.requires_grad]
+    names, parameters = [name for name, _ in named], [p for _, p in named]
+    average = EMAModel(parameters, decay=args.ema_decay)  # its decay rises to this one over the first steps
 
-    # Resume
-    step, elapsed = 0, 0.0
-    resume_from = None
-    if args.resume_from_checkpoint == "latest":
-        resume_from = next(iter(list_checkpoints(output_dir)[::-1]), None)
-    elif args.resume_from_checkpoint != "none":
-        resume_from = Path(args.resume_from_checkpoint)
-    if resume_from is not None:
-        accelerator.print(f"Resuming from {resume_from}")
-        accelerator.load_state(resume_from)
-        shadow = load_file(resume_from / "ema.safetensors")
-        ema.shadow_params = [shadow[name].to(accelerator.device) for name in ema_names]
-        state = read_state(resume_from)
+    # Where an earlier run got to
+    batches = TrainingBatches(
+        rows,
+        args.train_batch_size,
+        args.seed,
+        num_processes,
+        process_index,
+        args.dataloader_num_workers,
+        args.shuffle_buffer_size,
+    )
+    step, elapsed, skipped_steps, bad_images = 0, 0.0, 0, 0
+    checkpoint = find_resume_point(args, accelerator)
+    if checkpoint is not None:
+        accelerator.load_state(checkpoint)
+        state = read_state(checkpoint)
         step, elapsed = state["step"], state["elapsed_seconds"]
-        ema.optimization_step = step
+        skipped_steps = state["skipped_steps"]
+        load_average(average, names, checkpoint / "ema.safetensors", state["average_updates"])
+        if len(state["processes"]) != num_processes:
+            raise ValueError(f"{checkpoint} is of {len(state['processes'])} processes, not of {num_processes}.")
+        bad_images = state["processes"][process_index]["bad_images"]
+        batches.load_state_dict(state["processes"][process_index]["data"])
+
+    # What the run leaves behind
+    metrics_file, started = output_dir / "metrics.jsonl", time.time()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        forget_later_metrics(metrics_file, step)  # a killed run logged more after its last checkpoint
+        forget_later_sheets(output_dir / "samples", step)
+        write_training_config(args, None if rows.is_stream else len(rows), accelerator)
+    if args.report_to:
+        accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in vars(args).items()})
+
+    def log(values: dict[str, float]) -> None:
+        accelerator.log(values, step=step)
+        if accelerator.is_main_process:
+            append_metrics(metrics_file, step, values)
 
     def write_checkpoint() -> None:
         def write(folder: Path) -> None:
             accelerator.save_state(folder)
-            save_file(dict(zip(ema_names, ema.shadow_params)), folder / "ema.safetensors")
+            save_average(average, names, folder / "ema.safetensors", accelerator.is_main_process)
 
-        save_checkpoint(
-            output_dir, step, {"elapsed_seconds": elapsed + time.time() - start}, write, args.checkpoints_total_limit
-        )
-
-    metrics_file = output_dir / "metrics.jsonl"
-    if accelerator.is_main_process:  # what a killed run logged after its last checkpoint will be logged again
-        output_dir.mkdir(parents=True, exist_ok=True)
-        kept = metrics_file.read_text().splitlines() if metrics_file.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-        metrics_file.write_text("".join(line + "\n" for line in kept))
-
-    def log(values: dict[str, float]) -> None:
-        accelerator.log(values, step=step)
-        with metrics_file.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        state = {
+            "elapsed_seconds": elapsed + time.time() - started,
+            "average_updates": average.optimization_step,
+            "skipped_steps": skipped_steps,
+            "processes": gather_object([{"data": batches.state_dict(), "bad_images": bad_images}]),
+        }
+        save_checkpoint(accelerator, output_dir, step, state, write, args.checkpoints_total_limit)
 
     def validate() -> None:
-        ema.store(bare.stages.parameters())
-        ema.copy_to(bare.stages.parameters())
-        if validation_loader is not None:
-            log(held_out_losses(bare, validation_loader, args.seed))
+        """With the averaged weights, in all processes: sharded models need them all."""
+        average.store(parameters)
+        average.copy_to(parameters)
         bare.eval()
-        pipeline = make_pipeline(bare, scheduler, id2label)
-        sample_grid(pipeline, args, output_dir / "samples" / f"step-{step:07d}.png")
-        pipeline.save_pretrained(output_dir)
+        if held_out_rows is not None:
+            log(held_out_losses(accelerator, bare, held_out_rows, vae, args))
+        decoder = load_vae(vae_name, device) if vae is None else vae  # a cache of latents was read without it
+        pipeline = make_pipeline(list(bare.stages), schedulers, decoder, class_names)
+        images, labels = sample(pipeline, args)
+        whole = whole_stages(accelerator, objective, bare)
+        if accelerator.is_main_process:
+            grid = save_sample_sheets(output_dir / "samples", step, images, labels)
+            log_picture(accelerator, grid, step)
+            if args.lora_rank is None:
+                pipeline = make_pipeline(whole, schedulers, decoder, class_names)
+                save_in_place(pipeline.save_pretrained, output_dir)
+            else:
+                save_in_place(pipeline.save_lora_weights, output_dir)
+            plot_loss_curves(metrics_file, output_dir / "loss_curves.png")
+        average.restore(parameters)
         bare.train()
-        ema.restore(bare.stages.parameters())
-        plot_loss_curves(metrics_file, output_dir / "loss_curves.png")
 
     # Train
-    start = time.time()
-    steps_per_epoch = len(train_loader) // args.gradient_accumulation_steps
+    bare.train()
+    meter, images_seen, since, failures = LossMeter(bare), 0, time.time(), 0
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
-    running, running_count, running_since = 0.0, 0, time.time()
     while step < args.max_train_steps:
-        epoch, seen = divmod(step, steps_per_epoch)
-        train_loader.set_epoch(epoch)
-        skipped = seen * args.gradient_accumulation_steps
-        for position, (images, labels) in enumerate(skip_first_batches(train_loader, skipped), start=skipped):
-            # Noise depends on the position alone: a resumed run draws what an uninterrupted one would have drawn.
-            torch.manual_seed(noise_seed(args.seed, accelerator.process_index, epoch, position))
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * learning_rate_factor(
+                step, args.lr_warmup_steps, args.lr_cooldown_steps, args.max_train_steps
+            )
+        finite = True
+        for part in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            bad_images += report_bad_images(batch.bad_images, args)
+            seed = noise_seed(args.seed, step, part)
             with accelerator.accumulate(objective):
-                losses = objective(images, labels)
-                accelerator.backward(losses.total)
+                pyramid = make_pyramid(batch.images, sizes, vae, accelerator, seed)
+                losses = objective(pyramid, batch.labels.to(device), seed)
+                # All processes take a step or none does: one of them alone would wait for the others for ever.
+                finite = finite and accelerator.reduce(losses.total.detach().isfinite().float(), "mean").item() == 1.0
+                if finite:
+                    meter.add(losses)
+                    accelerator.backward(losses.total)
+                if finite and accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(objective.parameters(), args.max_grad_norm)
+                    finite = norm is None or bool(torch.isfinite(norm))  # DeepSpeed tells none
+                    if finite or accelerator.scaler is not None:  # fp16's scaler skips the step, and learns from it
+                        optimizer.step()
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(objective.parameters(), args.max_grad_norm)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-            running = running + torch.cat([losses.denoising, losses.scale_invariant])
-            running_count += 1
-            if not accelerator.sync_gradients:
-                continue
+                    optimizer.zero_grad()
+            images_seen += len(batch.labels) * num_processes
 
-            step += 1
-            ema.step(bare.stages.parameters())
-            progress.update()
-            done = step == args.max_train_steps
-            if accelerator.is_main_process and (step % args.logging_steps == 0 or done):
-                values = name_losses("train", (running / running_count).tolist(), len(bare.stages))
-                seconds = time.time() - running_since
-                values["images_per_second"] = running_count * len(images) * accelerator.num_processes / seconds
-                values["learning_rate"] = lr_scheduler.get_last_lr()[0]
-                log(values)
-                progress.set_postfix({name.split("/")[-1]: f"{value:.3g}" for name, value in values.items()})
-                running, running_count, running_since = 0.0, 0, time.time()
-            if accelerator.is_main_process and (step % args.validation_steps == 0 or done):
-                validate()
-            if accelerator.is_main_process and (step % args.checkpointing_steps == 0 or done):
-                write_checkpoint()
-            if done:
-                break
+        step += 1
+        failures = 0 if finite else failures + 1
+        skipped_steps += not finite
+        if finite:
+            average.step(parameters)
+        if failures > args.max_skipped_steps:
+            raise FloatingPointError(
+                f"The loss or its gradient was not finite in {failures} steps in a row, up to step {step}. Go on from"
+                " the last checkpoint with a lower --learning_rate, more --lr_warmup_steps or --mixed_precision bf16."
+            )
+        progress.update()
+        done = step == args.max_train_steps
+        if step % args.logging_steps == 0 or done:
+            values = meter.means("train", lambda tensor: accelerator.reduce(tensor, "sum"))
+            counted = accelerator.reduce(torch.tensor(float(bad_images), device=device), "sum")
+            values |= {
+                "images_per_second": images_seen / (time.time() - since),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "peak_memory_gib": peak_memory_gib(device),
+                "skipped_steps": skipped_steps,
+                "bad_images": counted.item(),
+            }
+            log(values)
+            progress.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in values.items() if "_t" not in name})
+            meter.reset()
+            images_seen, since = 0, time.time()
+        if done or (args.validation_steps > 0 and step % args.validation_steps == 0):
+            validate()
+        if step % args.checkpointing_steps == 0 or done:
+            write_checkpoint()
+    progress.close()
+    if args.push_to_hub and accelerator.is_main_process:
+        publish_cascade(output_dir, args.hub_model_id, private=args.hub_private_repo)
     accelerator.end_training()
 
 

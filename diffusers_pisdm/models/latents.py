@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers.utils.torch_utils import randn_tensor
 
 
 def vae_scale_factor(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None) -> int:
@@ -13,6 +14,33 @@ def vae_scale_factor(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None
     if isinstance(vae, AutoencoderDC):
         return 2 ** (len(vae.config.encoder_block_out_channels) - 1)
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def encode_moments(
+    vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Maps images to the normal distributions that [`encode_latents`] draws from.
+
+    Args:
+        vae: The autoencoder.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor or None]`: Mean and standard deviation, float32, of shape
+        `(B, C, H / f, W / f)` with `f` the [`vae_scale_factor`]. Only an [`AutoencoderKL`] has the latter; the latents
+        of the others are the mean.
+    """
+    encoded = vae.encode(images.to(vae.dtype))
+    std = None
+    if isinstance(vae, AutoencoderKL):
+        mean = encoded.latent_dist.mean
+        std = encoded.latent_dist.std.float() * vae.config.scaling_factor
+    elif isinstance(vae, AutoencoderTiny):
+        mean = encoded.latents
+    else:
+        mean = encoded.latent
+    return (mean.float() - _shift_factor(vae)) * vae.config.scaling_factor, std
 
 
 def encode_latents(
@@ -34,14 +62,10 @@ def encode_latents(
     """
     if vae is None:
         return images
-    encoded = vae.encode(images.to(vae.dtype))
-    if isinstance(vae, AutoencoderKL):
-        latents = encoded.latent_dist.sample(generator)
-    elif isinstance(vae, AutoencoderTiny):
-        latents = encoded.latents
-    else:
-        latents = encoded.latent
-    return (latents.float() - _shift_factor(vae)) * vae.config.scaling_factor
+    mean, std = encode_moments(vae, images)
+    if std is None:
+        return mean
+    return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device)
 
 
 def decode_latents(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None, latents: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from ..models.latents import decode_latents, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
+from .lora_loading import PISDMLoraLoaderMixin
 
 
 # Numbered components are the one container of stages that diffusers saves, loads, offloads and shards.
@@ -57,13 +58,14 @@ class PISDMCascadePipelineOutput(BaseOutput):
     stage_images: list[list[PIL.Image.Image]] | list[np.ndarray] | list[torch.Tensor] | None = None
 
 
-class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
+class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoaderMixin):
     r"""
     Generates images of given classes with a cascade of 1 to 4 diffusion models: the first makes a small image from
     noise; each next one makes a larger image from noise and the image of the stage before, upsampled and slightly
     noised (conditioning augmentation). Stages are counted from 1, as the components are.
 
-    This pipeline inherits from [`DiffusionPipeline`]: see there for loading, saving, devices and offloading.
+    This pipeline inherits from [`DiffusionPipeline`]: see there for loading, saving, devices and offloading. LoRA
+    adapters come from [`~pipelines.lora_loading.PISDMLoraLoaderMixin`].
 
     Args:
         transformer ([`PISDMTransformer2DModel`]): The first stage.
@@ -84,6 +86,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "->".join((*TRANSFORMERS, "vae"))
     _optional_components = [*TRANSFORMERS[1:], *SCHEDULERS[1:], "vae"]
+    _lora_loadable_modules = list(TRANSFORMERS)
     _callback_tensor_inputs = ["latents", "low_res", "class_labels", "stage"]
 
     def __init__(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -11,34 +12,36 @@ from diffusers import DDPMScheduler
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
 from .denoising_loss import denoising_target, denoising_weights
-from .image_pyramid import image_pyramid
+from .row_noise import RowNoise
 from .scale_invariant_loss import ScaleInvariantLoss
 
 
-@dataclass
-class CascadeLosses:
+class CascadeLosses(NamedTuple):
     """
     Args:
         total (`torch.Tensor`, scalar): What is minimised.
-        denoising (`torch.Tensor` of shape `(S,)`): Mean weighted squared error of each stage.
-        scale_invariant (`torch.Tensor` of shape `(S - 1,)`): InfoNCE of each pair of adjacent stages; empty if off.
+        denoising (`list[torch.Tensor]` of shapes `(B_s,)`):
+            Weighted squared error of each image, one entry a trained stage; a stage may hold fewer of the images.
+        scale_invariant (`torch.Tensor` of shape `(P,)`): InfoNCE of each compared pair of stages; empty if off.
+        timesteps (`torch.Tensor` of shape `(B,)`): The images' timesteps.
     """
 
     total: torch.Tensor
-    denoising: torch.Tensor
+    denoising: list[torch.Tensor]
     scale_invariant: torch.Tensor
+    timesteps: torch.Tensor
 
 
 class CascadeObjective(nn.Module):
     r"""
-    All stages of a cascade and the loss that trains them together:
-    `L = sum_s E[lambda(t) |eps_s(x_t, t, y, low_res) - eps|^2] + sil_weight * L_s` (eq. 17).
+    All stages of a cascade and the loss that trains them, together or some of them:
+    `L = sum_s w_s E[lambda(t) |eps_s(x_t, t, y, low_res) - eps|^2] + sil_weight * L_s` (eq. 17).
 
     The stages see the same images at the same timesteps, each at its own resolution, with noise of its own.
 
     Args:
-        transformers (`list[PISDMTransformer2DModel]`): The stages, low resolution first; pixel space.
-        scheduler (`DDPMScheduler`): The noise schedule and the prediction type of all stages.
+        transformers (`list[PISDMTransformer2DModel]`): The stages, low resolution first.
+        schedulers (`list[DDPMScheduler]`): The noise schedule and the prediction type of each stage.
         loss_weighting (`str`, defaults to `"uniform"`): See [`denoising_weights`].
         min_snr_gamma (`float`, defaults to 5.0): The gamma of `min_snr`.
         label_dropout (`float`, defaults to 0.1): Share of images whose label is replaced by the null label.
@@ -47,9 +50,15 @@ class CascadeObjective(nn.Module):
         sil_weight (`float`, defaults to 1.0): Weight of the scale-invariant loss; 0 removes it and its heads.
         sil_temperature (`float`, defaults to 0.1): See [`ScaleInvariantLoss`].
         sil_mask_same_class (`bool`, defaults to `False`): See [`ScaleInvariantLoss`].
+        train_stages (`list[int]`, *optional*):
+            The stages to train, counted from 1 as in the pipeline; all if not given. The others are frozen and not
+            run, but for the stage below a trained one, which the scale-invariant loss compares it with.
         batch_shares (`list[float]`, *optional*):
             The share of the batch each stage is trained on, in (0, 1]; all of it if not given. Low stages are cheap
             and decide what the image shows, high stages are costly and learn quickly.
+        stage_loss_weights (`list[float]`, *optional*): The weight w_s of each stage's denoising loss, 1 if not given.
+        process_index (`int`, defaults to 0), num_processes (`int`, defaults to 1):
+            Which rows of the global batch this process trains on, see [`RowNoise`].
 
     Raises:
         ValueError: A list does not fit the number of stages.
@@ -58,7 +67,7 @@ class CascadeObjective(nn.Module):
     def __init__(
         self,
         transformers: list[PISDMTransformer2DModel],
-        scheduler: DDPMScheduler,
+        schedulers: list[DDPMScheduler],
         loss_weighting: str = "uniform",
         min_snr_gamma: float = 5.0,
         label_dropout: float = 0.1,
@@ -66,89 +75,127 @@ class CascadeObjective(nn.Module):
         sil_weight: float = 1.0,
         sil_temperature: float = 0.1,
         sil_mask_same_class: bool = False,
+        train_stages: list[int] | None = None,
         batch_shares: list[float] | None = None,
+        stage_loss_weights: list[float] | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
     ):
         super().__init__()
-        if batch_shares is None:
-            batch_shares = [1.0] * len(transformers)
-        if len(batch_shares) != len(transformers) or not all(0 < share <= 1 for share in batch_shares):
+        count = len(transformers)
+        batch_shares = [1.0] * count if batch_shares is None else batch_shares
+        stage_loss_weights = [1.0] * count if stage_loss_weights is None else stage_loss_weights
+        train_stages = list(range(1, count + 1)) if train_stages is None else train_stages
+        if len(schedulers) != count:
+            raise ValueError(f"`schedulers` must hold one scheduler for each of the {count} stages.")
+        if len(batch_shares) != count or not all(0 < share <= 1 for share in batch_shares):
             raise ValueError(
-                f"`batch_shares` must hold one share in (0, 1] for each of the {len(transformers)} stages, got"
-                f" {batch_shares}."
+                f"`batch_shares` must hold one share in (0, 1] for each of the {count} stages, got {batch_shares}."
+            )
+        if len(stage_loss_weights) != count or not all(weight > 0 for weight in stage_loss_weights):
+            raise ValueError(
+                f"`stage_loss_weights` must hold one positive weight for each of the {count} stages, got"
+                f" {stage_loss_weights}."
+            )
+        if (
+            not train_stages
+            or len(set(train_stages)) < len(train_stages)
+            or not set(train_stages) <= {*range(1, count + 1)}
+        ):
+            raise ValueError(
+                f"`train_stages` must name each stage to train once, by a number from 1 to {count}, got"
+                f" {train_stages}."
             )
         self.stages = nn.ModuleList(transformers)
-        self.scheduler = scheduler
+        self.schedulers = schedulers
         self.label_dropout = label_dropout
         self.max_noise_level = max_noise_level
         self.sil_weight = sil_weight
+        self.stages_trained = sorted(stage - 1 for stage in train_stages)
         self.batch_shares = batch_shares
-        self.sizes = [stage.config.sample_size for stage in transformers]
-        self.register_buffer(
-            "loss_weights", denoising_weights(scheduler, loss_weighting, min_snr_gamma), persistent=False
-        )
+        self.stage_loss_weights = stage_loss_weights
+        self.process_index = process_index
+        self.num_processes = num_processes
+        for index, (stage, scheduler) in enumerate(zip(transformers, schedulers)):
+            if index not in self.stages_trained:
+                stage.requires_grad_(False)
+            weights = denoising_weights(scheduler, loss_weighting, min_snr_gamma)
+            self.register_buffer(f"loss_weights_{index}", weights, persistent=False)
         self.scale_invariant_loss = None
-        if sil_weight > 0 and len(transformers) > 1:
+        compared = [index for index in self.stages_trained if index > 0]
+        if sil_weight > 0 and compared:
             self.scale_invariant_loss = ScaleInvariantLoss(
                 [stage.config.hidden_size for stage in transformers],
+                compared,
                 temperature=sil_temperature,
                 mask_same_class=sil_mask_same_class,
             )
+        # The stages that are run: those that are trained, and those that they are compared with.
+        self.stages_run = sorted(
+            {*self.stages_trained, *(index - 1 for index in compared if self.scale_invariant_loss is not None)}
+        )
 
-    def forward(self, images: torch.Tensor, class_labels: torch.Tensor) -> CascadeLosses:
+    def forward(self, pyramid: list[torch.Tensor], class_labels: torch.Tensor, seed: int) -> CascadeLosses:
         """
-        In evaluation mode every stage sees the whole batch and no label is dropped.
+        In evaluation mode every stage sees the whole batch, no label is dropped, and nothing depends on other
+        processes.
 
         Args:
-            images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1] at the last stage's size or larger.
+            pyramid (`list[torch.Tensor]` of shapes `(B, C, H_s, W_s)`):
+                The images (in [-1, 1]) or latents of every stage, see [`image_pyramid`].
             class_labels (`torch.Tensor` of shape `(B,)`, int64): Their classes.
+            seed (`int`): All noise follows from it.
 
         Returns:
             [`CascadeLosses`].
         """
-        batch_size, device = len(images), images.device
-        pyramid = image_pyramid(images, self.sizes)
-        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (batch_size,), device=device)
+        batch_size, device = len(class_labels), class_labels.device
+        noise = RowNoise(seed, device, *((self.process_index, self.num_processes) if self.training else ()))
+        timesteps = noise.integers(self.schedulers[0].config.num_train_timesteps, batch_size)  # (B,)
         labels = class_labels
         if self.training:
-            dropped = torch.rand(batch_size, device=device) < self.label_dropout
+            dropped = noise.uniform(batch_size) < self.label_dropout
             labels = torch.where(dropped, self.stages[0].config.num_classes, class_labels)
 
-        denoising, features = [], []
-        for index, share in enumerate(self.batch_shares):
-            count = max(1, round(share * batch_size)) if self.training else batch_size
+        denoising, features = [], {}
+        total = torch.zeros((), device=device)
+        for index in self.stages_run:
+            count = max(1, round(self.batch_shares[index] * batch_size)) if self.training else batch_size
             low_res = pyramid[index - 1][:count] if index > 0 else None
-            loss, stage_features = self._stage_loss(
-                index, pyramid[index][:count], low_res, timesteps[:count], labels[:count]
-            )
-            denoising.append(loss)
-            features.append(stage_features)
+            with nullcontext() if index in self.stages_trained else torch.no_grad():
+                errors, features[index] = self._stage_errors(
+                    index, pyramid[index][:count], low_res, timesteps[:count], labels[:count], noise
+                )
+            if index in self.stages_trained:
+                total = total + self.stage_loss_weights[index] * errors.mean()
+                denoising.append(errors.detach())
 
-        denoising = torch.stack(denoising)
-        total = denoising.sum()
-        scale_invariant = denoising.new_zeros(0)
+        scale_invariant = total.new_zeros(0)
         if self.scale_invariant_loss is not None:
             scale_invariant = self.scale_invariant_loss(features, class_labels)
             total = total + self.sil_weight * scale_invariant.mean()
-        return CascadeLosses(total, denoising.detach(), scale_invariant.detach())
+        return CascadeLosses(total, denoising, scale_invariant.detach(), timesteps)
 
-    def _stage_loss(
+    def _stage_errors(
         self,
         index: int,
         clean: torch.Tensor,
         low_res: torch.Tensor | None,
         timesteps: torch.Tensor,
         labels: torch.Tensor,
+        draw: RowNoise,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = torch.randn_like(clean)
-        noisy = self.scheduler.add_noise(clean, noise, timesteps)  # (B, C, H, W)
+        scheduler = self.schedulers[index]
+        noise = draw.normal(*clean.shape)
+        noisy = scheduler.add_noise(clean, noise, timesteps)  # (B, C, H, W)
         noise_level = None
         if low_res is not None:
-            noise_level = torch.rand(len(clean), device=clean.device) * self.max_noise_level
+            noise_level = draw.uniform(len(clean)) * self.max_noise_level
             low_res = upsample_low_res(low_res, clean.shape[-2:])
-            low_res = augment_low_res(low_res, torch.randn_like(low_res), noise_level)
+            low_res = augment_low_res(low_res, draw.normal(*low_res.shape), noise_level)
         prediction, features = self.stages[index](
             noisy, timesteps, labels, low_res=low_res, noise_level=noise_level, return_dict=False
         )
-        target = denoising_target(self.scheduler, clean, noise, timesteps)
-        error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
-        return (self.loss_weights[timesteps] * error).mean(), features
+        target = denoising_target(scheduler, clean, noise, timesteps)
+        errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
+        return self.get_buffer(f"loss_weights_{index}")[timesteps] * errors, features

@@ -1,59 +1,132 @@
-"""Checkpoints of a training run: written whole or not at all, found by their step."""
+"""Checkpoints of a training run: written whole or not at all, found by their step, checked before they are used."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = "partial-"
 STATE_FILE = "trainer_state.json"
 
 
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
+def find_checkpoints(output_dir: str | Path) -> tuple[list[Path], dict[Path, str]]:
     """
-    The complete checkpoints of a run, oldest first.
+    The checkpoints of a run.
 
     Args:
         output_dir (`str` or `Path`): The run's folder; may be missing.
 
     Returns:
-        `list[Path]`: Folders named `checkpoint-<step>`.
+        `tuple[list[Path], dict[Path, str]]`: The complete checkpoints (folders named `checkpoint-<step>`), oldest
+        first; and what else was left of checkpoints, each with what is wrong with it.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return sorted(folders, key=_step_of)
+    output_dir = Path(output_dir)
+    complete, incomplete = [], {}
+    for path in output_dir.glob("checkpoint-*"):
+        if _NAME.fullmatch(path.name):
+            fault = find_fault(path)
+            if fault is None:
+                complete.append(path)
+            else:
+                incomplete[path] = fault
+    for path in output_dir.glob(f"{_PARTIAL}checkpoint-*"):
+        incomplete[path] = "it was being written when the run ended"
+    return sorted(complete, key=_step_of), incomplete
+
+
+def find_fault(checkpoint: str | Path) -> str | None:
+    """
+    Compares a checkpoint with the list of files and sizes it was completed with.
+
+    Args:
+        checkpoint (`str` or `Path`): The checkpoint's folder.
+
+    Returns:
+        `str` or `None`: What is wrong with it, if anything.
+    """
+    try:
+        files = read_state(checkpoint)["files"]
+    except (OSError, ValueError, KeyError):
+        return f"its {STATE_FILE} is missing or damaged"
+    for name, size in files.items():
+        path = Path(checkpoint) / name
+        if not path.is_file():
+            return f"its file {name} is missing"
+        if path.stat().st_size != size:
+            return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
+    return None
 
 
 def save_checkpoint(
-    output_dir: str | Path, step: int, state: dict, write: Callable[[Path], None], total_limit: int | None = None
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    step: int,
+    state: dict,
+    write: Callable[[Path], None],
+    total_limit: int | None = None,
 ) -> Path:
     """
-    Writes `checkpoint-<step>` under a temporary name and renames it when it is complete, so that a killed run leaves
-    either the whole checkpoint or none; then removes the oldest beyond `total_limit`.
+    Writes `checkpoint-<step>`, under another name until everything in it is on the disk, so that a run killed at any
+    moment leaves the whole checkpoint or none; then removes the oldest beyond `total_limit`. All processes call it.
 
     Args:
+        accelerator (`Accelerator`): Of the run.
         output_dir (`str` or `Path`): The run's folder.
         step (`int`): The optimizer step.
         state (`dict`): JSON-serialisable facts, kept in `trainer_state.json`.
-        write (`Callable`): Writes everything else into the folder it is given.
+        write (`Callable`): Writes everything else into the folder it is given; called in every process.
         total_limit (`int`, *optional*): Complete checkpoints to keep, at least 1.
 
     Returns:
         `Path`: The finished checkpoint.
+
+    Raises:
+        CheckpointError: It could not be written (no space, no permission); earlier checkpoints are as they were.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
-    partial = final.with_name(f"partial-{final.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    (partial / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2))
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    if total_limit is not None:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
+    partial = final.with_name(_PARTIAL + final.name)
+    # Each part ends with all processes knowing whether it succeeded in all of them: none waits for one that failed.
+    parts = [
+        (accelerator.is_main_process, lambda: _make_empty(partial)),
+        (True, lambda: write(partial)),
+        (accelerator.is_main_process, lambda: _complete(partial, final, {"step": step, **state})),
+    ]
+    for mine, part in parts:
+        fault = None
+        try:
+            if mine:
+                part()
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch.save and safetensors have errors of their own
+            fault = f"{type(error).__name__}: {error}"
+        faults = [fault for fault in gather_object([fault]) if fault is not None]
+        if faults:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"{final} could not be written ({faults[0]}). Earlier checkpoints are intact: make room or set"
+                " --checkpoints_total_limit, then run the same command again to go on from the last of them."
+            )
+    if accelerator.is_main_process and total_limit is not None:
+        complete, _ = find_checkpoints(output_dir)
+        for old in complete[:-total_limit]:
             shutil.rmtree(old)
     return final
 
@@ -61,6 +134,34 @@ def save_checkpoint(
 def read_state(checkpoint: str | Path) -> dict:
     """The facts that [`save_checkpoint`] kept in `trainer_state.json`."""
     return json.loads((Path(checkpoint) / STATE_FILE).read_text())
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _complete(partial: Path, final: Path, state: dict) -> None:
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+    state_file = partial / STATE_FILE
+    state_file.write_text(json.dumps({**state, "files": sizes}, indent=2))
+    for path in (*files, state_file, partial):
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's content, or a folder's entries, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _step_of(path: Path) -> int:

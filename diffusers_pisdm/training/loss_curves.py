@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from .metrics_file import read_metrics
 
 
 def plot_loss_curves(metrics_file: str | Path, picture: str | Path) -> None:
     """
     Draws the losses of a run's `metrics.jsonl`: one panel for the denoising losses (solid in training, dashed on
-    held-out images), one for the scale-invariant ones.
+    held-out images), one for those of training by noise level, one for the scale-invariant ones.
 
     Args:
         metrics_file (`str` or `Path`):
@@ -21,16 +22,19 @@ def plot_loss_curves(metrics_file: str | Path, picture: str | Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in Path(metrics_file).read_text().splitlines()]
+    rows = read_metrics(metrics_file)
     names = sorted({name for row in rows for name in row if name.startswith(("train/", "validation/"))})
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
+    figure, panels = plt.subplots(1, 3, figsize=(18, 4), constrained_layout=True)
     for name in names:
         points = [(row["step"], row[name]) for row in rows if name in row]
-        panel = panels[1 if "scale_invariant" in name else 0]
+        panel = panels[2 if "scale_invariant" in name else 1 if "_t" in name else 0]
+        if panel is panels[1] and name.startswith("validation/"):
+            continue  # too many curves for one panel
         panel.plot(*zip(*points), "--" if name.startswith("validation/") else "-", label=name, linewidth=1)
-    for panel, title in zip(panels, ("denoising (eq. 17)", "scale-invariant (InfoNCE)")):
+    titles = ("denoising (eq. 17)", "denoising, by timesteps", "scale-invariant (InfoNCE)")
+    for panel, title in zip(panels, titles):
         panel.set(title=title, xlabel="step", yscale="log")
         if panel.lines:
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=6, ncols=2)
     figure.savefig(picture, dpi=120)
     plt.close(figure)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-from torch.optim.lr_scheduler import LambdaLR
 
 
 # Embeddings, tokens, tables of shifts and scales, and the scan's own parameters have no reason to be near zero.
@@ -32,24 +31,44 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
 
 
-def warmup_cooldown_schedule(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, cooldown_steps: int, total_steps: int
-) -> LambdaLR:
+def learning_rate_factor(step: int, warmup_steps: int, cooldown_steps: int, total_steps: int) -> float:
     """
     A learning rate that rises linearly, stays, and falls linearly to zero over the last `cooldown_steps`: a run can be
     prolonged from any checkpoint before the cooldown, and 0 makes it constant to the end.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): Whose learning rate is scheduled.
+        step (`int`): Optimizer steps that have been taken.
         warmup_steps (`int`), cooldown_steps (`int`), total_steps (`int`): In optimizer steps.
 
     Returns:
-        `LambdaLR`.
+        `float`: The share in [0, 1] of the highest rate, for the next step.
     """
+    rise = (step + 1) / warmup_steps if step < warmup_steps else 1.0
+    fall = (total_steps - step) / cooldown_steps if step > total_steps - cooldown_steps else 1.0
+    return max(0.0, min(rise, fall))
 
-    def factor(step: int) -> float:
-        rise = (step + 1) / warmup_steps if step < warmup_steps else 1.0
-        fall = (total_steps - step) / cooldown_steps if step > total_steps - cooldown_steps else 1.0
-        return max(0.0, min(rise, fall))
 
-    return LambdaLR(optimizer, factor)
+def make_optimizer(
+    parameters: list[dict], learning_rate: float, betas: tuple[float, float], epsilon: float, use_8bit: bool = False
+) -> torch.optim.Optimizer:
+    """
+    AdamW over [`parameter_groups`].
+
+    Args:
+        parameters (`list[dict]`): Parameter groups with their weight decay.
+        learning_rate (`float`), betas (`tuple[float, float]`), epsilon (`float`): AdamW's.
+        use_8bit (`bool`, defaults to `False`): Keep both moments in 8 bits, by bitsandbytes.
+
+    Returns:
+        `torch.optim.Optimizer`.
+
+    Raises:
+        ImportError: `use_8bit` without bitsandbytes.
+    """
+    if use_8bit:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ImportError("8-bit Adam is bitsandbytes': `pip install bitsandbytes`.") from error
+        return AdamW8bit(parameters, lr=learning_rate, betas=betas, eps=epsilon)
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=epsilon, fused=True)

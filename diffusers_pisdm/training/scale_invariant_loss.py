@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .gather import gather_rows
+
 
 def info_nce(
     queries: torch.Tensor,
@@ -37,12 +39,16 @@ def info_nce(
 class ScaleInvariantLoss(nn.Module):
     r"""
     Compares the last Mamba block's features of one image in two adjacent stages of the cascade at the same timestep:
-    mean over the image tokens, a two-layer SiLU head, unit length, symmetric InfoNCE.
+    mean over the image tokens, a two-layer SiLU head, unit length, symmetric InfoNCE. In training the images of all
+    processes are each other's negatives, with gradient.
 
     The heads belong to training only; they are not part of a published transformer.
 
     Args:
-        hidden_sizes (`list[int]`): Width of the features of each stage; every stage has a head of its own.
+        hidden_sizes (`list[int]`): Width of the features of each stage of the cascade.
+        stages (`list[int]`, *optional*):
+            The higher stage `s` of each pair `(s - 1, s)` to compare, counted from 0; all but the first if not given.
+            Only the stages of these pairs have a head.
         embedding_size (`int`, defaults to 256): Width of the compared vectors.
         temperature (`float`, defaults to 0.1): Temperature of the softmax.
         mask_same_class (`bool`, defaults to `False`): Whether other images of the same class are left out.
@@ -51,34 +57,41 @@ class ScaleInvariantLoss(nn.Module):
     def __init__(
         self,
         hidden_sizes: list[int],
+        stages: list[int] | None = None,
         embedding_size: int = 256,
         temperature: float = 0.1,
         mask_same_class: bool = False,
     ):
         super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, embedding_size)) for size in hidden_sizes
-        )
+        self.stages = list(range(1, len(hidden_sizes))) if stages is None else stages
+        self.heads = nn.ModuleDict()
+        for index in sorted({*self.stages, *(stage - 1 for stage in self.stages)}):
+            size = hidden_sizes[index]
+            self.heads[str(index)] = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, embedding_size))
         self.temperature = temperature
         self.mask_same_class = mask_same_class
 
-    def forward(self, features: list[torch.Tensor], class_labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: dict[int, torch.Tensor], class_labels: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            features (`list[torch.Tensor]` of shapes `(B_s, L_s, D_s)`):
-                One entry a stage. Row `i` is the same image in every stage; a stage may hold fewer rows.
+            features (`dict[int, torch.Tensor]` of shapes `(B_s, L_s, D_s)`):
+                By stage, at least those that have a head. Row `i` is the same image in every stage; a stage may hold
+                fewer rows.
             class_labels (`torch.Tensor` of shape `(B,)`): Labels of the rows, for `mask_same_class`.
 
         Returns:
-            `torch.Tensor` of shape `(S - 1,)`: The loss of each pair of adjacent stages.
+            `torch.Tensor` of shape `(len(stages),)`: The loss of each pair.
         """
-        embeddings = [
-            F.normalize(head(tokens.mean(dim=1)).float(), dim=-1)  # (B_s, E)
-            for head, tokens in zip(self.heads, features, strict=True)
-        ]
+        embeddings = {
+            int(stage): F.normalize(head(features[int(stage)].mean(dim=1)).float(), dim=-1)  # (B_s, E)
+            for stage, head in self.heads.items()
+        }
         losses = []
-        for lower, higher in zip(embeddings, embeddings[1:]):
+        for stage in self.stages:
+            lower, higher = embeddings[stage - 1], embeddings[stage]
             shared = min(len(lower), len(higher))
-            labels = class_labels[:shared] if self.mask_same_class else None
-            losses.append(info_nce(lower[:shared], higher[:shared], self.temperature, labels))
+            lower, higher, labels = lower[:shared], higher[:shared], class_labels[:shared]
+            if self.training:
+                lower, higher, labels = gather_rows(lower), gather_rows(higher), gather_rows(labels)
+            losses.append(info_nce(lower, higher, self.temperature, labels if self.mask_same_class else None))
         return torch.stack(losses)

@@ -13,24 +13,37 @@ STAGE = {"patch_size": 2, "in_channels": 3, "num_layers": 2, "hidden_size": 16, 
 CASCADE = {
     "scheduler": {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "clip_sample": False},
     "stages": [{"sample_size": 4, **STAGE}, {"sample_size": 8, "low_res_channels": 3, **STAGE}],
+    "training": {
+        "train_batch_size": 8,
+        "lr_warmup_steps": 2,
+        "logging_steps": 2,
+        "validation_steps": 4,
+        "validation_classes": 3,
+        "validation_inference_steps": 2,
+        "checkpointing_steps": 4,
+    },
 }
 
 
 @pytest.fixture
-def train(tmp_path, real_image_dir):
+def command(tmp_path, real_image_dir):
+    """The arguments of a tiny run that leaves its output in `tmp_path / name`."""
     config = tmp_path / "cascade.json"
     config.write_text(json.dumps(CASCADE))
 
-    def run(name, steps, *more):
-        train_pisdm.main(
-            [
-                *("--cascade_config", str(config), "--train_data_dir", str(real_image_dir)),
-                *("--output_dir", str(tmp_path / name), "--max_train_steps", str(steps)),
-                *("--train_batch_size", "8", "--lr_warmup_steps", "2", "--logging_steps", "2"),
-                *("--validation_steps", "4", "--validation_classes", "3", "--validation_inference_steps", "2"),
-                *("--checkpointing_steps", "4", *more),
-            ]
-        )
+    def command(name, steps, *more, data=real_image_dir, config=config):
+        return [
+            *("--cascade_config", str(config), "--train_data_dir", str(data)),
+            *("--output_dir", str(tmp_path / name), "--max_train_steps", str(steps), *more),
+        ]
+
+    return command
+
+
+@pytest.fixture
+def train(tmp_path, command):
+    def run(name, steps, *more, **others):
+        train_pisdm.main(command(name, steps, *more, **others))
         return tmp_path / name
 
     return run
@@ -83,10 +96,38 @@ def test_held_out_images_are_measured_with_the_same_noise_each_time(train):
     assert len(losses) == 2 and losses[0] == losses[1]
 
 
-def test_the_data_must_be_named(capsys):
+USAGE_ERRORS = {
+    "no data": ([], "give one of --dataset_name, --train_data_dir and --latent_cache"),
+    "two data sets": (["--dataset_name", "a", "--train_data_dir", "b"], "give one of --dataset_name"),
+    "no repository": (["--train_data_dir", "a", "--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+    "no base for LoRA": (["--train_data_dir", "a", "--lora_rank", "4"], "give --pretrained_model_name_or_path"),
+    "unknown": (["--train_data_dir", "a", "--lr", "4"], "unrecognized arguments: --lr 4"),
+    "abbreviated": (["--train_data_dir", "a", "--learning", "4"], "unrecognized arguments: --learning 4"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE_ERRORS.values(), ids=USAGE_ERRORS)
+def test_wrong_usage_is_told(tmp_path, capsys, arguments, message):
+    config = tmp_path / "cascade.json"
+    config.write_text(json.dumps(CASCADE))
     with pytest.raises(SystemExit):
-        train_pisdm.parse_args(["--cascade_config", "c.json", "--output_dir", "o"])
-    assert "either --dataset_name or --train_data_dir" in capsys.readouterr().err
+        train_pisdm.parse_args(["--cascade_config", str(config), "--output_dir", "o", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_the_cascade_must_be_described(capsys):
+    with pytest.raises(SystemExit):
+        train_pisdm.parse_args(["--train_data_dir", "a", "--output_dir", "o"])
+    assert "give --cascade_config, --pretrained_model_name_or_path or both" in capsys.readouterr().err
+
+
+def test_a_recipe_gives_defaults_and_the_command_line_counts_more(tmp_path):
+    config = tmp_path / "cascade.json"
+    config.write_text(json.dumps({**CASCADE, "training": {"learning_rate": 0.5, "sil_weight": 0}}))
+    arguments = ["--cascade_config", str(config), "--train_data_dir", "a", "--output_dir", "o"]
+    args, recipe = train_pisdm.parse_args([*arguments, "--sil_weight", "0.25"])
+    assert (args.learning_rate, args.sil_weight) == (0.5, 0.25)
+    assert recipe.stages == CASCADE["stages"]
 
 
 def test_a_run_can_start_from_a_published_cascade(train):

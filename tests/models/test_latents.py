@@ -2,40 +2,13 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
-from diffusers_pisdm.models.latents import decode_latents, encode_latents, vae_scale_factor
+from diffusers_pisdm.models.latents import decode_latents, encode_latents, encode_moments, vae_scale_factor
+from tests.models.tiny_vae import KINDS, make_dc, make_kl
 from tests.pipelines.tiny_cascade import generators, make_cascade
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
-
-
-def make_kl(**config) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        **config,
-    )
-
-
-def make_tiny(**config) -> AutoencoderTiny:
-    blocks = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
-    return AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), **config)
-
-
-def make_dc(**config) -> AutoencoderDC:
-    blocks = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
-    widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
-    layers = {"encoder_layers_per_block": (1, 1, 1), "decoder_layers_per_block": (1, 1, 1)}
-    scales = {"encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ())}
-    types = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
-    return AutoencoderDC(latent_channels=4, **blocks, **widths, **layers, **scales, **types, **config)
-
-
-KINDS = {"kl": make_kl, "tiny": make_tiny, "dc": make_dc}
 
 
 @pytest.fixture(params=KINDS)
@@ -84,6 +57,20 @@ def test_posterior_is_sampled_from_the_generators():
     latents = encode_latents(vae, images, generator=generators(0, 1))
     assert (latents[0] - latents[1]).abs().max() > 0.01
     torch.testing.assert_close(encode_latents(vae, images, generator=generators(0, 1)), latents)
+
+
+@torch.no_grad()
+def test_moments_are_those_of_the_latents(make_vae):
+    """The latents are the mean where they are not drawn; else their mean and spread over many draws."""
+    vae = make_vae(scaling_factor=0.25)
+    images = make_images()[:1, :, :16, :16]
+    mean, std = encode_moments(vae, images)
+    if make_vae is not make_kl:
+        assert std is None and torch.equal(encode_latents(vae, images), mean)
+        return
+    draws = encode_latents(vae, images.expand(200, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert ((draws.mean(0) - mean[0]) / std[0]).abs().max() < 6 / 200**0.5
+    torch.testing.assert_close(draws.std(0), std[0], rtol=0.35, atol=0)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from diffusers import DDPMScheduler
 
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.ops.conditioning_augmentation import augment_low_res, upsample_low_res
-from diffusers_pisdm.training import CascadeObjective, image_pyramid
+from diffusers_pisdm.training import CascadeObjective, image_pyramid, shift_noise_schedule
 
 
 NUM_CLASSES = 4
@@ -30,14 +30,16 @@ def make_stages(sizes=(4, 8, 16)):
     return stages
 
 
-def make_objective(sizes=(4, 8, 16), prediction_type="epsilon", **kwargs):
-    return CascadeObjective(make_stages(sizes), DDPMScheduler(prediction_type=prediction_type), **kwargs)
+def make_objective(sizes=(4, 8, 16), prediction_type="epsilon", shifts=(1, 1, 1), **kwargs):
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    schedulers = [shift_noise_schedule(scheduler, shift) for _, shift in zip(sizes, shifts)]
+    return CascadeObjective(make_stages(sizes), schedulers, **kwargs)
 
 
 @pytest.fixture
 def batch(real_images):
-    images = real_images[::6][:8]
-    return image_pyramid(images, [16])[0], torch.arange(8) % NUM_CLASSES
+    """A pyramid of eight images, their labels, and a seed."""
+    return image_pyramid(real_images[::6][:8], [4, 8, 16]), torch.arange(8) % NUM_CLASSES, 3
 
 
 class Recorder:
@@ -53,37 +55,38 @@ class Recorder:
 
 
 def test_the_loss_is_equation_17_for_what_the_stages_were_given(batch):
-    images, labels = batch
-    objective = make_objective(loss_weighting="vlb", sil_weight=0.5)
+    pyramid, labels, seed = batch
+    objective = make_objective(
+        loss_weighting="vlb", sil_weight=0.5, stage_loss_weights=[1.0, 0.5, 2.0], shifts=(1, 0.5, 2)
+    )
     recorder = Recorder(objective)
-    losses = objective(images, labels)
-    scheduler = objective.scheduler
+    losses = objective(pyramid, labels, seed)
+    assert [len({id(s) for s in objective.schedulers[:n]}) for n in (1, 2, 3)] == [1, 2, 3]
     for index, (noisy, timesteps, _, _, _, prediction) in enumerate(recorder.calls):
-        clean = image_pyramid(images, objective.sizes)[index]
+        scheduler, clean = objective.schedulers[index], pyramid[index]
         alpha_bar = scheduler.alphas_cumprod[timesteps]
         signal, sigma = (x.sqrt()[:, None, None, None] for x in (alpha_bar, 1 - alpha_bar))
         noise = (noisy - signal * clean) / sigma
         betas = scheduler.betas[timesteps]
         weight = betas / (2 * (1 - betas) * (1 - alpha_bar))
-        expected = (weight * (prediction - noise).square().mean(dim=(1, 2, 3))).mean()
+        expected = weight * (prediction - noise).square().mean(dim=(1, 2, 3))
         torch.testing.assert_close(losses.denoising[index], expected, rtol=1e-3, atol=0)
-    expected_total = losses.denoising.sum() + 0.5 * losses.scale_invariant.mean()
+    first, second, third = (errors.mean() for errors in losses.denoising)
+    expected_total = first + 0.5 * second + 2.0 * third + 0.5 * losses.scale_invariant.mean()
     torch.testing.assert_close(losses.total.detach(), expected_total)
 
 
 def test_stages_share_timestep_and_label_and_see_the_stage_below(batch):
-    images, labels = batch
+    pyramid, labels, seed = batch
     objective = make_objective(label_dropout=0.5, max_noise_level=0.3)
     recorder = Recorder(objective)
-    torch.manual_seed(3)
-    objective(images, labels)
+    objective(pyramid, labels, seed)
     (_, timesteps, first_labels, low_res, noise_level, _), *higher = recorder.calls
     assert low_res is None and noise_level is None
     assert (first_labels == NUM_CLASSES).any() and (first_labels == labels).any()
-    pyramid = image_pyramid(images, objective.sizes)
     for index, (_, stage_timesteps, stage_labels, low_res, noise_level, _) in enumerate(higher):
         assert torch.equal(stage_timesteps, timesteps) and torch.equal(stage_labels, first_labels)
-        assert ((noise_level >= 0) & (noise_level < 0.3)).all() and noise_level.unique().numel() == len(images)
+        assert ((noise_level >= 0) & (noise_level < 0.3)).all() and noise_level.unique().numel() == len(labels)
         upsampled = upsample_low_res(pyramid[index], low_res.shape[-2:])
         added = low_res - augment_low_res(upsampled, torch.zeros_like(upsampled), noise_level)
         measured = added.flatten(1).std(dim=1)
@@ -94,7 +97,7 @@ def test_without_noise_level_the_condition_is_the_upsampled_image(batch):
     objective = make_objective(max_noise_level=0.0)
     recorder = Recorder(objective)
     objective(*batch)
-    pyramid = image_pyramid(batch[0], objective.sizes)
+    pyramid = batch[0]
     for index, (_, _, _, low_res, _, _) in enumerate(recorder.calls[1:]):
         torch.testing.assert_close(low_res, upsample_low_res(pyramid[index], low_res.shape[-2:]))
 
@@ -116,13 +119,13 @@ def test_without_the_scale_invariant_loss_nothing_of_it_is_left(batch):
     assert objective.scale_invariant_loss is None
     losses = objective(*batch)
     assert losses.scale_invariant.numel() == 0
-    torch.testing.assert_close(losses.total.detach(), losses.denoising.sum())
+    torch.testing.assert_close(losses.total.detach(), sum(errors.mean() for errors in losses.denoising))
 
 
 def test_a_single_stage_has_no_scale_invariant_loss(batch):
     objective = make_objective(sizes=(16,))
     assert objective.scale_invariant_loss is None
-    assert objective(*batch).denoising.shape == (1,)
+    assert len(objective(*batch).denoising) == 1
 
 
 def test_batch_shares_hold_in_training_only(batch):
@@ -146,19 +149,85 @@ def test_shares_that_do_not_fit_are_refused(shares):
         make_objective(batch_shares=shares)
 
 
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 0.0]])
+def test_stage_loss_weights_that_do_not_fit_are_refused(weights):
+    with pytest.raises(ValueError, match="one positive weight for each of the 3 stages"):
+        make_objective(stage_loss_weights=weights)
+
+
+@pytest.mark.parametrize("stages", [[], [0], [4], [1, 1]])
+def test_stages_that_do_not_exist_cannot_be_trained(stages):
+    with pytest.raises(ValueError, match="by a number from 1 to 3"):
+        make_objective(train_stages=stages)
+
+
+def test_the_same_seed_gives_the_same_loss(batch):
+    objective = make_objective()
+    pyramid, labels, seed = batch
+    global_state = torch.get_rng_state()
+    first = objective(pyramid, labels, seed).total
+    assert torch.equal(torch.get_rng_state(), global_state)
+    torch.rand(1)
+    assert objective(pyramid, labels, seed).total == first
+    assert objective(pyramid, labels, seed + 1).total != first
+
+
+def test_only_the_chosen_stages_are_run_and_trained(batch):
+    objective = make_objective(train_stages=[1])
+    recorder = Recorder(objective)
+    losses = objective(*batch)
+    losses.total.backward()
+    assert len(recorder.calls) == 1 and len(losses.denoising) == 1 and losses.scale_invariant.numel() == 0
+    assert [
+        index for index, stage in enumerate(objective.stages) if any(p.requires_grad for p in stage.parameters())
+    ] == [0]
+
+
+def test_a_stage_trained_alone_is_compared_with_the_frozen_one_below_it(batch):
+    objective = make_objective(train_stages=[3], sil_weight=0.5)
+    recorder = Recorder(objective)
+    losses = objective(*batch)
+    losses.total.backward()
+    assert [call[0].shape[-1] for call in recorder.calls] == [8, 16] and len(losses.denoising) == 1
+    torch.testing.assert_close(losses.total.detach(), losses.denoising[0].mean() + 0.5 * losses.scale_invariant.mean())
+    with_gradient = [name for name, p in objective.named_parameters() if p.grad is not None]
+    assert any(name.startswith("stages.2.") for name in with_gradient)
+    assert not any(name.startswith(("stages.0.", "stages.1.")) for name in with_gradient)
+    assert sorted(objective.scale_invariant_loss.heads) == ["1", "2"]
+
+
+def test_two_processes_draw_the_rows_of_one(batch):
+    pyramid, labels, seed = batch
+    halves = []
+    alone = make_objective(label_dropout=0.5, batch_shares=[1.0, 0.5, 0.5])
+    whole = Recorder(alone)
+    alone(pyramid, labels, seed)
+    for rank in range(2):
+        objective = make_objective(
+            label_dropout=0.5, batch_shares=[1.0, 0.5, 0.5], process_index=rank, num_processes=2
+        )
+        halves.append(Recorder(objective))
+        objective([level[rank::2] for level in pyramid], labels[rank::2], seed)
+    for stage, call in enumerate(whole.calls):
+        for rank, half in enumerate(halves):
+            for mine, all_rows in zip(half.calls[stage][:3], call[:3]):  # noisy images, timesteps, labels
+                assert torch.equal(mine, all_rows[rank::2])
+
+
 def test_training_lowers_every_loss(batch):
     objective = make_objective(label_dropout=0.0)
     optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
 
+    pyramid, labels, seed = batch
+
     def evaluate():
-        torch.manual_seed(0)
         with torch.no_grad():
-            losses = objective(*batch)
-        return torch.cat([losses.denoising, losses.scale_invariant])
+            losses = objective(pyramid, labels, seed)
+        return torch.cat([torch.stack([errors.mean() for errors in losses.denoising]), losses.scale_invariant])
 
     before = evaluate()
-    for _ in range(60):
+    for step in range(60):
         optimizer.zero_grad()
-        objective(*batch).total.backward()
+        objective(pyramid, labels, step).total.backward()
         optimizer.step()
     assert (evaluate() < 0.9 * before).all()

@@ -1,38 +1,126 @@
-import pytest
+import json
 
-from diffusers_pisdm.training.checkpoints import list_checkpoints, read_state, save_checkpoint
+import pytest
+from accelerate import Accelerator
+
+from diffusers_pisdm.training.checkpoints import (
+    STATE_FILE,
+    CheckpointError,
+    find_checkpoints,
+    find_fault,
+    read_state,
+    save_checkpoint,
+)
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def save(accelerator, tmp_path):
+    def save(step, state={}, write=write, total_limit=None):  # noqa: B006 - only read
+        return save_checkpoint(accelerator, tmp_path, step, state, write, total_limit)
+
+    return save
 
 
 def write(folder):
     (folder / "weights").write_text("x")
+    (folder / "shards").mkdir()
+    (folder / "shards" / "1").write_text("abc")
 
 
-def test_checkpoints_are_listed_by_step_and_hold_their_state(tmp_path):
+def complete(folder):
+    return [path.name for path in find_checkpoints(folder)[0]]
+
+
+def test_checkpoints_are_found_by_step_and_hold_their_state(save, tmp_path):
     for step in (900, 1000, 80):
-        save_checkpoint(tmp_path, step, {"note": "a"}, write)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-80", "checkpoint-900", "checkpoint-1000"]
-    assert read_state(tmp_path / "checkpoint-900") == {"step": 900, "note": "a"}
+        save(step, {"note": "a"})
+    assert complete(tmp_path) == ["checkpoint-80", "checkpoint-900", "checkpoint-1000"]
+    state = read_state(tmp_path / "checkpoint-900")
+    assert state == {"step": 900, "note": "a", "files": {"shards/1": 3, "weights": 1}}
 
 
-def test_a_failed_write_leaves_the_last_checkpoint_and_no_half_one(tmp_path):
-    save_checkpoint(tmp_path, 1, {}, write)
+def test_a_failed_write_names_the_reason_and_leaves_the_last_checkpoint(save, tmp_path):
+    save(1)
 
     def fail(folder):
         write(folder)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, {}, fail, total_limit=1)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
-    save_checkpoint(tmp_path, 2, {}, write, total_limit=1)  # the leftover does not stand in the way
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-2 could not be written .*No space left.*Earlier checkpoints"
+    ):
+        save(2, write=fail, total_limit=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    save(2, total_limit=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-def test_the_oldest_go_beyond_the_limit(tmp_path):
+def test_an_unwritable_place_is_an_error(accelerator, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="NotADirectoryError"):
+        save_checkpoint(accelerator, tmp_path / "file", 1, {}, write)
+
+
+def test_the_oldest_go_beyond_the_limit(save, tmp_path):
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, {}, write, total_limit=2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+        save(step, total_limit=2)
+    assert complete(tmp_path) == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_a_missing_folder_has_no_checkpoints(tmp_path):
-    assert list_checkpoints(tmp_path / "nowhere") == []
+def test_an_existing_checkpoint_is_replaced(save, tmp_path):
+    save(1, {"run": 1})
+    save(1, {"run": 2})
+    assert read_state(tmp_path / "checkpoint-1")["run"] == 2
+
+
+def truncate(folder):
+    (folder / "shards" / "1").write_text("ab")
+
+
+def remove(folder):
+    (folder / "weights").unlink()
+
+
+def forget(folder):
+    (folder / STATE_FILE).unlink()
+
+
+def damage(folder):
+    (folder / STATE_FILE).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("harm", "fault"),
+    [
+        (truncate, "its file shards/1 has 2 bytes instead of 3"),
+        (remove, "its file weights is missing"),
+        (forget, "its trainer_state.json is missing or damaged"),
+        (damage, "its trainer_state.json is missing or damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_not_counted(save, tmp_path, harm, fault):
+    save(1)
+    second = save(2)
+    assert find_fault(second) is None
+    harm(second)
+    assert complete(tmp_path) == ["checkpoint-1"]
+    assert find_checkpoints(tmp_path)[1] == {second: fault}
+
+
+def test_a_checkpoint_that_was_being_written_is_named(tmp_path):
+    partial = tmp_path / "partial-checkpoint-7"
+    partial.mkdir()
+    assert find_checkpoints(tmp_path) == ([], {partial: "it was being written when the run ended"})
+
+
+def test_other_folders_are_not_checkpoints(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / STATE_FILE).write_text(json.dumps({"step": 5, "files": {}}))
+    assert complete(tmp_path) == ["checkpoint-5"]
+    assert find_checkpoints(tmp_path / "nowhere") == ([], {})

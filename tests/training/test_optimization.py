@@ -1,8 +1,10 @@
+import sys
+
 import pytest
 import torch
 
 from diffusers_pisdm import PISDMTransformer2DModel
-from diffusers_pisdm.training.optimization import parameter_groups, warmup_cooldown_schedule
+from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 
 
 def test_vectors_embeddings_pads_and_scan_parameters_do_not_decay():
@@ -29,14 +31,7 @@ def test_frozen_parameters_are_in_no_group():
 
 
 def rates(warmup, cooldown, total):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = warmup_cooldown_schedule(optimizer, warmup, cooldown, total)
-    values = []
-    for _ in range(total):
-        values.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    return values
+    return [learning_rate_factor(step, warmup, cooldown, total) for step in range(total)]
 
 
 def test_rate_rises_stays_and_falls():
@@ -48,3 +43,25 @@ def test_rate_rises_stays_and_falls():
 
 def test_without_cooldown_the_rate_stays():
     assert rates(warmup=0, cooldown=0, total=6) == [1.0] * 6
+
+
+def test_the_optimizer_is_adamw_as_asked():
+    model = torch.nn.Linear(3, 3)
+    optimizer = make_optimizer(parameter_groups(model, 0.25), 1e-2, (0.8, 0.9), 1e-6)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (1e-2, (0.8, 0.9), 1e-6)
+
+
+def test_8_bit_adam_needs_bitsandbytes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        make_optimizer([], 1e-2, (0.8, 0.9), 1e-6, use_8bit=True)
+
+
+def test_8_bit_adam_is_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    groups = parameter_groups(torch.nn.Linear(3, 3), 0.25)
+    assert isinstance(make_optimizer(groups, 1e-2, (0.8, 0.9), 1e-6, use_8bit=True), bitsandbytes.optim.AdamW8bit)

@@ -58,12 +58,12 @@ def test_half_precision_embeddings_are_compared_in_float32():
 def test_adjacent_stages_are_compared_on_the_images_they_share():
     torch.manual_seed(0)
     loss = ScaleInvariantLoss([16, 24, 32])
-    features = [torch.randn(6, 4, 16), torch.randn(6, 9, 24), torch.randn(3, 16, 32)]
+    features = {0: torch.randn(6, 4, 16), 1: torch.randn(6, 9, 24), 2: torch.randn(3, 16, 32)}
     labels = torch.arange(6)
     both = loss(features, labels)
     assert both.shape == (2,)
     # The last stage holds three of the six images: those beyond must not matter to the second pair.
-    changed = [features[0], torch.cat([features[1][:3], torch.randn(3, 9, 24)]), features[2]]
+    changed = features | {1: torch.cat([features[1][:3], torch.randn(3, 9, 24)])}
     torch.testing.assert_close(loss(changed, labels)[1], both[1])
     assert not torch.allclose(loss(changed, labels)[0], both[0])
 
@@ -72,7 +72,7 @@ def test_masking_leaves_out_images_of_the_same_class():
     torch.manual_seed(0)
     masked, plain = ScaleInvariantLoss([8, 8], mask_same_class=True), ScaleInvariantLoss([8, 8])
     plain.load_state_dict(masked.state_dict())
-    features = [torch.randn(4, 5, 8), torch.randn(4, 5, 8)]
+    features = {0: torch.randn(4, 5, 8), 1: torch.randn(4, 5, 8)}
     one_class, four_classes = torch.zeros(4, dtype=torch.long), torch.arange(4)
     torch.testing.assert_close(masked(features, four_classes), plain(features, four_classes))
     assert masked(features, one_class).item() == pytest.approx(0.0, abs=1e-6)  # no negatives are left
@@ -83,7 +83,7 @@ def test_training_aligns_the_scales():
     loss = ScaleInvariantLoss([8, 8])
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
     image = torch.randn(16, 1, 8)
-    features = [image + 0.1 * torch.randn(16, 5, 8), image + 0.1 * torch.randn(16, 9, 8)]
+    features = {0: image + 0.1 * torch.randn(16, 5, 8), 1: image + 0.1 * torch.randn(16, 9, 8)}
     labels = torch.arange(16)
     first = loss(features, labels).item()
     for _ in range(50):
@@ -91,3 +91,13 @@ def test_training_aligns_the_scales():
         loss(features, labels).sum().backward()
         optimizer.step()
     assert loss(features, labels).item() < 0.1 * first
+
+
+def test_only_the_chosen_pairs_are_compared():
+    torch.manual_seed(0)
+    features = {0: torch.randn(4, 5, 8), 1: torch.randn(4, 5, 8), 2: torch.randn(4, 5, 8)}
+    chosen, every = ScaleInvariantLoss([8, 8, 8], [2]), ScaleInvariantLoss([8, 8, 8])
+    assert sorted(chosen.heads) == ["1", "2"]
+    chosen.load_state_dict({k: v for k, v in every.state_dict().items() if not k.startswith("heads.0")})
+    labels = torch.arange(4)
+    torch.testing.assert_close(chosen(features, labels), every(features, labels)[1:])

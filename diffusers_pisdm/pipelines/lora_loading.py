@@ -1,0 +1,378 @@
+"""LoRA adapters of a cascade: one file for all of its stages, with the classes that the adapter was trained for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.utils import USE_PEFT_BACKEND, _get_model_file
+from safetensors import SafetensorError, safe_open
+
+from ..models.class_embedding import set_class_embedding
+from ..models.transformer_pisdm import PISDMTransformer2DModel
+from .lora_fit import CLASS_EMBEDDING, check_adapter_fits, quote
+
+
+@dataclass
+class FormerClasses:
+    """What the pipeline knew before an adapter brought classes of its own."""
+
+    adapter_name: str
+    embeddings: dict[str, torch.Tensor]
+    id2label: dict[int, str] | None
+
+
+class PISDMLoraLoaderMixin(LoraBaseMixin):
+    r"""
+    Loads, saves, combines and fuses LoRA adapters of a cascade. Adapters are trained with
+    [`~training.fine_tuning.add_lora`]; all methods need PEFT.
+
+    An adapter may bring classes of its own: then its file holds each stage's class embedding and the class names, and
+    loading exchanges the pipeline's. The former ones come back with `unload_lora_weights` and `delete_adapters` of the
+    same pipeline object, but not where the adapter is merely scaled, disabled or not among the active ones.
+    """
+
+    _former_classes: FormerClasses | None = None
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        weight_name: str = LORA_WEIGHT_NAME_SAFE,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        return_lora_metadata: bool = False,
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        r"""
+        Reads an adapter's weights, from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
+                A repository on the Hub, a folder, a file, or the weights themselves, which are returned as they are.
+            weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`): The file in repository or folder.
+            subfolder (`str`, *optional*): The file's folder in repository or folder.
+            revision (`str`, *optional*): Branch, tag or commit of the repository.
+            token (`str` or `bool`, *optional*): The Hub's token; `True` takes the one that is stored.
+            cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are kept.
+            force_download (`bool`, defaults to `False`): Whether to download what is kept already.
+            local_files_only (`bool`, defaults to `False`): Whether to download nothing.
+            return_lora_metadata (`bool`, defaults to `False`): Whether to return the adapter's configuration, too.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Weights by `<stage>.<layer>.lora_A.weight` and so on; with
+            `return_lora_metadata`, a tuple of them and the configuration (`None` if there is none).
+
+        Raises:
+            OSError: The file is missing or damaged.
+            ValueError: The file is no safetensors file.
+        """
+        if isinstance(pretrained_model_name_or_path_or_dict, dict):
+            state_dict, metadata = pretrained_model_name_or_path_or_dict, None
+        else:
+            source = os.fspath(pretrained_model_name_or_path_or_dict)
+            if os.path.isdir(source) and subfolder is not None:
+                source, subfolder = os.path.join(source, subfolder), None  # diffusers would look beside it first
+            _check_is_safetensors(source if os.path.isfile(source) else weight_name)
+            try:
+                file = _get_model_file(
+                    source,
+                    weights_name=weight_name,
+                    subfolder=subfolder,
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                )
+            except OSError as error:
+                raise OSError(
+                    f"{error} Pass the file, folder or repository of an adapter, and `weight_name` and `subfolder`"
+                    " where its file is called or lies elsewhere. Pickled weights are not read, as they can run code."
+                ) from error
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    state_dict = {key: opened.get_tensor(key) for key in opened.keys()}
+                    metadata = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+            except SafetensorError as error:
+                raise OSError(
+                    f"Unable to load LoRA weights from {file}: {error}. The file is truncated or corrupt; copy it"
+                    " again, or download it with `force_download=True`."
+                ) from error
+            metadata = json.loads(metadata) if metadata is not None else None
+        return (state_dict, metadata) if return_lora_metadata else state_dict
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        weight_name: str = LORA_WEIGHT_NAME_SAFE,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> None:
+        r"""
+        Loads an adapter into the stages that it was trained for and makes it the active one; `set_adapters` combines
+        several. An adapter that does not fit is refused before anything is changed.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
+                A repository on the Hub, a folder or file that [`~save_lora_weights`] wrote, or weights by key. Weights
+                come without the adapter's configuration: its alpha is then its rank, and its classes have no names.
+            adapter_name (`str`, *optional*): How to call the adapter; `"default_0"` and so on if not given.
+            hotswap (`bool`, defaults to `False`):
+                Whether to put the weights in the place of the adapter of this name, without compiling anew.
+            weight_name, subfolder, revision, token, cache_dir, force_download, local_files_only:
+                As in `lora_state_dict`.
+
+        Raises:
+            ImportError: PEFT is not installed.
+            OSError: The file is missing or damaged.
+            ValueError: The file is no safetensors file, the adapter does not fit the pipeline, or its name is taken.
+        """
+        _require_peft()
+        state_dict, metadata = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict,
+            weight_name=weight_name,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            return_lora_metadata=True,
+        )
+        weights, metadata = _split_by_component(state_dict), _split_by_component(metadata or {})
+        adapter_name = adapter_name or self._make_adapter_name()
+        transformers = self._get_lora_transformers()
+
+        # Everything is checked before anything is changed
+        check_adapter_fits(weights, transformers)
+        embeddings = {
+            name: layers.pop(CLASS_EMBEDDING) for name, layers in weights.items() if CLASS_EMBEDDING in layers
+        }
+        weights = {name: layers for name, layers in weights.items() if layers}
+        self._check_adapter_name(adapter_name, list(weights), hotswap)
+        replaced = self._former_classes.adapter_name if self._former_classes is not None else None
+        if embeddings and replaced is not None and not (hotswap and replaced == adapter_name):
+            raise ValueError(
+                f"The adapter brings classes of its own, but `{replaced}` has done so already. Call"
+                f" `delete_adapters({replaced!r})` first."
+            )
+
+        if hotswap:
+            self._restore_classes([adapter_name])
+        if embeddings:
+            former = {name: transformer.class_embedding.weight for name, transformer in transformers.items()}
+            former_classes = FormerClasses(adapter_name, former, self.config.id2label)
+            id2label = metadata.get("pipeline", {}).get("id2label")
+            if id2label is not None:
+                id2label = {int(i): name for i, name in id2label.items()}  # JSON made the ids strings
+            self._set_classes(embeddings, id2label)
+            self._former_classes = former_classes
+        try:
+            for name, layers in weights.items():
+                transformers[name].load_lora_adapter(
+                    layers,
+                    prefix=None,
+                    adapter_name=adapter_name,
+                    metadata=metadata.get(name),
+                    hotswap=hotswap,
+                    _pipeline=self,
+                )
+        except Exception:
+            self.delete_adapters(adapter_name)  # of the stages before
+            raise
+        if not hotswap:
+            # PEFT activates it where it is; the stages that it leaves alone would keep the adapter before active.
+            self.set_adapters(adapter_name)
+
+    def save_lora_weights(
+        self,
+        save_directory: str | os.PathLike,
+        adapter_name: str | None = None,
+        weight_name: str = LORA_WEIGHT_NAME_SAFE,
+        save_class_embeddings: bool = False,
+    ) -> None:
+        r"""
+        Saves an adapter of all stages that have it into one file, for [`~load_lora_weights`]. Unlike in diffusers'
+        pipelines, this is no class method: the pipeline has all that belongs into the file.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): A folder; made if it does not exist.
+            adapter_name (`str`, *optional*): The adapter's name; needed where there are several.
+            weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`): The file.
+            save_class_embeddings (`bool`, defaults to `False`):
+                Whether the file also gets all stages' class embeddings and the class names. Needed where the adapter
+                was trained for other classes than the pipeline's that it will be loaded into.
+
+        Raises:
+            ImportError: PEFT is not installed.
+            ValueError: There is no such adapter, or the path or name is not one for a safetensors file in a folder.
+        """
+        _require_peft()
+        from peft import get_peft_model_state_dict
+
+        _check_is_safetensors(weight_name)
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` is a file: {save_directory}. Pass a folder.")
+        adapter_name = self._get_saved_adapter_name(adapter_name)
+        state_dict, metadata = {}, {}
+        for name, transformer in self._get_lora_transformers().items():
+            if adapter_name in getattr(transformer, "peft_config", {}):
+                layers = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
+                state_dict.update(self.pack_weights(layers, name))
+                metadata.update(self.pack_weights(transformer.peft_config[adapter_name].to_dict(), name))
+            if save_class_embeddings:
+                weight = transformer.class_embedding.weight.detach()
+                state_dict.update(self.pack_weights({CLASS_EMBEDDING: weight}, name))
+        if save_class_embeddings:
+            metadata.update(self.pack_weights({"id2label": self.config.id2label}, "pipeline"))
+        self.write_lora_layers(
+            state_dict,
+            save_directory,
+            is_main_process=True,
+            weight_name=weight_name,
+            save_function=None,
+            safe_serialization=True,
+            lora_adapter_metadata=metadata,
+        )
+
+    def unload_lora_weights(self) -> None:
+        r"""
+        Removes all adapters, and brings back the classes that one of them replaced. A fused adapter stays fused into
+        the weights, and its classes stay, too: `fuse_lora`, `unload_lora_weights` and `save_pretrained` make a
+        pipeline of its own from an adapter.
+        """
+        self._restore_classes(self._get_adapter_names())
+        super().unload_lora_weights()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        r"""
+        Removes adapters, and brings back the classes that one of them replaced, unless it is fused.
+
+        Args:
+            adapter_names (`list[str]` or `str`): Their names.
+        """
+        self._restore_classes([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        super().delete_adapters(adapter_names)
+
+    def fuse_lora(
+        self,
+        components: list[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:
+        r"""
+        Adds adapters to the weights that they adapt, so that they cost nothing.
+
+        Args:
+            components (`list[str]`, *optional*): The stages by name, e.g. `"transformer_2"`; all if not given.
+            lora_scale (`float`, defaults to 1.0):
+                Factor on the adapters' weight; it lasts after `unfuse_lora`, until `set_adapters` is called.
+            safe_fusing (`bool`, defaults to `False`): Whether to refuse to fuse what is not finite.
+            adapter_names (`list[str]`, *optional*): The adapters; the active ones if not given.
+        """
+        super().fuse_lora(
+            components=self._lora_loadable_modules if components is None else components,
+            lora_scale=lora_scale,
+            safe_fusing=safe_fusing,
+            adapter_names=adapter_names,
+        )
+
+    def unfuse_lora(self, components: list[str] | None = None) -> None:
+        r"""
+        Undoes `fuse_lora`.
+
+        Args:
+            components (`list[str]`, *optional*): The stages by name; all if not given.
+        """
+        super().unfuse_lora(self._lora_loadable_modules if components is None else components)
+
+    def _get_lora_transformers(self) -> dict[str, PISDMTransformer2DModel]:
+        transformers = {name: getattr(self, name) for name in self._lora_loadable_modules}
+        return {name: transformer for name, transformer in transformers.items() if transformer is not None}
+
+    def _get_adapter_names(self) -> list[str]:
+        return sorted({name for names in self.get_list_adapters().values() for name in names})
+
+    def _make_adapter_name(self) -> str:
+        # One name for all stages: those that diffusers makes count the adapters of each.
+        names = (f"default_{i}" for i in itertools.count())
+        return next(name for name in names if name not in self._get_adapter_names())
+
+    def _get_saved_adapter_name(self, adapter_name: str | None) -> str:
+        names = self._get_adapter_names()
+        if adapter_name is None and len(names) == 1:
+            return names[0]
+        if adapter_name not in names:
+            problem = "is no adapter of this pipeline" if adapter_name else "does not say which adapter to save"
+            remedy = f"Pass one of {', '.join(map(repr, names))}." if names else "Add or load one first."
+            raise ValueError(f"`adapter_name={adapter_name!r}` {problem}. {remedy}")
+        return adapter_name
+
+    def _check_adapter_name(self, adapter_name: str, stages: list[str], hotswap: bool) -> None:
+        present = [stage for stage, names in self.get_list_adapters().items() if adapter_name in names]
+        if hotswap and sorted(present) != sorted(stages):
+            raise ValueError(
+                f"`hotswap=True` needs an adapter `{adapter_name}` on the new one's stages, {quote(stages)}, but"
+                f" there is one on {quote(present) or 'none'}. Load the new one under another name, without"
+                " `hotswap`."
+            )
+        if present and not hotswap:
+            raise ValueError(
+                f"The pipeline has an adapter `{adapter_name}` already. Pass another `adapter_name`, or call"
+                f" `delete_adapters({adapter_name!r})` first."
+            )
+
+    def _set_classes(self, embeddings: dict[str, torch.Tensor], id2label: dict[int, str] | None) -> None:
+        for name, transformer in self._get_lora_transformers().items():
+            set_class_embedding(transformer, embeddings[name])
+        self.register_to_config(id2label=id2label)
+
+    def _restore_classes(self, removed_adapters: list[str]) -> None:
+        former = self._former_classes
+        if former is None or former.adapter_name not in removed_adapters:
+            return
+        modules = itertools.chain(*(transformer.modules() for transformer in self._get_lora_transformers().values()))
+        if not any(former.adapter_name in getattr(module, "merged_adapters", ()) for module in modules):
+            self._set_classes(former.embeddings, former.id2label)
+        self._former_classes = None
+
+
+def _require_peft() -> None:
+    if not USE_PEFT_BACKEND:
+        raise ImportError(
+            "LoRA adapters need PEFT, which is not installed or too old. Run `pip install -U peft transformers`."
+        )
+
+
+def _check_is_safetensors(name: str) -> None:
+    if Path(name).suffix != ".safetensors":
+        raise ValueError(
+            f"`{name}` is no safetensors file. LoRA weights are read and written in no other format, as pickles can"
+            " run code: pass a name that ends in `.safetensors`."
+        )
+
+
+def _split_by_component(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    # `transformer_2.transformer_blocks.0...` belongs to `transformer_2`
+    components: dict[str, dict[str, Any]] = {}
+    for key in sorted(values):
+        component, _, rest = key.partition(".")
+        components.setdefault(component, {})[rest] = values[key]
+    return components

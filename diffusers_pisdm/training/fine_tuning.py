@@ -1,0 +1,171 @@
+"""From a published cascade to new classes, with all of its weights or with LoRA adapters."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+
+from ..models.class_embedding import set_class_embedding
+from ..models.transformer_pisdm import PISDMTransformer2DModel
+
+
+# The projections around the scan and those of the long skips. Those that steer the scan (`x_proj`, `dt_proj`) are left
+# out: adapting them, too, gained nothing for Galim et al. (arXiv 2410.09016) and Ham et al. (arXiv 2411.15224).
+LORA_TARGET_MODULES = ("in_proj", "out_proj", "skip_proj")
+
+
+def resize_class_embedding(
+    transformer: PISDMTransformer2DModel, old_class_names: Sequence[str], new_class_names: Sequence[str]
+) -> None:
+    """
+    Exchanges the classes of a model, in place; `config.num_classes` follows. Call it before the optimizer is made.
+
+    A class in both lists keeps its embedding, wherever it stands in them. A new class starts with the null label's,
+    which the model knows as "any class": at first, its images are those the model makes without guidance. A random
+    embedding would instead be an input that no layer has ever seen.
+
+    Args:
+        transformer ([`PISDMTransformer2DModel`]): The model.
+        old_class_names (`Sequence[str]`): The names of its `config.num_classes` classes, by id.
+        new_class_names (`Sequence[str]`): The names of the classes that it shall have, by id.
+
+    Raises:
+        ValueError: There are more or fewer old names than classes, or a name in both lists is not unique.
+    """
+    old, new = list(old_class_names), list(new_class_names)
+    if len(old) != transformer.config.num_classes:
+        raise ValueError(
+            f"`old_class_names` has {len(old)} names, but the model has {transformer.config.num_classes} classes"
+            " (`num_classes`). Pass the name of each class, in the order of their ids."
+        )
+    if new == old:
+        return
+    counts = Counter(old), Counter(new)
+    ambiguous = [name for name in counts[0] if name in counts[1] and max(counts[0][name], counts[1][name]) > 1]
+    if ambiguous:
+        raise ValueError(
+            f"{', '.join(map(repr, ambiguous))}: the name of several classes, so that it is open whose embedding is"
+            " kept. Give each class in `old_class_names` and `new_class_names` a name of its own."
+        )
+    null_label = len(old)
+    old_ids = {name: i for i, name in enumerate(old)}
+    rows = [*(old_ids.get(name, null_label) for name in new), null_label]
+    set_class_embedding(transformer, transformer.class_embedding.weight[rows])
+
+
+def start_cascade(
+    pretrained: DiffusionPipeline, stage_configs: Sequence[dict[str, Any]], class_names: Sequence[str]
+) -> list[PISDMTransformer2DModel]:
+    """
+    Makes the stages of a new cascade from a published one: those that it has, with its weights and an embedding of the
+    new classes ([`resize_class_embedding`]), and above them new ones with random weights. With fewer configurations
+    than stages, the upper ones are left out.
+
+    Args:
+        pretrained ([`PISDMCascadePipeline`]): The published cascade; its models are changed and returned.
+        stage_configs (`Sequence[dict[str, Any]]`):
+            Each stage's arguments of [`PISDMTransformer2DModel`], lowest resolution first, without `num_classes`.
+        class_names (`Sequence[str]`): The names of the new cascade's classes, by id.
+
+    Returns:
+        `list[PISDMTransformer2DModel]`: One model a configuration, in training mode.
+
+    Raises:
+        ValueError: A configuration differs from the stage's whose weights it takes, or the published cascade's classes
+            have no names.
+    """
+    for stage, (config, transformer) in enumerate(zip(stage_configs, pretrained.stages), start=1):
+        _check_config(stage, config, transformer)
+    old_class_names = _get_class_names(pretrained)
+
+    stages = pretrained.stages[: len(stage_configs)]
+    for transformer in stages:
+        resize_class_embedding(transformer, old_class_names, class_names)
+    stages += [
+        PISDMTransformer2DModel(**config, num_classes=len(class_names)) for config in stage_configs[len(stages) :]
+    ]
+    return [transformer.train() for transformer in stages]
+
+
+def add_lora(
+    transformer: PISDMTransformer2DModel,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | None = None,
+    train_class_embedding: bool = False,
+) -> None:
+    """
+    Adds a LoRA adapter named `"default"` and freezes everything else, in place. At first the adapter changes nothing.
+    What trains is float32, whatever the precision of the frozen weights.
+
+    Args:
+        transformer ([`PISDMTransformer2DModel`]): The model.
+        rank (`int`): The adapter's rank, at least 1.
+        alpha (`float`): The adapter's weight is `alpha / rank`.
+        target_modules (`Sequence[str]`, *optional*):
+            Names of the layers to adapt; by default those of `LORA_TARGET_MODULES` that the model has.
+        train_class_embedding (`bool`, defaults to `False`):
+            Whether the class embedding trains, too: where classes were added, nothing else tells them apart.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: The rank is below 1, a target is no layer of the model, or the model has such an adapter already.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("LoRA adapters need PEFT, which cannot be imported. Run `pip install -U peft`.") from error
+
+    names = {name.split(".")[-1] for name, _ in transformer.named_modules()}
+    if target_modules is None:
+        target_modules = [name for name in LORA_TARGET_MODULES if name in names]
+    unknown = [name for name in target_modules if name.split(".")[-1] not in names]
+    if unknown:
+        raise ValueError(
+            f"`target_modules` contains {', '.join(map(repr, unknown))}, but the model has no layer of that name. Pass"
+            f" names of linear layers such as {', '.join(map(repr, LORA_TARGET_MODULES))}."
+        )
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
+    )
+    transformer.class_embedding.requires_grad_(train_class_embedding)
+    cast_training_params(transformer, dtype=torch.float32)
+
+
+def _get_class_names(pretrained: DiffusionPipeline) -> list[str]:
+    id2label = pretrained.config.id2label or {}
+    ids = range(pretrained.transformer.config.num_classes)
+    if set(id2label) != set(ids):
+        raise ValueError(
+            f"The pretrained cascade has {len(ids)} classes and {len(id2label)} class names (`id2label`), but all"
+            " classes need a name to be found again among the new ones. Pass their names to `from_pretrained`:"
+            " `id2label=[...]`."
+        )
+    return [id2label[i] for i in ids]
+
+
+def _check_config(stage: int, config: dict[str, Any], transformer: PISDMTransformer2DModel) -> None:
+    parameters = inspect.signature(PISDMTransformer2DModel).parameters.values()
+    wanted = {parameter.name: parameter.default for parameter in parameters if parameter.name != "num_classes"}
+    wanted.update(config)
+    differences = [
+        f"`{key}` is {value!r} instead of {transformer.config.get(key)!r}"
+        for key, value in wanted.items()
+        if _as_json(value) != _as_json(transformer.config.get(key))
+    ]
+    if differences:
+        raise ValueError(
+            f"The configuration of stage {stage} does not fit the pretrained cascade: {', '.join(differences)}. Use"
+            " the configuration of the pretrained stage: only classes may be exchanged, and stages added above."
+        )
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,210 @@
+"""Latents of a whole data set on disk, for training without the autoencoder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .data_errors import DataError
+from .training_batch import TrainingRow
+
+
+INDEX_FILE = "index.json"
+REMEDY = "Run examples/cache_latents.py again with the same arguments: it goes on where it stopped."
+DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
+
+
+@dataclass
+class CacheIndex:
+    """
+    What a cache holds and how it was made; kept in `index.json`.
+
+    Args:
+        dataset (`str`), split (`str`): The images' source.
+        num_images (`int`): Rows of the data set.
+        class_names (`list[str]`): The name of each class.
+        image_size (`int`): Height and width of the images in pixels: the shorter side was scaled to it, then the
+            centre cut out.
+        stage_sizes (`list[int]`): Height and width of each stage's latents.
+        channels (`int`): Channels of the latents.
+        vae (`str`), vae_class (`str`), vae_sha256 (`str`), vae_dtype (`str`):
+            The autoencoder: where it came from, its class, a hash of its configuration and weights, and what it
+            computed in.
+        has_std (`bool`): Whether latents are drawn from a mean and a standard deviation.
+        has_flips (`bool`): Whether the mirrored images were encoded as well.
+        dtype (`str`): Of the stored numbers: float16, bfloat16 or float32.
+        images_per_shard (`int`): Rows a file.
+    """
+
+    dataset: str
+    split: str
+    num_images: int
+    class_names: list[str]
+    image_size: int
+    stage_sizes: list[int]
+    channels: int
+    vae: str
+    vae_class: str
+    vae_sha256: str
+    vae_dtype: str
+    has_std: bool
+    has_flips: bool
+    dtype: str
+    images_per_shard: int
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.images_per_shard)
+
+    def shard_rows(self, shard: int) -> range:
+        """The rows in a shard."""
+        start = shard * self.images_per_shard
+        return range(start, min(start + self.images_per_shard, self.num_images))
+
+    def latent_shapes(self, shard: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a shard's latents."""
+        return {
+            tensor_name(stage, part, flipped): (len(self.shard_rows(shard)), self.channels, size, size)
+            for stage, size in enumerate(self.stage_sizes)
+            for part in (("mean", "std") if self.has_std else ("mean",))
+            for flipped in ((False, True) if self.has_flips else (False,))
+        }
+
+    def write(self, folder: Path) -> None:
+        """Writes `index.json`, whole or not at all."""
+        partial = folder / f"{INDEX_FILE}.partial"
+        partial.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        partial.replace(folder / INDEX_FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> CacheIndex:
+        """Reads `index.json`; raises a [`DataError`] if it is missing or damaged."""
+        try:
+            return cls(**json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{folder} is no cache of latents ({error}): examples/cache_latents.py writes one."
+            ) from error
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Where a shard is."""
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def tensor_name(stage: int, part: str, flipped: bool) -> str:
+    """The name of a tensor in a shard: stages count from 1, as in the pipeline."""
+    return f"stage_{stage + 1}.{part}{'.flipped' if flipped else ''}"
+
+
+def find_shard_fault(folder: Path, index: CacheIndex, shard: int) -> str | None:
+    """What is wrong with a shard, if anything: missing, cut off, or not of this index."""
+    path = shard_path(folder, shard)
+    if not path.is_file():
+        return f"{path.name} is missing"
+    latent_dtype = DTYPES[index.dtype][1]
+    expected = {name: (shape, latent_dtype) for name, shape in index.latent_shapes(shard).items()}
+    expected["labels"] = ((len(index.shard_rows(shard)),), "I64")
+    try:
+        with safe_open(path, framework="pt") as file:  # compares the header with the file's size
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        return f"{path.name} is cut off or damaged ({error})"
+    return None if found == expected else f"{path.name} holds other latents than {INDEX_FILE} says"
+
+
+class LatentCache:
+    """
+    Reads what `examples/cache_latents.py` wrote: for each image the latents of every stage, from disk and not into
+    memory. Latents of an [`AutoencoderKL`] are drawn anew in every epoch.
+
+    Args:
+        folder (`str` or `Path`): The cache.
+        random_flip (`bool`, defaults to `False`): Take the mirrored image's latents every second time.
+
+    Raises:
+        DataError: There is no cache, it is not complete, or it has no mirrored images.
+    """
+
+    is_stream = False
+
+    def __init__(self, folder: str | Path, random_flip: bool = False):
+        self.folder = Path(folder)
+        self.index = CacheIndex.read(self.folder)
+        self.random_flip = random_flip
+        faults = [find_shard_fault(self.folder, self.index, shard) for shard in range(self.index.num_shards)]
+        faults = [fault for fault in faults if fault is not None]
+        if faults:
+            raise DataError(
+                f"The cache {folder} is not complete; of {self.index.num_shards} files {len(faults)} are missing or"
+                f" damaged: {faults[0]}. {REMEDY}"
+            )
+        if random_flip and not self.index.has_flips:
+            raise DataError(
+                f"The cache {folder} has no mirrored images: train without --random_flip, or make a cache with it."
+            )
+        self._shards: dict[int, safe_open] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.index.class_names
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a row may show another image in another epoch."""
+        return self.random_flip
+
+    def check_stages(self, sample_sizes: list[int], channels: int) -> None:
+        """
+        Args:
+            sample_sizes (`list[int]`): The size of each stage of the cascade.
+            channels (`int`): Its latents' channels.
+
+        Raises:
+            DataError: The cache holds other latents.
+        """
+        index = self.index
+        if (index.stage_sizes, index.channels) != (sample_sizes, channels):
+            raise DataError(
+                f"The cache {self.folder} holds latents of {index.channels} channels and sizes {index.stage_sizes};"
+                f" the cascade needs {channels} channels and sizes {sample_sizes}: make a cache with its"
+                " --cascade_config."
+            )
+
+    def __len__(self) -> int:
+        return self.index.num_images
+
+    def read(self, row: int, epoch: int, seed: int) -> TrainingRow:
+        """
+        Reads a row.
+
+        Args:
+            row (`int`): In `0..len(self) - 1`.
+            epoch, seed (`int`): Not negative; flip and latents follow from them and the row.
+
+        Returns:
+            [`TrainingRow`]: Float32 latents of shapes `(C, H_s, W_s)`, and the class.
+        """
+        shard, place = divmod(row, self.index.images_per_shard)
+        if shard not in self._shards:
+            self._shards[shard] = safe_open(shard_path(self.folder, shard), framework="pt")
+        file = self._shards[shard]
+        random = np.random.default_rng((seed, epoch, row))
+        flipped = self.random_flip and random.random() < 0.5
+        latents = []
+        for stage in range(len(self.index.stage_sizes)):
+            latent = file.get_slice(tensor_name(stage, "mean", flipped))[place].float()  # (C, H_s, W_s)
+            if self.index.has_std:
+                std = file.get_slice(tensor_name(stage, "std", flipped))[place].float()
+                latent = latent + std * torch.from_numpy(random.standard_normal(std.shape, dtype=np.float32))
+            latents.append(latent)
+        return TrainingRow(latents, int(file.get_slice("labels")[place]), [])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_shards": {}}  # each worker opens its own

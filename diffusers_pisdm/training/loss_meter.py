@@ -1,0 +1,76 @@
+"""Means of the losses of many steps: by stage, by pair of stages, and by noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .cascade_objective import CascadeLosses, CascadeObjective
+
+
+NOISE_LEVELS = 4  # equal parts of the timesteps
+
+
+class LossMeter:
+    """
+    Sums losses on their device, without waiting for it, until their means are asked for.
+
+    Args:
+        objective ([`CascadeObjective`]): Whose losses these are.
+    """
+
+    def __init__(self, objective: CascadeObjective):
+        self.num_timesteps = objective.schedulers[0].config.num_train_timesteps
+        self.names = []
+        for index in objective.stages_trained:
+            self.names += [self._level_name(index + 1, level) for level in range(NOISE_LEVELS)]
+        if objective.scale_invariant_loss is not None:
+            self.names += [f"scale_invariant_{s}_{s + 1}" for s in objective.scale_invariant_loss.stages]
+        self.stages = [index + 1 for index in objective.stages_trained]
+        self.reset()
+
+    def _level_name(self, stage: int, level: int) -> str:
+        edges = [self.num_timesteps * i // NOISE_LEVELS for i in (level, level + 1)]
+        return f"denoising_{stage}_t{edges[0]}-{edges[1] - 1}"
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.sums = self.counts = 0.0
+
+    def add(self, losses: CascadeLosses, weight: float = 1.0) -> None:
+        """Adds a batch's losses; a weight of 0 ignores it."""
+        sums, counts = [], []
+        for errors in losses.denoising:
+            level = losses.timesteps[: len(errors)] * NOISE_LEVELS // self.num_timesteps  # (B_s,)
+            sums.append(torch.zeros(NOISE_LEVELS, device=errors.device).index_add(0, level, errors.float()))
+            counts.append(torch.bincount(level, minlength=NOISE_LEVELS).float())
+        batch_size = len(losses.timesteps)
+        sums.append(losses.scale_invariant.float() * batch_size)
+        counts.append(torch.full_like(sums[-1], batch_size))
+        self.sums = self.sums + torch.cat(sums) * weight
+        self.counts = self.counts + torch.cat(counts) * weight
+
+    def means(
+        self, prefix: str, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    ) -> dict[str, float]:
+        """
+        The means since the last `reset`.
+
+        Args:
+            prefix (`str`): Put before every name, with a slash.
+            reduce (`Callable`, *optional*): Sums a tensor over all processes.
+
+        Returns:
+            `dict[str, float]`: `denoising_S` for every trained stage, `denoising_S_tA-B` for its timesteps from A to B
+            (left out where there were none), `scale_invariant_S_S+1` for every compared pair.
+        """
+        sums, counts = reduce(torch.stack([self.sums, self.counts])).cpu().double()
+        values = {}
+        for position, stage in enumerate(self.stages):
+            levels = slice(position * NOISE_LEVELS, (position + 1) * NOISE_LEVELS)
+            values[f"{prefix}/denoising_{stage}"] = (sums[levels].sum() / counts[levels].sum()).item()
+        for name, total, count in zip(self.names, sums.tolist(), counts.tolist()):
+            if count > 0:
+                values[f"{prefix}/{name}"] = total / count
+        return values

@@ -1,0 +1,43 @@
+"""The random numbers of a training step."""
+
+from __future__ import annotations
+
+import torch
+
+
+class RowNoise:
+    """
+    Random numbers for one process's rows of a global batch.
+
+    They follow from the seed and a row's place in the global batch alone: each process draws for all rows and keeps
+    its own (row `i` of process `r` is row `i * num_processes + r`). Several processes thus see together what one sees
+    with the whole batch, and a resumed run draws what an uninterrupted one would have drawn.
+
+    Args:
+        seed (`int`): The seed of the step.
+        device (`torch.device`): Where to draw.
+        process_index (`int`, defaults to 0), num_processes (`int`, defaults to 1): Which rows are this process's.
+    """
+
+    def __init__(self, seed: int, device: torch.device, process_index: int = 0, num_processes: int = 1):
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal numbers of `shape`, rows first."""
+        return self._own(torch.randn(self._all(shape), generator=self.generator, device=self.generator.device))
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1) of `shape`, rows first."""
+        return self._own(torch.rand(self._all(shape), generator=self.generator, device=self.generator.device))
+
+    def integers(self, high: int, *shape: int) -> torch.Tensor:
+        """Integers in `0..high - 1` of `shape`, rows first."""
+        return self._own(torch.randint(high, self._all(shape), generator=self.generator, device=self.generator.device))
+
+    def _all(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0] * self.num_processes, *shape[1:])
+
+    def _own(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[self.process_index :: self.num_processes]

@@ -1,0 +1,74 @@
+"""Pictures of what a model in training makes of the same classes and seeds, and of how that changed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from ..image_grid import make_image_grid
+
+
+STRIP_LENGTH = 8  # images a row of the sheet over time
+MAX_ROWS = 40  # of that sheet; of a longer run, the rows are spread evenly
+
+
+def save_sample_sheets(folder: str | Path, step: int, images: list[Image.Image], labels: list[str]) -> Path:
+    """
+    Writes `step-<step>.png`, a labelled grid of the images, and adds a row of the first of them to `over_time.png`.
+
+    Args:
+        folder (`str` or `Path`): Where the pictures of a run are kept.
+        step (`int`): The optimizer step.
+        images (`list[PIL.Image.Image]`), labels (`list[str]`): The same classes and seeds in every call.
+
+    Returns:
+        `Path`: The grid.
+    """
+    folder = Path(folder)
+    strips = folder / "strips"
+    strips.mkdir(parents=True, exist_ok=True)
+    strip = images[:STRIP_LENGTH]
+    width, height = strip[0].size
+    row = Image.new("RGB", (width * len(strip), height))
+    for index, image in enumerate(strip):
+        row.paste(image, (index * width, 0))
+    _save(row, strips / f"step-{step:07d}.png")
+    _save(_over_time(strips, width, height), folder / "over_time.png")
+
+    grid = folder / f"step-{step:07d}.png"
+    columns = max(4, round(len(images) ** 0.5))
+    _save(make_image_grid(images, labels, columns), grid)
+    return grid
+
+
+def forget_later_sheets(folder: str | Path, step: int) -> None:
+    """Removes the pictures of later steps than `step`: a run that goes on from there makes them anew."""
+    for picture in [*Path(folder).glob("step-*.png"), *Path(folder).glob("strips/step-*.png")]:
+        if _step_of(picture) > step:
+            picture.unlink()
+
+
+def _over_time(strips: Path, width: int, height: int) -> Image.Image:
+    rows = sorted(strips.glob("step-*.png"), key=_step_of)
+    if len(rows) > MAX_ROWS:
+        rows = [rows[round(i * (len(rows) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
+    images, labels = [], []
+    for row in rows:
+        with Image.open(row) as strip:
+            count = strip.width // width
+            images += [strip.crop((i * width, 0, (i + 1) * width, height)) for i in range(count)]
+            labels += [f"step {_step_of(row)}", *[""] * (count - 1)]
+    return make_image_grid(images, labels, columns=count)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    partial = path.with_name(f"partial-{path.name}")
+    picture.save(partial)
+    os.replace(partial, path)
+
+
+def _step_of(picture: Path) -> int:
+    return int(re.fullmatch(r"step-(\d+)", picture.stem)[1])

@@ -1,0 +1,190 @@
+"""Batches of rows that come one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+
+from .data_errors import BadImageError, DataError
+from .image_rows import MAX_BAD_IN_A_ROW, ImageRows, all_bad
+from .parallel_read import read_ahead, read_batches
+from .training_batch import TrainingBatch
+
+
+class StreamBatches:
+    """
+    Batches of one process's share of a stream, shuffled in a buffer. A batch may hold rows of two epochs.
+
+    One thread reads the encoded rows and the workers decode them, so that the order does not depend on how many
+    workers there are.
+
+    Args:
+        rows ([`ImageRows`]): What to read.
+        batch_size (`int`): Images a process.
+        seed (`int`): Of order, crop and flip; not negative.
+        num_processes (`int`), process_index (`int`): Which process this is of how many.
+        num_workers (`int`), shuffle_buffer (`int`): See [`TrainingBatches`].
+    """
+
+    def __init__(
+        self,
+        rows: ImageRows,
+        batch_size: int,
+        seed: int,
+        num_processes: int,
+        process_index: int,
+        num_workers: int,
+        shuffle_buffer: int,
+    ):
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.num_workers = num_workers
+        self.shuffle_buffer = shuffle_buffer
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What positions depend on."""
+        names = ("seed", "num_processes", "process_index", "shuffle_buffer")
+        return {name: getattr(self, name) for name in names}
+
+    def start(self, epoch: int, rows_done: int) -> Iterator[tuple[TrainingBatch, int, int]]:
+        """
+        Args:
+            epoch (`int`), rows_done (`int`): Where to start: the epoch, and how many of this process's rows, bad ones
+                included, have been used. They are read again, but not decoded.
+
+        Yields:
+            `tuple[TrainingBatch, int, int]`: A batch and the position after it.
+        """
+        stream = own_stream(self.rows, self.num_processes, self.process_index)
+        shuffled = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        keys = _chunks(self._keys(shuffled, epoch, rows_done), self.batch_size)
+        for rows in decoded_batches(self.rows, keys, self.batch_size, self.seed, self.num_workers):
+            yield rows.batch(), *rows.ends[-1]
+
+    def _keys(self, stream: IterableDataset, epoch: int, rows_done: int) -> Iterator[tuple[dict, int, int]]:
+        while True:
+            stream.set_epoch(epoch)
+            position = -1
+            for position, fields in enumerate(stream):
+                if position >= rows_done:
+                    yield fields, epoch, position
+            if position < 0:
+                raise DataError(f"Process {self.process_index}'s share of the stream has no rows: check the split.")
+            epoch, rows_done = epoch + 1, 0
+
+
+def stream_once(
+    rows: ImageRows, batch_size: int, num_processes: int, process_index: int, num_workers: int
+) -> Iterator[TrainingBatch]:
+    """Goes once through one process's share of a stream, in order; the last batch may be smaller."""
+    stream = own_stream(rows, num_processes, process_index)
+    keys = _chunks(((fields, 0, position) for position, fields in enumerate(stream)), batch_size)
+    for decoded in decoded_batches(rows, keys, batch_size, 0, num_workers):
+        yield decoded.batch()
+
+
+def own_stream(rows: ImageRows, num_processes: int, process_index: int) -> IterableDataset:
+    """One process's share of a stream."""
+    return split_dataset_by_node(rows.data.dataset, rank=process_index, world_size=num_processes)
+
+
+class DecodedRows(NamedTuple):
+    """
+    Rows of a stream, decoded.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8), labels (`torch.Tensor` of shape `(B,)`, int64):
+            Those that can be read.
+        ends (`list[tuple[int, int]]`): The position after each: epoch, and rows of it that are done.
+        bad_images (`list[tuple[int, str]]`): Those that cannot be read: how many good ones come before, and why.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ends: list[tuple[int, int]]
+    bad_images: list[tuple[int, str]]
+
+    def batch(self) -> TrainingBatch:
+        return TrainingBatch(self.images, self.labels, [message for _, message in self.bad_images])
+
+    def split(self, count: int) -> tuple[DecodedRows, DecodedRows]:
+        """The first `count` good rows, with the bad ones before the last of them; and the others."""
+        first, rest = ([x[part] for x in self[:3]] for part in (slice(count), slice(count, None)))
+        bad = [(before, message) for before, message in self.bad_images if before < count]
+        later = [(before - count, message) for before, message in self.bad_images[len(bad) :]]
+        return DecodedRows(*first, bad), DecodedRows(*rest, later)
+
+    def followed_by(self, rows: DecodedRows) -> DecodedRows:
+        """Both, one after the other."""
+        return DecodedRows(
+            torch.cat([self.images, rows.images]),
+            torch.cat([self.labels, rows.labels]),
+            self.ends + rows.ends,
+            self.bad_images + [(len(self.labels) + before, message) for before, message in rows.bad_images],
+        )
+
+
+def decoded_batches(
+    rows: ImageRows, keys: Iterable[list[tuple[dict, int, int]]], batch_size: int, seed: int, num_workers: int
+) -> Iterator[DecodedRows]:
+    """
+    Decodes rows and puts them into batches; the row after a bad one takes its place.
+
+    Args:
+        rows ([`ImageRows`]): How to decode.
+        keys (`Iterable[list]`): Encoded rows, with epoch and position.
+        batch_size (`int`): Good rows a batch; the last may have fewer.
+        seed (`int`): Of crop and flip.
+        num_workers (`int`): See [`read_batches`].
+
+    Raises:
+        DataError: See [`ImageRows`].
+    """
+    if num_workers > 0:
+        keys = read_ahead(keys, depth=num_workers)
+    waiting = None
+    for decoded in read_batches(partial(_decode, rows, seed), keys, num_workers):
+        waiting = decoded if waiting is None else waiting.followed_by(decoded)
+        while len(waiting.labels) >= batch_size:
+            full, waiting = waiting.split(batch_size)
+            yield full
+        if len(waiting.labels) == 0 and len(waiting.bad_images) >= MAX_BAD_IN_A_ROW:
+            raise all_bad(len(waiting.bad_images), waiting.bad_images[-1][1])
+        if len(waiting.labels) == 0 and not waiting.bad_images:
+            waiting = None  # nothing to concatenate with: whole batches stay where they are, in pinned memory
+    if waiting is not None and len(waiting.labels):
+        yield waiting
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def _decode(rows: ImageRows, seed: int, keys: list[tuple[dict, int, int]]) -> DecodedRows:
+    images, labels, ends, bad_images = [], [], [], []
+    for fields, epoch, position in keys:
+        try:
+            pixels, label = rows.decode(fields, position, epoch, seed)
+        except BadImageError as error:
+            if rows.on_bad_image == "stop":
+                raise
+            bad_images.append((len(labels), str(error)))
+        else:
+            images.append(pixels)
+            labels.append(label)
+            ends.append((epoch, position + 1))
+    size = rows.transform.size
+    stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    return DecodedRows(stacked, torch.tensor(labels, dtype=torch.int64), ends, bad_images)

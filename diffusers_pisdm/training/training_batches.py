@@ -1,0 +1,133 @@
+"""The images of a training run, in an order that depends on the seed alone and can be entered anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .parallel_read import read_batches
+from .shuffled_batches import ShuffledBatches, read_rows
+from .training_batch import TrainingBatch
+
+
+if TYPE_CHECKING:
+    from .image_rows import ImageRows
+    from .latent_cache import LatentCache
+
+
+class TrainingBatches:
+    """
+    An endless iterator over one process's batches.
+
+    The batches depend on the data, the batch size and the seed, not on the number of workers; and, but for streams,
+    not on the number of processes: two processes with half the batch size see together what one sees.
+
+    Args:
+        rows ([`ImageRows`] or [`LatentCache`]): What to read.
+        batch_size (`int`): Images a process and batch.
+        seed (`int`, defaults to 0): Of the order, of crop, flip and latents; not negative.
+        num_processes (`int`, defaults to 1), process_index (`int`, defaults to 0): Which process this is of how many.
+        num_workers (`int`, defaults to 0): Processes that decode; 0 decodes when a batch is asked for.
+        shuffle_buffer (`int`, defaults to 1000): Rows among which a stream is shuffled; others are shuffled whole.
+
+    Raises:
+        DataError: The rows do not fill one batch of all processes. When iterating: see [`ImageRows`].
+    """
+
+    def __init__(
+        self,
+        rows: ImageRows | LatentCache,
+        batch_size: int,
+        seed: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+        num_workers: int = 0,
+        shuffle_buffer: int = 1000,
+    ):
+        if rows.is_stream:
+            from .stream_batches import StreamBatches  # needs datasets, which a cache of latents does without
+
+            self._source = StreamBatches(
+                rows, batch_size, seed, num_processes, process_index, num_workers, shuffle_buffer
+            )
+        else:
+            self._source = ShuffledBatches(rows, batch_size, seed, num_processes, process_index, num_workers)
+        self.epoch = 0
+        self.rows_done = 0
+        self._batches: Iterator[tuple[TrainingBatch, int, int]] | None = None
+
+    def __iter__(self) -> TrainingBatches:
+        return self
+
+    def __next__(self) -> TrainingBatch:
+        if self._batches is None:
+            self._batches = self._source.start(self.epoch, self.rows_done)
+        batch, self.epoch, self.rows_done = next(self._batches)
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """
+        The position after the last batch that was handed out. It is the same in all processes, except for streams,
+        where each process has its own.
+
+        Returns:
+            `dict[str, int]`: JSON-serialisable.
+        """
+        return {"epoch": self.epoch, "rows_done": self.rows_done, **self._source.identity}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """
+        Goes to the position of a [`~TrainingBatches.state_dict`]: the next batch is the one that followed it.
+
+        Args:
+            state (`dict[str, int]`): From the same data.
+
+        Raises:
+            ValueError: The state is of other data, another seed or, for streams, another number of processes.
+        """
+        identity = self._source.identity
+        changed = [
+            f"{name} was {state.get(name)}, is {value}" for name, value in identity.items() if state.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"The data's position does not fit: {'; '.join(changed)}. Resume with what the run was started with,"
+                " or start anew with --resume_from_checkpoint none."
+            )
+        self.epoch, self.rows_done = state["epoch"], state["rows_done"]
+        self._batches = None
+
+
+def validation_batches(
+    rows: ImageRows | LatentCache,
+    batch_size: int,
+    num_processes: int = 1,
+    process_index: int = 0,
+    num_workers: int = 0,
+) -> Iterator[TrainingBatch]:
+    """
+    Goes once through held-out rows, in order; the last batch may be smaller.
+
+    Args:
+        rows ([`ImageRows`] or [`LatentCache`]): What to read, without random crop or flip.
+        batch_size (`int`): Images a process and batch.
+        num_processes (`int`, defaults to 1), process_index (`int`, defaults to 0):
+            Of how many processes this is which: it reads every `num_processes`-th row, none if there are too few.
+        num_workers (`int`, defaults to 0): Processes that decode.
+
+    Returns:
+        `Iterator[TrainingBatch]`.
+
+    Raises:
+        ValueError: The rows are cropped or flipped at random.
+    """
+    if rows.is_random:
+        raise ValueError("Held-out images must be the same every time: `random_crop` and `random_flip` must be False.")
+    if rows.is_stream:
+        from .stream_batches import stream_once
+
+        return stream_once(rows, batch_size, num_processes, process_index, num_workers)
+    own = range(process_index, len(rows), num_processes)
+    keys = ([(row, 0) for row in own[start : start + batch_size]] for start in range(0, len(own), batch_size))
+    return read_batches(partial(read_rows, rows, 0), keys, num_workers)

@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""Encodes a data set once for all: the latents of every stage of a cascade, from which it is trained without the VAE.
+
+    accelerate launch examples/cache_latents.py --cascade_config recipe.json --train_data_dir imagenet \
+        --random_flip --output_dir imagenet-latents
+    accelerate launch examples/train_pisdm.py --cascade_config recipe.json --latent_cache imagenet-latents ...
+
+The same command again completes an interrupted cache. An image of 256 pixels takes 22 kB in four stages, 44 kB with
+its mirror image: 56 GB for ImageNet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from accelerate import Accelerator
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
+
+from diffusers_pisdm.models.latents import vae_scale_factor
+from diffusers_pisdm.training.image_data import ImageData, load_image_data, read_class_names
+from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
+from diffusers_pisdm.training.image_transform import ImageTransform
+from diffusers_pisdm.training.latent_cache import DTYPES, CacheIndex
+from diffusers_pisdm.training.recipes import read_recipe
+from diffusers_pisdm.training.write_latent_cache import vae_fingerprint, write_latent_cache
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--output_dir", required=True, help="Of the cache.")
+    add("--cascade_config", required=True, help="The recipe whose stages' sizes to encode.")
+    add("--pretrained_vae_model_name_or_path", help="default: the recipe's")
+    add("--vae_dtype", choices=DTYPES, default="float32", help="What the VAE computes in.")
+    add("--latent_dtype", choices=DTYPES, default="float16", help="What is stored.")
+    add("--images_per_shard", type=int, default=4096)
+    add("--batch_size", type=int, default=64, help="Images a process and step.")
+
+    data = parser.add_argument_group("data: one of the first two")
+    data.add_argument("--dataset_name", help="A data set on the Hub.")
+    data.add_argument("--train_data_dir", help="A folder of images, one folder a class; of parquet; of webdataset.")
+    data.add_argument("--split", default="train")
+    data.add_argument("--image_column", default="image")
+    data.add_argument("--label_column", default="label")
+    data.add_argument("--class_names_file", help="One class name a line, where the labels are bare numbers.")
+    data.add_argument("--random_flip", action="store_true", help="Encode the mirrored images, too.")
+    data.add_argument("--on_bad_image", choices=ON_BAD_IMAGE, default="stop")
+    data.add_argument("--dataloader_num_workers", type=int, default=0)
+
+    args = parser.parse_args(argv)
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        parser.error("give either --dataset_name or --train_data_dir")
+    for name in ("images_per_shard", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+def load_vae(
+    args: argparse.Namespace, stages: list[dict], recipe_vae: str | None
+) -> tuple[AutoencoderKL | AutoencoderTiny | AutoencoderDC, str]:
+    name = args.pretrained_vae_model_name_or_path or recipe_vae
+    if name is None:
+        raise ValueError("The recipe has no `vae`: name one with --pretrained_vae_model_name_or_path.")
+    vae = AutoModel.from_pretrained(name, torch_dtype=DTYPES[args.vae_dtype][0])
+    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderDC)):
+        raise ValueError(
+            f"{name} is a {type(vae).__name__}: it must be an AutoencoderKL, AutoencoderTiny or AutoencoderDC."
+        )
+    for number, stage in enumerate(stages, start=1):
+        if stage["in_channels"] != vae.config.latent_channels:
+            raise ValueError(
+                f"Stage {number} has {stage['in_channels']} channels, the latents of {name} have"
+                f" {vae.config.latent_channels}: set its in_channels to that."
+            )
+    return vae, name
+
+
+def load_data(args: argparse.Namespace) -> ImageData:
+    return load_image_data(
+        args.dataset_name or args.train_data_dir,
+        args.split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        class_names=None if args.class_names_file is None else read_class_names(args.class_names_file),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator()
+    try:
+        recipe = read_recipe(args.cascade_config)
+        vae, vae_name = load_vae(args, recipe.stages, recipe.vae)
+        vae = vae.to(accelerator.device)
+        sizes = [stage["sample_size"] for stage in recipe.stages]
+        data = load_data(args)
+        index = CacheIndex(
+            dataset=args.dataset_name or args.train_data_dir,
+            split=args.split,
+            num_images=data.num_rows,
+            class_names=data.class_names,
+            image_size=vae_scale_factor(vae) * max(sizes),
+            stage_sizes=sizes,
+            channels=vae.config.latent_channels,
+            vae=vae_name,
+            vae_class=type(vae).__name__,
+            vae_sha256=vae_fingerprint(vae),
+            vae_dtype=args.vae_dtype,
+            has_std=isinstance(vae, AutoencoderKL),
+            has_flips=args.random_flip,
+            dtype=args.latent_dtype,
+            images_per_shard=args.images_per_shard,
+        )
+        rows = ImageRows(data, ImageTransform(index.image_size), args.on_bad_image)
+        write_latent_cache(
+            rows, vae, index, args.output_dir, accelerator, args.batch_size, args.dataloader_num_workers
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    accelerator.print(f"{len(rows)} images of {len(data.class_names)} classes in {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

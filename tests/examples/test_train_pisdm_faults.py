@@ -1,0 +1,162 @@
+"""What goes wrong on real machines: killed processes, full disks, broken images, losses that are not finite."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_pisdm.training import CascadeObjective
+from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state
+from diffusers_pisdm.training.data_errors import BadImageError
+from diffusers_pisdm.training.metrics_file import read_metrics
+from tests.examples.test_train_pisdm import command, train, weights  # noqa: F401 - fixtures
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = ROOT / "examples" / "train_pisdm.py"
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(found, process, seconds=200):
+    end = time.time() + seconds
+    while not found():
+        assert process.poll() is None, process.stdout.read()
+        assert time.time() < end, "it did not happen"
+        time.sleep(0.002)
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, command, train):  # noqa: F811
+    expected = weights(train("through", 8, "--checkpointing_steps", "2") / "checkpoint-8")
+    arguments, output = command("killed", 8, "--checkpointing_steps", "2"), tmp_path / "killed"
+
+    process = start(arguments)
+    wait_for(lambda: (output / "checkpoint-2").exists(), process)
+    kill(process)  # somewhere in the steps after a checkpoint
+    process = start(arguments)
+    wait_for(lambda: list(output.glob("partial-checkpoint-*")), process)
+    kill(process)  # while a checkpoint is being written
+    left = [path.name for path in output.glob("partial-checkpoint-*")]
+    last = find_checkpoints(output)[0][-1]
+    assert read_state(last)["step"] >= 2
+
+    process = start(arguments)
+    said, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, said
+    assert f"Resuming from {last}" in said
+    for name in left:
+        assert f"Ignoring {output / name}: it was being written when the run ended." in said
+    actual = weights(output / "checkpoint-8")
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+    steps = [row["step"] for row in read_metrics(output / "metrics.jsonl") if "train/denoising_1" in row]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train, capsys):  # noqa: F811
+    output = train("run", 8)
+    (output / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+    again = train("run", 8)
+    said = capsys.readouterr().out
+    assert "checkpoint-8: its file model.safetensors has 4 bytes instead of" in said
+    assert f"Resuming from {again / 'checkpoint-4'}" in said
+    with pytest.raises(ValueError, match=r"Cannot resume from .*nowhere: its trainer_state.json is missing"):
+        train("run", 8, "--resume_from_checkpoint", str(output / "nowhere"))
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(train):  # noqa: F811
+    output = train("run", 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))  # files of a checkpoint are larger, others are not
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint-6 could not be written .*Earlier checkpoints are intact"
+        ):
+            train("run", 8, "--checkpointing_steps", "6", "--validation_steps", "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in output.glob("*checkpoint-*")] == ["checkpoint-4"]
+    assert (train("run", 8) / "checkpoint-8").exists()
+
+
+def test_other_data_or_settings_cannot_continue_a_run(train, tmp_path, real_image_dir):  # noqa: F811
+    train("run", 4)
+    fewer = tmp_path / "fewer"
+    shutil.copytree(real_image_dir, fewer)
+    next(fewer.rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match="The data's position does not fit"):
+        train("run", 8, data=fewer)
+
+
+@pytest.fixture
+def damaged_dir(tmp_path, real_image_dir):
+    folder = tmp_path / "damaged"
+    shutil.copytree(real_image_dir, folder)
+    image = sorted(folder.rglob("*.png"))[3]
+    image.write_bytes(image.read_bytes()[:200])
+    return folder, image
+
+
+def test_a_broken_image_stops_the_run_or_is_skipped_with_its_path_and_a_count(train, damaged_dir):  # noqa: F811
+    folder, image = damaged_dir
+    steps = len(list(folder.rglob("*.png"))) // 8  # an epoch, and so the broken one
+    with pytest.raises(BadImageError, match=f"{image}.*--on_bad_image skip"):
+        train("stopped", steps, data=folder)
+    output = train("skipped", steps, "--on_bad_image", "skip", data=folder)
+    assert str(image) in (output / "bad_images.txt").read_text()
+    assert read_metrics(output / "metrics.jsonl")[-1]["bad_images"] >= 1
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch):  # noqa: F811
+    forward, calls = CascadeObjective.forward, []
+
+    def broken_at_the_third(self, *args):
+        losses = forward(self, *args)
+        if self.training:
+            calls.append(1)
+        return losses._replace(total=losses.total * float("nan")) if len(calls) == 3 and self.training else losses
+
+    monkeypatch.setattr(CascadeObjective, "forward", broken_at_the_third)
+    output = train("run", 4)
+    rows = read_metrics(output / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows if "skipped_steps" in row] == [0, 1]
+    assert read_state(output / "checkpoint-4")["skipped_steps"] == 1
+    assert all(tensor.isfinite().all() for tensor in weights(output / "checkpoint-4").values())
+
+
+def test_a_run_that_has_diverged_stops(train):  # noqa: F811
+    with pytest.raises(FloatingPointError, match=r"not finite in 3 steps in a row, up to step \d+. Go on from"):
+        train("run", 20, "--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_skipped_steps", "2")
+
+
+def test_a_run_without_a_validation_split_of_that_name_is_refused(train):  # noqa: F811
+    with pytest.raises(ValueError, match="heldout"):
+        train("run", 1, "--validation_split", "heldout")
+
+
+def test_the_training_configuration_is_kept(train):  # noqa: F811
+    output = train("run", 1)
+    config = json.loads((output / "training_config.json").read_text())
+    assert config["arguments"]["train_batch_size"] == 8 and config["images"] > 8
+    assert config["num_processes"] == 1 and config["versions"]["torch"] == torch.__version__

@@ -1,0 +1,516 @@
+"""LoRA adapters of a cascade: trained, saved, loaded elsewhere, combined, fused and removed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.training.fine_tuning import add_lora, resize_class_embedding
+from tests.hub_server import serve_hub
+from tests.models.tiny_model import make_inputs
+from tests.pipelines.tiny_cascade import generators, make_cascade
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers' schedulers on NumPy 2
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),  # two adapters are meant
+]
+
+FILE = "pytorch_lora_weights.safetensors"
+OLD_NAMES = list("abcdefghij")
+NEW_NAMES = ["c", "new", "a"]
+
+
+def run(pipe, labels=(1, 2), **arguments):
+    """Latents: images are clipped, which would hide a difference."""
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 2, "output_type": "latent", "generator": generators(0, 1), **arguments}
+    return pipe(list(labels), **arguments).images
+
+
+def train(transformer, seed):
+    """Three steps of Adam on what trains, by a loss that is different for each class."""
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    size = transformer.config.sample_size
+    for _ in range(3):
+        inputs = make_inputs(transformer, transformer.config.num_classes, size, size)
+        inputs["class_labels"] = torch.arange(transformer.config.num_classes)
+        target = torch.randn(inputs["hidden_states"].shape, generator=generator)
+        (transformer(**inputs).sample - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make_trained(stages=("transformer", "transformer_2"), class_names=None, seed=0):
+    """A cascade with a trained adapter on some stages, and with other classes if asked for."""
+    pipe = make_cascade(2, id2label=class_names or OLD_NAMES)
+    for name in ("transformer", "transformer_2"):
+        transformer = getattr(pipe, name)
+        if class_names:
+            resize_class_embedding(transformer, OLD_NAMES, class_names)
+        if name in stages:
+            torch.manual_seed(seed)
+            add_lora(transformer, rank=2, alpha=4, train_class_embedding=bool(class_names))
+            train(transformer, seed)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of an adapter on both stages, and what the trained pipeline makes."""
+    pipe, folder = make_trained(), tmp_path_factory.mktemp("adapter")
+    pipe.save_lora_weights(folder)
+    return folder, run(pipe)
+
+
+@pytest.fixture(scope="module")
+def upper(tmp_path_factory):
+    """Likewise of another adapter, on the second stage only."""
+    pipe, folder = make_trained(["transformer_2"], seed=1), tmp_path_factory.mktemp("upper")
+    pipe.save_lora_weights(folder)
+    return folder, run(pipe)
+
+
+@pytest.fixture(scope="module")
+def with_classes(tmp_path_factory):
+    """Likewise of an adapter that brings classes of its own."""
+    pipe, folder = make_trained(class_names=NEW_NAMES), tmp_path_factory.mktemp("classes")
+    pipe.save_lora_weights(folder, save_class_embeddings=True)
+    return folder, run(pipe, NEW_NAMES[:2])
+
+
+@pytest.fixture(scope="module")
+def base():
+    """What the cascade makes without an adapter."""
+    return run(make_cascade(2, id2label=OLD_NAMES))
+
+
+@pytest.fixture
+def pipe():
+    return make_cascade(2, id2label=OLD_NAMES)
+
+
+def assert_differ(first, second):
+    assert (first - second).abs().max() > 0.05
+
+
+def adapted_layers(stages):
+    return [module for stage in stages for module in stage.modules() if isinstance(module, BaseTunerLayer)]
+
+
+# Saving and loading
+
+
+def test_round_trip(pipe, trained, base):
+    folder, images = trained
+    assert_differ(images, base)
+    pipe.load_lora_weights(folder)
+    torch.testing.assert_close(run(pipe), images)
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"], "transformer_2": ["default_0"]}
+    assert pipe.get_active_adapters() == ["default_0"]
+
+
+def test_the_file_is_as_diffusers_writes_it(trained):
+    weights = load_file(trained[0] / FILE)
+    assert {key.split(".")[0] for key in weights} == {"transformer", "transformer_2"}
+    assert weights["transformer_2.transformer_blocks.0.mixer.in_proj.lora_A.weight"].shape == (2, 16)
+    with safe_open(trained[0] / FILE, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (metadata["transformer.r"], metadata["transformer_2.lora_alpha"]) == (2, 4)
+
+
+def test_saved_again(pipe, trained, tmp_path):
+    pipe.load_lora_weights(trained[0], adapter_name="first")
+    pipe.save_lora_weights(tmp_path, weight_name="again.safetensors")
+    second = make_cascade(2)
+    second.load_lora_weights(tmp_path, weight_name="again.safetensors")
+    torch.testing.assert_close(run(second), trained[1])
+
+
+def test_the_configuration_survives(pipe, base, tmp_path):
+    trained = make_cascade(2)
+    options = {
+        "rank_pattern": {"out_proj": 3},
+        "alpha_pattern": {"in_proj": 12},
+        "use_rslora": True,
+        "use_dora": True,
+    }
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["in_proj", "out_proj"], init_lora_weights=False, **options)
+    trained.transformer_2.add_adapter(config)
+    trained.save_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    loaded = pipe.transformer_2.peft_config["default_0"]
+    assert {name: getattr(loaded, name) for name in options} == options
+    assert_differ(run(pipe), base)
+    torch.testing.assert_close(run(pipe), run(trained))
+
+
+def test_file_subfolder_and_state_dict(trained, tmp_path):
+    folder, images = trained
+    shutil.copytree(folder, tmp_path / "step-1")
+    (tmp_path / FILE).write_bytes(b"not the one that is asked for")
+    sources = [(folder / FILE, {}), (tmp_path, {"subfolder": "step-1"}), (str(folder), {"weight_name": FILE})]
+    for source, arguments in sources:
+        pipe = make_cascade(2)
+        pipe.load_lora_weights(source, **arguments)
+        torch.testing.assert_close(run(pipe), images)
+
+    pipe, state_dict = make_cascade(2), PISDMCascadePipeline.lora_state_dict(folder)
+    pipe.load_lora_weights(state_dict)
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 2  # as documented: the rank
+    pipe.set_adapters("default_0", 2.0)
+    torch.testing.assert_close(run(pipe), images)
+
+
+def test_hub(pipe, trained, tmp_path, monkeypatch):
+    folder, images = trained
+    with serve_hub({"someone/adapter": folder}) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # the server does not speak it
+        pipe.load_lora_weights("someone/adapter", cache_dir=tmp_path)
+        with pytest.raises(OSError, match=r"not appear to have a file named other\.safetensors\. Pass the file,"):
+            pipe.load_lora_weights("someone/adapter", weight_name="other.safetensors", cache_dir=tmp_path)
+    torch.testing.assert_close(run(pipe), images)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights("someone/adapter", cache_dir=tmp_path, local_files_only=True)
+    torch.testing.assert_close(run(pipe), images)
+
+
+def test_half_precision(trained):
+    pipe = make_cascade(2).to(torch.bfloat16)
+    before = run(pipe)
+    pipe.load_lora_weights(trained[0])
+    images = run(pipe)
+    assert_differ(images, before)
+    assert (images - trained[1]).abs().mean() < 0.1 * trained[1].abs().mean()
+
+
+# Adapters in use
+
+
+def test_scale(pipe, trained, base):
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    pipe.set_adapters("a", 0.0)
+    torch.testing.assert_close(run(pipe), base)
+    pipe.set_adapters("a", 0.5)
+    assert_differ(run(pipe), base)
+    assert_differ(run(pipe), trained[1])
+    pipe.set_adapters("a")
+    torch.testing.assert_close(run(pipe), trained[1])
+
+
+def test_scale_of_a_stage(pipe, trained, base):
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    pipe.set_adapters("a", {"transformer": 0.0})
+    images = pipe([1, 2], num_inference_steps=2, output_type="latent", generator=generators(0, 1), output_stages=True)
+    expected = make_cascade(1)
+    torch.testing.assert_close(images.stage_images[0], run(expected))
+    assert_differ(images.images, base)
+
+
+def test_disable_and_enable(pipe, trained, base):
+    pipe.load_lora_weights(trained[0])
+    pipe.disable_lora()
+    torch.testing.assert_close(run(pipe), base)
+    pipe.enable_lora()
+    torch.testing.assert_close(run(pipe), trained[1])
+
+
+def test_fuse_and_unfuse(pipe, trained, base):
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    pipe.fuse_lora()
+    assert adapted_layers(pipe.stages) and all(layer.merged for layer in adapted_layers(pipe.stages))
+    assert pipe.fused_loras == {"a"}
+    torch.testing.assert_close(run(pipe), trained[1], atol=1e-4, rtol=1e-4)
+    pipe.unfuse_lora()
+    assert pipe.num_fused_loras == 0
+    assert not any(layer.merged for layer in adapted_layers(pipe.stages))
+    torch.testing.assert_close(run(pipe), trained[1], atol=1e-4, rtol=1e-4)
+    pipe.disable_lora()
+    torch.testing.assert_close(run(pipe), base, atol=1e-4, rtol=1e-4)
+
+
+def test_fuse_at_a_scale(pipe, trained):
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    pipe.set_adapters("a", 0.5)
+    expected = run(pipe)
+    pipe.set_adapters("a")
+    pipe.fuse_lora(lora_scale=0.5)
+    torch.testing.assert_close(run(pipe), expected, atol=1e-4, rtol=1e-4)
+    pipe.unfuse_lora()
+    pipe.set_adapters("a")
+    torch.testing.assert_close(run(pipe), trained[1], atol=1e-4, rtol=1e-4)
+
+
+def test_fuse_one_stage(pipe, trained):
+    pipe.load_lora_weights(trained[0])
+    pipe.fuse_lora(components=["transformer_2"])
+    merged = [[layer.merged for layer in adapted_layers([transformer])] for transformer in pipe.stages]
+    assert merged == [[False] * len(merged[0]), [True] * len(merged[1])]
+    with pytest.raises(TypeError, match="fuse_unet"):
+        pipe.fuse_lora(fuse_unet=True)  # what diffusers still swallows
+
+
+def test_two_adapters(pipe, trained, upper, base):
+    pipe.load_lora_weights(trained[0], adapter_name="both")
+    pipe.load_lora_weights(upper[0], adapter_name="upper")
+    assert pipe.get_list_adapters() == {"transformer": ["both"], "transformer_2": ["both", "upper"]}
+    assert pipe.get_active_adapters() == ["upper"]
+    torch.testing.assert_close(run(pipe), upper[1])  # also in the first stage, which only the other one adapts
+    pipe.set_adapters(["both", "upper"], [1.0, 0.5])
+    combined = run(pipe)
+    for images in (trained[1], upper[1], base):
+        assert_differ(combined, images)
+    pipe.set_adapters("both")
+    torch.testing.assert_close(run(pipe), trained[1])
+    pipe.delete_adapters("both")
+    assert pipe.get_list_adapters() == {"transformer_2": ["upper"]}
+    pipe.set_adapters("upper")
+    torch.testing.assert_close(run(pipe), upper[1])
+
+
+def test_unload(pipe, trained, base):
+    pipe.load_lora_weights(trained[0])
+    pipe.unload_lora_weights()
+    assert adapted_layers(pipe.stages) == []
+    assert torch.equal(run(pipe), base)
+    pipe.load_lora_weights(trained[0])
+    assert pipe.get_active_adapters() == ["default_0"]
+
+
+def test_names_are_the_same_in_all_stages(pipe, trained, upper):
+    pipe.load_lora_weights(upper[0])
+    pipe.load_lora_weights(trained[0])
+    assert pipe.get_list_adapters() == {"transformer": ["default_1"], "transformer_2": ["default_0", "default_1"]}
+
+
+def test_hotswap(pipe, trained, base, tmp_path):
+    second = make_trained(seed=1)
+    second.save_lora_weights(tmp_path)
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    layers = adapted_layers(pipe.stages)
+    pipe.load_lora_weights(tmp_path, adapter_name="a", hotswap=True)
+    assert all(layer is before for layer, before in zip(adapted_layers(pipe.stages), layers))
+    torch.testing.assert_close(run(pipe), run(second))
+
+
+def test_hotswap_needs_an_adapter_on_the_same_stages(pipe, trained, upper):
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    for name, stages in (("a", "`transformer`, `transformer_2`"), (None, "none")):
+        with pytest.raises(ValueError, match=f"new one's stages, `transformer_2`, but there is one on {stages}. Load"):
+            pipe.load_lora_weights(upper[0], adapter_name=name, hotswap=True)
+
+
+# Classes of an adapter's own
+
+
+def test_classes_round_trip(pipe, with_classes):
+    folder, images = with_classes
+    pipe.load_lora_weights(folder)
+    assert pipe.config.id2label == dict(enumerate(NEW_NAMES))
+    assert [transformer.config.num_classes for transformer in pipe.stages] == [3, 3]
+    torch.testing.assert_close(run(pipe, NEW_NAMES[:2]), images)
+    with pytest.raises(ValueError, match="'b', which is no class of this pipeline"):
+        run(pipe, ["b"])
+
+
+@pytest.mark.parametrize("remove", ["unload_lora_weights", "delete_adapters"])
+def test_former_classes_come_back(pipe, with_classes, base, remove):
+    pipe.load_lora_weights(with_classes[0], adapter_name="a")
+    assert_differ(run(pipe), base)
+    pipe.unload_lora_weights() if remove == "unload_lora_weights" else pipe.delete_adapters(["a"])
+    assert pipe.config.id2label == dict(enumerate(OLD_NAMES))
+    assert torch.equal(run(pipe), base)
+    pipe.load_lora_weights(with_classes[0], adapter_name="a")
+    torch.testing.assert_close(run(pipe, NEW_NAMES[:2]), with_classes[1])
+
+
+def test_deleting_another_adapter_leaves_the_classes(pipe, trained, with_classes):
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    pipe.load_lora_weights(with_classes[0], adapter_name="b")
+    pipe.delete_adapters("a")
+    torch.testing.assert_close(run(pipe, NEW_NAMES[:2]), with_classes[1])
+
+
+def test_fused_adapters_keep_their_classes(pipe, with_classes, tmp_path):
+    """How an adapter becomes a pipeline of its own."""
+    pipe.load_lora_weights(with_classes[0])
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path)
+    loaded = PISDMCascadePipeline.from_pretrained(tmp_path)
+    assert loaded.config.id2label == dict(enumerate(NEW_NAMES))
+    torch.testing.assert_close(run(loaded, NEW_NAMES[:2]), with_classes[1], atol=1e-4, rtol=1e-4)
+
+
+def test_classes_of_two_adapters_are_refused(pipe, with_classes):
+    pipe.load_lora_weights(with_classes[0], adapter_name="a")
+    with pytest.raises(ValueError, match=r"but `a` has done so already\. Call `delete_adapters\('a'\)` first"):
+        pipe.load_lora_weights(with_classes[0], adapter_name="b")
+    assert pipe.get_list_adapters()["transformer"] == ["a"]
+    pipe.load_lora_weights(with_classes[0], adapter_name="a", hotswap=True)
+    torch.testing.assert_close(run(pipe, NEW_NAMES[:2]), with_classes[1])
+    pipe.unload_lora_weights()
+    assert pipe.config.id2label == dict(enumerate(OLD_NAMES))
+
+
+def test_classes_without_names(pipe, with_classes):
+    pipe.load_lora_weights(load_file(with_classes[0] / FILE))
+    assert pipe.config.id2label is None
+    pipe.set_adapters("default_0", 2.0)  # alpha 4 of rank 2
+    torch.testing.assert_close(run(pipe, [0, 1]), with_classes[1])
+
+
+def test_classes_with_group_offloading(pipe, with_classes, base):
+    cpu = torch.device("cpu")
+    pipe.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    pipe.load_lora_weights(with_classes[0])
+    assert all(hasattr(layer.lora_A["default_0"], "_diffusers_hook") for layer in adapted_layers(pipe.stages))
+    torch.testing.assert_close(run(pipe, NEW_NAMES[:2]), with_classes[1])
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(run(pipe), base)
+
+
+# What does not fit is refused, and leaves the pipeline as it was
+
+
+def changed(weights, key, value):
+    return {**weights, key: value}
+
+
+PROJECTION = "transformer_2.transformer_blocks.0.mixer.in_proj.lora_A.weight"
+UNFIT = {
+    "stage": (
+        lambda w: changed(w, PROJECTION.replace("_2", "_3"), w[PROJECTION]),
+        r"for `transformer_3`, but this pipeline's stages are `transformer`, `transformer_2`\. Load it into",
+    ),
+    "other model": (lambda w: {"unet.conv.lora_A.weight": w[PROJECTION]}, r"has weights for `unet`, but"),
+    "hidden size": (
+        lambda w: changed(w, PROJECTION, torch.zeros(2, 24)),
+        rf"`{PROJECTION}` has shape \(2, 24\), but `transformer_blocks\.0\.mixer\.in_proj` has in_features=16\. Load",
+    ),
+    "output size": (
+        lambda w: changed(w, PROJECTION.replace("_A", "_B"), torch.zeros(24, 2)),
+        r"shape \(24, 2\), but `.*in_proj` has out_features=64\. Load it into the cascade that it was trained for",
+    ),
+    "layer": (
+        lambda w: changed(w, PROJECTION.replace("blocks.0", "blocks.7"), w[PROJECTION]),
+        r"adapts `transformer_blocks\.7\.mixer\.in_proj` of `transformer_2`, which has no such layer\. Load it into",
+    ),
+    "other format": (
+        lambda w: changed(w, "transformer.transformer_blocks.0.mixer.in_proj.hada_w1_a", w[PROJECTION]),
+        r"`transformer\.transformer_blocks\.0\.mixer\.in_proj\.hada_w1_a` is no LoRA weight\. Keys have to be like",
+    ),
+    "no weights": (lambda w: {}, r"holds no LoRA weights\. Pass one that `save_lora_weights` wrote"),
+    "classes of one stage": (
+        lambda w: changed(w, "transformer.class_embedding.weight", torch.zeros(4, 16)),
+        r"classes of its own, but not for `transformer_2`.*`transformer_2=None`",
+    ),
+    "width of classes": (
+        lambda w: changed(w, "transformer.class_embedding.weight", torch.zeros(4, 24)),
+        r"`transformer\.class_embedding\.weight` has shape \(4, 24\), but `transformer` has rows of 16 ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_unfit_adapters(pipe, trained, base, case):
+    change, message = UNFIT[case]
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(change(load_file(trained[0] / FILE)))
+    assert adapted_layers(pipe.stages) == []
+    assert torch.equal(run(pipe), base)
+
+
+def test_a_failure_in_a_later_stage_undoes_the_ones_before(pipe, with_classes, base):
+    weights = load_file(with_classes[0] / FILE)
+    weights[PROJECTION] = weights[PROJECTION][:1]  # rank 1 of one matrix, 2 of the other
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        pipe.load_lora_weights(weights, adapter_name="a")
+    assert not any(pipe.get_list_adapters().values())
+    assert pipe.config.id2label == dict(enumerate(OLD_NAMES))
+    assert torch.equal(run(pipe), base)
+    pipe.load_lora_weights(with_classes[0], adapter_name="a")
+    torch.testing.assert_close(run(pipe, NEW_NAMES[:2]), with_classes[1])
+
+
+def test_a_cascade_of_more_stages(trained, with_classes):
+    """An adapter may leave upper stages alone, but classes may not differ between stages."""
+    pipe = make_cascade(3)
+    pipe.load_lora_weights(trained[0])
+    assert list(pipe.get_list_adapters()) == ["transformer", "transformer_2"]
+    pipe.unload_lora_weights()
+    with pytest.raises(ValueError, match=r"not for `transformer_3`.*`transformer_3=None`"):
+        pipe.load_lora_weights(with_classes[0])
+
+
+def test_name_in_use(pipe, trained, upper):
+    pipe.load_lora_weights(upper[0], adapter_name="a")
+    with pytest.raises(ValueError, match=r"has an adapter `a` already\. Pass another `adapter_name`, or call"):
+        pipe.load_lora_weights(trained[0], adapter_name="a")
+    assert pipe.get_list_adapters() == {"transformer_2": ["a"]}
+
+
+@pytest.mark.parametrize("source", ["folder", "pickle in folder", "no such folder"])
+def test_missing_file(pipe, tmp_path, source):
+    if source == "pickle in folder":
+        torch.save({}, tmp_path / "pytorch_lora_weights.bin")
+    folder = tmp_path / "missing" if source == "no such folder" else tmp_path
+    with pytest.raises(OSError, match=rf"(?s){FILE}.* Pass the file, folder or .*Pickled weights are not read"):
+        pipe.load_lora_weights(folder, local_files_only=True)
+
+
+def test_pickles_are_refused(pipe, tmp_path):
+    torch.save({}, tmp_path / "adapter.bin")
+    for source, name in [(tmp_path, "adapter.bin"), (tmp_path / "adapter.bin", FILE)]:
+        with pytest.raises(ValueError, match=r"adapter\.bin` is no safetensors file\. .*pickles can run code: pass"):
+            pipe.load_lora_weights(source, weight_name=name)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-10], lambda data: b""], ids=["truncated", "empty"])
+def test_broken_file(pipe, trained, tmp_path, damage):
+    (tmp_path / FILE).write_bytes(damage((trained[0] / FILE).read_bytes()))
+    with pytest.raises(OSError, match=rf"Unable to load LoRA weights from .*{FILE}: .*truncated or corrupt; copy it"):
+        pipe.load_lora_weights(tmp_path)
+
+
+def test_metadata_of_another_tool(pipe, trained, tmp_path):
+    weights = load_file(trained[0] / FILE)
+    save_file(weights, tmp_path / FILE, metadata={"format": "pt", "made_by": "someone"})
+    pipe.load_lora_weights(tmp_path)
+    assert pipe.transformer.peft_config["default_0"].r == 2
+
+
+def test_saving_what_there_is_not(pipe, trained, upper, tmp_path):
+    with pytest.raises(ValueError, match=r"does not say which adapter to save\. Add or load one first"):
+        pipe.save_lora_weights(tmp_path)
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    pipe.load_lora_weights(upper[0], adapter_name="b")
+    with pytest.raises(ValueError, match=r"None` does not say which adapter to save\. Pass one of 'a', 'b'\."):
+        pipe.save_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"`adapter_name='c'` is no adapter of this pipeline\. Pass one of 'a', 'b'"):
+        pipe.save_lora_weights(tmp_path, adapter_name="c")
+    with pytest.raises(ValueError, match=r"`adapter\.bin` is no safetensors file"):
+        pipe.save_lora_weights(tmp_path, adapter_name="a", weight_name="adapter.bin")
+    with pytest.raises(ValueError, match=r"`save_directory` is a file: .* Pass a folder"):
+        pipe.save_lora_weights(trained[0] / FILE, adapter_name="a")
+    pipe.save_lora_weights(tmp_path, adapter_name="b")
+    assert {key.split(".")[0] for key in load_file(tmp_path / FILE)} == {"transformer_2"}
+
+
+def test_missing_peft(pipe, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_pisdm.pipelines.lora_loading.USE_PEFT_BACKEND", False)
+    for call in (lambda: pipe.load_lora_weights(trained[0]), lambda: pipe.save_lora_weights(tmp_path)):
+        with pytest.raises(ImportError, match=r"need PEFT, .* Run `pip install -U peft transformers`"):
+            call()

@@ -1,0 +1,64 @@
+"""One step of the objective in each of several processes; the first writes losses and averaged gradients to a file.
+
+torchrun --nproc-per-node 2 objective_in_processes.py RESULT.safetensors
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from diffusers import DDPMScheduler
+from safetensors.torch import save_file
+
+from diffusers_pisdm import PISDMTransformer2DModel
+from diffusers_pisdm.training import CascadeObjective, image_pyramid
+
+
+BATCH_SIZE = 8
+
+
+def run(process_index: int, num_processes: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    stages = [
+        PISDMTransformer2DModel(
+            sample_size=size,
+            patch_size=2,
+            in_channels=3,
+            num_layers=2,
+            hidden_size=16,
+            state_size=4,
+            num_classes=4,
+            low_res_channels=None if size == 4 else 3,
+        )
+        for size in (4, 8)
+    ]
+    for stage in stages:  # a fresh model predicts zero whatever it sees
+        torch.nn.init.normal_(stage.proj_out.weight, std=0.1)
+    objective = CascadeObjective(
+        stages,
+        [DDPMScheduler()] * 2,
+        batch_shares=[1.0, 0.5],
+        sil_mask_same_class=True,
+        process_index=process_index,
+        num_processes=num_processes,
+    )
+    pyramid = image_pyramid(torch.rand(BATCH_SIZE, 3, 8, 8) * 2 - 1, [4, 8])
+    labels = torch.arange(BATCH_SIZE) % 3
+    rows = slice(process_index, None, num_processes)
+    losses = objective([level[rows] for level in pyramid], labels[rows], seed=7)
+    losses.total.backward()
+    results = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    denoising = torch.stack([errors.mean() for errors in losses.denoising])
+    return results | {"denoising": denoising, "scale_invariant": losses.scale_invariant}
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    results = run(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    for tensor in results.values():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    if dist.get_rank() == 0:
+        save_file(results, sys.argv[1])
+    dist.destroy_process_group()

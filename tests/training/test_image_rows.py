@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from diffusers_pisdm.training import image_rows
+from diffusers_pisdm.training.data_errors import BadImageError
+from diffusers_pisdm.training.image_rows import ImageRows
+from diffusers_pisdm.training.image_transform import ImageTransform
+from tests.training.image_sources import copy_folder, damaged_images, load, write_parquet
+
+
+@pytest.fixture
+def folder(real_image_files, tmp_path):
+    return copy_folder(real_image_files[::4], tmp_path / "images")
+
+
+def damage(folder, index, kind):
+    file = sorted(folder.glob("*/*.png"))[index]
+    file.write_bytes(damaged_images(file.read_bytes())[kind])
+    return file
+
+
+def make_rows(folder, tmp_path, on_bad_image="stop", **transform):
+    return ImageRows(load(folder, tmp_path / "cache"), ImageTransform(16, **transform), on_bad_image)
+
+
+def test_pixels_follow_from_seed_epoch_and_row(folder, tmp_path):
+    rows = make_rows(folder, tmp_path, random_crop=True, random_flip=True)
+    first = rows.read(3, epoch=1, seed=2).images
+    assert torch.equal(rows.read(3, epoch=1, seed=2).images, first)
+    for epoch, seed in ((0, 2), (1, 3)):
+        assert not torch.equal(rows.read(3, epoch, seed).images, first)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "bomb", "strip"])
+def test_a_damaged_image_stops_the_run_or_is_replaced_by_the_next(folder, tmp_path, kind):
+    file = damage(folder, 4, kind)
+    with pytest.raises(BadImageError, match=f"row 4 .*{file.name}.*--on_bad_image skip") as raised:
+        make_rows(folder, tmp_path).read(4, 0, 0)
+    assert len(str(raised.value).split(": ", 1)[1]) > 10  # a reason
+
+    rows = make_rows(folder, tmp_path, "skip")
+    replaced, following = rows.read(4, 0, 0), rows.read(5, 0, 0)
+    assert torch.equal(replaced.images, following.images) and replaced.label == following.label
+    assert len(replaced.bad_images) == 1 and str(file) in replaced.bad_images[0]
+    assert following.bad_images == []
+
+
+def test_the_first_row_follows_the_last(folder, tmp_path):
+    for index in (10, 11):
+        damage(folder, index, "empty")
+    rows = make_rows(folder, tmp_path, "skip")
+    replaced = rows.read(10, 0, 0)
+    assert torch.equal(replaced.images, rows.read(0, 0, 0).images)
+    assert len(replaced.bad_images) == 2
+
+
+def test_a_missing_file_is_a_bad_image(folder, tmp_path):
+    rows = make_rows(folder, tmp_path)
+    sorted(folder.glob("*/*.png"))[2].unlink()
+    with pytest.raises(BadImageError, match="No such file"):
+        rows.read(2, 0, 0)
+
+
+def test_a_row_without_an_image_is_a_bad_image(real_image_files, tmp_path):
+    data = load(
+        write_parquet(real_image_files[:2], tmp_path / "p"),
+        tmp_path / "cache",
+        image_column="picture",
+        label_column="kind",
+    )
+    rows = ImageRows(data, ImageTransform(16))
+    with pytest.raises(BadImageError, match="row 7: the row holds no image"):
+        rows.decode({"picture": None, "kind": "animal-mammal"}, 7, 0, 0)
+
+
+def test_nothing_but_bad_images_is_an_error(folder, tmp_path, monkeypatch):
+    for index in range(12):
+        damage(folder, index, "text")
+    rows = make_rows(folder, tmp_path, "skip")
+    with pytest.raises(BadImageError, match="None of 12 images in a row"):
+        rows.read(5, 0, 0)
+    monkeypatch.setattr(image_rows, "MAX_BAD_IN_A_ROW", 3)
+    with pytest.raises(BadImageError, match="None of 3 images in a row"):
+        rows.read(5, 0, 0)
+
+
+def test_what_to_do_about_bad_images_must_be_known(folder, tmp_path):
+    with pytest.raises(ValueError, match="stop, skip, got ignore"):
+        make_rows(folder, tmp_path, "ignore")

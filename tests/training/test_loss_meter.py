@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from diffusers_pisdm.training import CascadeLosses, LossMeter
+from tests.training.test_cascade_objective import make_objective
+
+
+def losses(first, second, timesteps, pairs):
+    return CascadeLosses(
+        total=torch.zeros(()),
+        denoising=[torch.tensor(first), torch.tensor(second)],
+        scale_invariant=torch.tensor(pairs),
+        timesteps=torch.tensor(timesteps),
+    )
+
+
+@pytest.fixture
+def meter():
+    return LossMeter(make_objective(sizes=(4, 8)))
+
+
+def test_means_are_over_images_by_stage_and_noise_level(meter):
+    meter.add(losses([1.0, 2.0, 3.0, 6.0], [10.0, 20.0], [0, 249, 250, 999], [4.0]))
+    meter.add(losses([4.0, 4.0], [40.0], [100, 600], [1.0]))
+    assert meter.means("train") == pytest.approx(
+        {
+            "train/denoising_1": 20 / 6,
+            "train/denoising_1_t0-249": 7 / 3,
+            "train/denoising_1_t250-499": 3.0,
+            "train/denoising_1_t500-749": 4.0,
+            "train/denoising_1_t750-999": 6.0,
+            "train/denoising_2": 70 / 3,
+            "train/denoising_2_t0-249": 70 / 3,
+            "train/scale_invariant_1_2": 3.0,
+        }
+    )
+
+
+def test_reset_forgets_and_weight_zero_ignores(meter):
+    meter.add(losses([9.0], [9.0], [5], [9.0]))
+    meter.reset()
+    meter.add(losses([1.0], [2.0], [5], [3.0]))
+    meter.add(losses([9.0], [9.0], [700], [9.0]), weight=0.0)
+    means = meter.means("validation")
+    assert means["validation/denoising_2"] == 2.0 and means["validation/scale_invariant_1_2"] == 3.0
+    assert not any("t500" in name for name in means)
+
+
+def test_a_reduction_over_processes_weighs_by_images(meter):
+    meter.add(losses([1.0], [1.0], [5], [1.0]))
+    other = LossMeter(make_objective(sizes=(4, 8)))
+    other.add(losses([4.0, 4.0], [4.0], [5, 6], [4.0]))
+    means = meter.means("train", reduce=lambda tensor: tensor + torch.stack([other.sums, other.counts]))
+    assert means["train/denoising_1"] == 3.0 and means["train/denoising_2"] == 2.5
+
+
+def test_only_trained_stages_are_named():
+    meter = LossMeter(make_objective(train_stages=[2]))
+    meter.add(CascadeLosses(torch.zeros(()), [torch.tensor([1.0])], torch.tensor([2.0]), torch.tensor([0])))
+    assert sorted(meter.means("train")) == [
+        "train/denoising_2",
+        "train/denoising_2_t0-249",
+        "train/scale_invariant_1_2",
+    ]

@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from diffusers_pisdm.training.row_noise import RowNoise
+
+
+DRAWS = {
+    "normal": lambda noise, rows: noise.normal(rows, 3, 2),
+    "uniform": lambda noise, rows: noise.uniform(rows, 5),
+    "integers": lambda noise, rows: noise.integers(7, rows),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_processes_share_the_rows_of_one(draw, num_processes):
+    alone = RowNoise(11, torch.device("cpu"))
+    processes = [RowNoise(11, torch.device("cpu"), rank, num_processes) for rank in range(num_processes)]
+    for _ in range(2):  # the second draw too
+        rows = draw(alone, 6)
+        for rank, noise in enumerate(processes):
+            assert torch.equal(draw(noise, 6 // num_processes), rows[rank::num_processes])
+
+
+def test_numbers_have_the_distribution_they_say():
+    noise = RowNoise(0, torch.device("cpu"))
+    normal, uniform, integers = noise.normal(10_000), noise.uniform(10_000), noise.integers(5, 10_000)
+    assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
+    assert 0 <= uniform.min() < 0.01 and 0.99 < uniform.max() < 1
+    assert integers.unique().tolist() == [0, 1, 2, 3, 4]
