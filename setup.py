@@ -10,19 +10,20 @@ version = re.search(r'__version__ = "(.+)"', (root / "diffusers_pisdm" / "__init
 extras = {
     # Fused CUDA kernels for long sequences. They compile at install and need nvcc: the package works without them.
     "cuda": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
-    "train": ["datasets>=3.0", "matplotlib"],
+    # PEFT makes LoRA adapters.
+    "train": ["datasets>=3.0", "matplotlib", "peft>=0.17", "psutil"],
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
     "lint": ["ruff>=0.15"],
 }
 # mkdocstrings 1.0 breaks on pymdown-extensions 12; it formats signatures with ruff.
 extras["docs"] = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "pymdown-extensions<12", *extras["lint"]]
-# The tests run the training script and the benchmarks, load LoRA weights and compare with transformers' MambaMixer.
+# The tests run the training script and the benchmarks, and compare with transformers' MambaMixer.
 extras["test"] = [
     *extras["train"],
     *extras["benchmarks"],
-    "peft>=0.17",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
+    "tensorboard",
     *extras["lint"],
 ]
 extras["dev"] = sorted({*extras["test"], *extras["docs"]})

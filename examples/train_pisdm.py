@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import HfApi
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -382,6 +384,8 @@ def main(argv: list[str] | None = None) -> None:
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "logs"),
     )
     device, num_processes, process_index = accelerator.device, accelerator.num_processes, accelerator.process_index
+    if args.push_to_hub and accelerator.is_main_process:
+        HfApi().whoami()  # a missing login should not show after days
     set_seed(args.seed)  # the same initial weights in every process
 
     # Stages: their configurations, noise schedules and sizes
@@ -407,16 +411,19 @@ def main(argv: list[str] | None = None) -> None:
         return dry_run(args, accelerator, configs, len(class_names))
 
     # Models, optimizer, averages
+    new_classes = False
     if pretrained is None:
         stages = [PISDMTransformer2DModel(num_classes=len(class_names), **config) for config in configs]
     else:
-        known_names = list(pretrained.config.id2label.values())
         stages = start_cascade(pretrained, configs, class_names)
+        new_classes = class_names != list(pretrained.config.id2label.values())
+        if args.lora_rank is not None and len(stages) > len(pretrained.stages):
+            raise ValueError("--lora_rank adapts the stages that the pretrained cascade has: add stages without it.")
     trained = args.train_stages or range(1, len(stages) + 1)
     for number, stage in enumerate(stages, start=1):
         if args.lora_rank is not None and number in trained:
             alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
-            add_lora(stage, args.lora_rank, alpha, train_class_embedding=class_names != known_names)
+            add_lora(stage, args.lora_rank, alpha, train_class_embedding=new_classes)
         if args.gradient_checkpointing:
             stage.enable_gradient_checkpointing()
         if args.compile:
@@ -521,7 +528,8 @@ def main(argv: list[str] | None = None) -> None:
                 pipeline = make_pipeline(whole, schedulers, decoder, class_names)
                 save_in_place(pipeline.save_pretrained, output_dir)
             else:
-                save_in_place(pipeline.save_lora_weights, output_dir)
+                save = partial(pipeline.save_lora_weights, save_class_embeddings=new_classes)
+                save_in_place(save, output_dir)
             plot_loss_curves(metrics_file, output_dir / "loss_curves.png")
         average.restore(parameters)
         bare.train()
@@ -536,10 +544,10 @@ def main(argv: list[str] | None = None) -> None:
                 step, args.lr_warmup_steps, args.lr_cooldown_steps, args.max_train_steps
             )
         finite = True
-        for part in range(args.gradient_accumulation_steps):
+        for micro_step in range(args.gradient_accumulation_steps):
             batch = next(batches)
             bad_images += report_bad_images(batch.bad_images, args)
-            seed = noise_seed(args.seed, step, part)
+            seed = noise_seed(args.seed, step, micro_step)
             with accelerator.accumulate(objective):
                 pyramid = make_pyramid(batch.images, sizes, vae, accelerator, seed)
                 losses = objective(pyramid, batch.labels.to(device), seed)

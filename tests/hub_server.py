@@ -20,6 +20,7 @@ from tests.hub_repositories import Hub, Refused, file_hash, git_hash, is_large
 NAME, REVISION = "(?P<name>[^/]+/[^/]+)", "(?P<revision>[^/]+)"
 # What is asked of the Hub: method, path and the method of `HubHandler` that answers.
 ROUTES = [
+    ("GET", "/api/whoami-v2", "whoami"),
     ("GET", f"/api/models/{NAME}(?:/revision/{REVISION})?", "info"),
     ("GET", f"/api/models/{NAME}/tree/{REVISION}", "tree"),
     ("GET", f"/api/models/{NAME}/refs", "refs"),
@@ -76,6 +77,11 @@ class HubHandler(BaseHTTPRequestHandler):
         """Requests are kept in `server.requests` instead of printed."""
 
     # Reading
+
+    def whoami(self) -> dict:
+        if self.token not in self.hub.tokens:
+            raise Refused(401, "Invalid username or password.")
+        return {"type": "user", "name": self.hub.tokens[self.token], "orgs": []}
 
     def info(self, name: str, revision: str = "main") -> dict:
         repository = self.hub.read(name, self.token)

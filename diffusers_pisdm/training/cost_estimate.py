@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-import statistics
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from unittest import mock
 
 import psutil
@@ -47,7 +46,7 @@ SCAN_FORWARD_FLOPS = 7
 SCAN_BACKWARD_FLOPS = 5 + 3 + 6 * 2
 
 MEASURED_LAYERS = 2  # one of each half, of which the whole model has as many
-TIMED_STEPS = 3
+TIMED_STEPS = 2
 SAFE_SHARE_OF_FREE_MEMORY = 0.8
 
 
@@ -141,12 +140,14 @@ class StageSpeed:
         num_layers (`int`), batch_size (`int`): What was run; fewer layers than the stage has if these took too long.
         flops_per_second (`float`): Of forward and backward.
         updates_per_second (`float`): Parameters a second of AdamW and the average of the weights.
+        seconds (`float`): How long trying it took, without compiling kernels.
     """
 
     num_layers: int
     batch_size: int
     flops_per_second: float
     updates_per_second: float
+    seconds: float
 
 
 def _register_flop_formulas() -> None:
@@ -334,7 +335,7 @@ def free_memory(device: torch.device | str) -> int:
 def _time_stage(
     config: dict, num_classes: int, cost: StageCost, settings: CostSettings, device: torch.device
 ) -> StageSpeed:
-    """Runs training steps on random images, one to warm up and [`TIMED_STEPS`] on the clock, and takes the medians."""
+    """Runs training steps on random images, one to warm up and [`TIMED_STEPS`] on the clock; the fastest counts."""
 
     def seconds_since(start: float) -> float:
         if device.type != "cpu":
@@ -356,11 +357,13 @@ def _time_stage(
         if ema is not None:
             ema.step(model.parameters())
         updates.append(seconds_since(start))
+    seconds_of_passes, seconds_of_update = min(passes[1:]), min(updates[1:])
     return StageSpeed(
         num_layers=cost.num_layers,
         batch_size=cost.batch_size,
-        flops_per_second=cost.training_flops * cost.batch_size / statistics.median(passes[1:]),
-        updates_per_second=cost.parameters / statistics.median(updates[1:]),
+        flops_per_second=cost.training_flops * cost.batch_size / seconds_of_passes,
+        updates_per_second=cost.parameters / seconds_of_update,
+        seconds=(1 + TIMED_STEPS) * (seconds_of_passes + seconds_of_update),
     )
 
 
@@ -374,7 +377,7 @@ def measure_stage_speed(
 ) -> StageSpeed | None:
     """
     Trains one stage for a few steps. It begins with two layers and one image, takes more images up to `batch_size`
-    and then all layers, as far as memory and `seconds` allow.
+    and then all layers, as far as memory and time allow.
 
     Args:
         config, num_classes, batch_size, settings: As in [`estimate_stage_cost`].
@@ -382,31 +385,40 @@ def measure_stage_speed(
         seconds (`float`, defaults to 30.0): About how long it may take after the first try, which is always made.
 
     Returns:
-        [`StageSpeed`] of the largest try, or `None` if not even the first fits into the free memory.
+        [`StageSpeed`] of the last try, or `None` if not even the first fits into the free memory.
     """
     device = torch.device(device)
-    start_config = config | {"num_layers": min(MEASURED_LAYERS, config.get("num_layers", MEASURED_LAYERS))}
+    with torch.device("meta"):
+        num_layers = _make_stage(config, num_classes, settings).config.num_layers
+    short_config = config | {"num_layers": min(MEASURED_LAYERS, num_layers)}
+    short_cost = estimate_stage_cost(short_config, num_classes, 1, settings)
 
-    def attempt(config: dict, images: int, last: StageSpeed | None) -> StageSpeed | None:
-        cost = estimate_stage_cost(config, num_classes, images, settings)
-        if cost.total_bytes > SAFE_SHARE_OF_FREE_MEMORY * free_memory(device):
-            return None
-        if last is not None:
-            expected = (1 + TIMED_STEPS) * seconds_per_step(cost, last)
-            if time.perf_counter() + expected > deadline:
-                return None
-        return _time_stage(config, num_classes, cost, settings, device)
+    def fits(cost: StageCost) -> bool:
+        return cost.total_bytes <= SAFE_SHARE_OF_FREE_MEMORY * free_memory(device)
 
-    speed = attempt(start_config, 1, None)  # this one may compile kernels, and is not held against the deadline
-    deadline = time.perf_counter() + seconds
-    while speed is not None and speed.batch_size < batch_size:
-        larger = attempt(start_config, min(4 * speed.batch_size, batch_size), speed)
-        if larger is None:
+    if not fits(short_cost):
+        return None
+    speed = _time_stage(short_config, num_classes, short_cost, settings, device)
+    deadline = time.perf_counter() + seconds  # not from the beginning: the first try may have compiled kernels
+    while speed.batch_size < batch_size:
+        larger = _with_batch(short_cost, min(4 * speed.batch_size, batch_size))
+        # Four times as many images take one to four times as long: a small batch does not keep a device busy.
+        if not fits(larger) or time.perf_counter() + 2 * speed.seconds > deadline:
             break
-        speed = larger
-    if speed is None or start_config == config:
-        return speed
-    return attempt(config, speed.batch_size, speed) or speed
+        speed = _time_stage(short_config, num_classes, larger, settings, device)
+    expected = speed.seconds * num_layers / speed.num_layers
+    if num_layers > speed.num_layers and time.perf_counter() + expected <= deadline:
+        whole = estimate_stage_cost(config, num_classes, speed.batch_size, settings)
+        if fits(whole):
+            speed = _time_stage(config, num_classes, whole, settings, device)
+    return speed
+
+
+def _with_batch(cost: StageCost, batch_size: int) -> StageCost:
+    """The cost for another number of images; memory grows with it, but for a part that is small if there are many."""
+    growth = batch_size / cost.batch_size
+    saved_bytes, working_bytes = math.ceil(cost.saved_bytes * growth), math.ceil(cost.working_bytes * growth)
+    return replace(cost, batch_size=batch_size, saved_bytes=saved_bytes, working_bytes=working_bytes)
 
 
 def seconds_per_step(cost: StageCost, speed: StageSpeed, gradient_accumulation_steps: int = 1) -> float:
@@ -478,7 +490,7 @@ def format_cost_report(report: dict) -> str:
         report (`dict`): From [`cost_report`], or read back from JSON.
 
     Returns:
-        `str`: Lines of at most 119 characters.
+        `str`: Several lines.
     """
     total, settings = report["total"], report["settings"]
     header = (

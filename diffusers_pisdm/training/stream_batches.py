@@ -7,6 +7,7 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
@@ -15,6 +16,11 @@ from .data_errors import BadImageError, DataError
 from .image_rows import MAX_BAD_IN_A_ROW, ImageRows, all_bad
 from .parallel_read import read_ahead, read_batches
 from .training_batch import TrainingBatch
+
+
+# datasets mixes the rows of several files, but its buffer must not hold 2 GiB (an Arrow column's limit), which 10,000
+# images may have: it gets a small one, and a second one here mixes what comes out of it.
+ROWS_MIXED_BY_DATASETS = 100
 
 
 class StreamBatches:
@@ -66,8 +72,8 @@ class StreamBatches:
             `tuple[TrainingBatch, int, int]`: A batch and the position after it.
         """
         stream = own_stream(self.rows, self.num_processes, self.process_index)
-        shuffled = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        keys = _chunks(self._keys(shuffled, epoch, rows_done), self.batch_size)
+        stream = stream.shuffle(seed=self.seed, buffer_size=min(self.shuffle_buffer, ROWS_MIXED_BY_DATASETS))
+        keys = _chunks(self._keys(stream, epoch, rows_done), self.batch_size)
         for rows in decoded_batches(self.rows, keys, self.batch_size, self.seed, self.num_workers):
             yield rows.batch(), *rows.ends[-1]
 
@@ -75,7 +81,8 @@ class StreamBatches:
         while True:
             stream.set_epoch(epoch)
             position = -1
-            for position, fields in enumerate(stream):
+            random = np.random.default_rng((self.seed, epoch, self.process_index))
+            for position, fields in enumerate(_mix(stream, self.shuffle_buffer, random)):
                 if position >= rows_done:
                     yield fields, epoch, position
             if position < 0:
@@ -164,6 +171,20 @@ def decoded_batches(
             waiting = None  # nothing to concatenate with: whole batches stay where they are, in pinned memory
     if waiting is not None and len(waiting.labels):
         yield waiting
+
+
+def _mix(rows: Iterable[dict], size: int, random: np.random.Generator) -> Iterator[dict]:
+    """Yields a random row of a buffer and puts the next one in its place."""
+    buffer = []
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+        else:
+            place = int(random.integers(size))
+            yield buffer[place]
+            buffer[place] = row
+    random.shuffle(buffer)
+    yield from buffer
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:

@@ -7,51 +7,7 @@ from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
 from examples import train_pisdm
-
-
-STAGE = {"patch_size": 2, "in_channels": 3, "num_layers": 2, "hidden_size": 16, "state_size": 4}
-CASCADE = {
-    "scheduler": {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "clip_sample": False},
-    "stages": [{"sample_size": 4, **STAGE}, {"sample_size": 8, "low_res_channels": 3, **STAGE}],
-    "training": {
-        "train_batch_size": 8,
-        "lr_warmup_steps": 2,
-        "logging_steps": 2,
-        "validation_steps": 4,
-        "validation_classes": 3,
-        "validation_inference_steps": 2,
-        "checkpointing_steps": 4,
-    },
-}
-
-
-@pytest.fixture
-def command(tmp_path, real_image_dir):
-    """The arguments of a tiny run that leaves its output in `tmp_path / name`."""
-    config = tmp_path / "cascade.json"
-    config.write_text(json.dumps(CASCADE))
-
-    def command(name, steps, *more, data=real_image_dir, config=config):
-        return [
-            *("--cascade_config", str(config), "--train_data_dir", str(data)),
-            *("--output_dir", str(tmp_path / name), "--max_train_steps", str(steps), *more),
-        ]
-
-    return command
-
-
-@pytest.fixture
-def train(tmp_path, command):
-    def run(name, steps, *more, **others):
-        train_pisdm.main(command(name, steps, *more, **others))
-        return tmp_path / name
-
-    return run
-
-
-def weights(folder):
-    found = load_file(folder / "model.safetensors")
-    return found | {f"ema.{name}": tensor for name, tensor in load_file(folder / "ema.safetensors").items()}
+from tests.examples.tiny_training import CASCADE, weights
 
 
 def test_a_run_leaves_a_pipeline_samples_curves_and_checkpoints(train):

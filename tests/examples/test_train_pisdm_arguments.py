@@ -4,8 +4,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.examples.test_train_pisdm import command, train  # noqa: F401 - fixtures
-
 
 STEPS = 3
 
@@ -59,7 +57,7 @@ def plain_result():
 
 
 @pytest.fixture
-def plain(train, plain_result):  # noqa: F811
+def plain(train, plain_result):
     """The run without further arguments, made once."""
     if not plain_result:
         plain_result["weights"], plain_result["average"] = result(train("plain", STEPS))
@@ -67,7 +65,7 @@ def plain(train, plain_result):  # noqa: F811
 
 
 @pytest.mark.parametrize("arguments", CHANGES.values(), ids=CHANGES)
-def test_an_argument_changes_the_result(train, plain, arguments):  # noqa: F811
+def test_an_argument_changes_the_result(train, plain, arguments):
     weights, average = result(train("other", STEPS, *arguments))
     assert average.keys() != plain["average"].keys() or any(
         not torch.equal(average[name], plain["average"][name]) for name in average
@@ -76,13 +74,13 @@ def test_an_argument_changes_the_result(train, plain, arguments):  # noqa: F811
 
 
 @pytest.mark.parametrize("arguments", NO_CHANGES.values(), ids=NO_CHANGES)
-def test_an_argument_does_not_change_the_result(train, plain, arguments):  # noqa: F811
+def test_an_argument_does_not_change_the_result(train, plain, arguments):
     weights, average = result(train("other", STEPS, *arguments))
     assert [name for name in weights if not torch.equal(weights[name], plain["weights"][name])] == []
     assert [name for name in average if not torch.equal(average[name], plain["average"][name])] == []
 
 
-def test_gradient_checkpointing_gives_the_same_up_to_rounding(train, plain):  # noqa: F811
+def test_gradient_checkpointing_gives_the_same_up_to_rounding(train, plain):
     weights, _ = result(train("other", STEPS, "--gradient_checkpointing"))
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, plain["weights"][name], rtol=1e-3, atol=1e-5)

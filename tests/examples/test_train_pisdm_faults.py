@@ -17,7 +17,7 @@ from diffusers_pisdm.training import CascadeObjective
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state
 from diffusers_pisdm.training.data_errors import BadImageError
 from diffusers_pisdm.training.metrics_file import read_metrics
-from tests.examples.test_train_pisdm import command, train, weights  # noqa: F401 - fixtures
+from tests.examples.tiny_training import weights
 
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def kill(process):
     process.communicate()
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, command, train):  # noqa: F811
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, command, train):
     expected = weights(train("through", 8, "--checkpointing_steps", "2") / "checkpoint-8")
     arguments, output = command("killed", 8, "--checkpointing_steps", "2"), tmp_path / "killed"
 
@@ -74,7 +74,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, command, train):  # 
     assert steps == [2, 4, 6, 8]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train, capsys):  # noqa: F811
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train, capsys):
     output = train("run", 8)
     (output / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
     again = train("run", 8)
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train, capsys)
         train("run", 8, "--resume_from_checkpoint", str(output / "nowhere"))
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(train):  # noqa: F811
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(train):
     output = train("run", 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))  # files of a checkpoint are larger, others are not
@@ -100,7 +100,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(train):  # noqa: F81
     assert (train("run", 8) / "checkpoint-8").exists()
 
 
-def test_other_data_or_settings_cannot_continue_a_run(train, tmp_path, real_image_dir):  # noqa: F811
+def test_other_data_or_settings_cannot_continue_a_run(train, tmp_path, real_image_dir):
     train("run", 4)
     fewer = tmp_path / "fewer"
     shutil.copytree(real_image_dir, fewer)
@@ -118,7 +118,7 @@ def damaged_dir(tmp_path, real_image_dir):
     return folder, image
 
 
-def test_a_broken_image_stops_the_run_or_is_skipped_with_its_path_and_a_count(train, damaged_dir):  # noqa: F811
+def test_a_broken_image_stops_the_run_or_is_skipped_with_its_path_and_a_count(train, damaged_dir):
     folder, image = damaged_dir
     steps = len(list(folder.rglob("*.png"))) // 8  # an epoch, and so the broken one
     with pytest.raises(BadImageError, match=f"{image}.*--on_bad_image skip"):
@@ -128,7 +128,7 @@ def test_a_broken_image_stops_the_run_or_is_skipped_with_its_path_and_a_count(tr
     assert read_metrics(output / "metrics.jsonl")[-1]["bad_images"] >= 1
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch):  # noqa: F811
+def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch):
     forward, calls = CascadeObjective.forward, []
 
     def broken_at_the_third(self, *args):
@@ -145,17 +145,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch):  
     assert all(tensor.isfinite().all() for tensor in weights(output / "checkpoint-4").values())
 
 
-def test_a_run_that_has_diverged_stops(train):  # noqa: F811
+def test_a_run_that_has_diverged_stops(train):
     with pytest.raises(FloatingPointError, match=r"not finite in 3 steps in a row, up to step \d+. Go on from"):
         train("run", 20, "--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_skipped_steps", "2")
 
 
-def test_a_run_without_a_validation_split_of_that_name_is_refused(train):  # noqa: F811
+def test_a_run_without_a_validation_split_of_that_name_is_refused(train):
     with pytest.raises(ValueError, match="heldout"):
         train("run", 1, "--validation_split", "heldout")
 
 
-def test_the_training_configuration_is_kept(train):  # noqa: F811
+def test_the_training_configuration_is_kept(train):
     output = train("run", 1)
     config = json.loads((output / "training_config.json").read_text())
     assert config["arguments"]["train_batch_size"] == 8 and config["images"] > 8

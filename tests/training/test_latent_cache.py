@@ -1,6 +1,7 @@
 import json
 import shutil
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -159,12 +160,16 @@ def test_processes_write_the_same_files(images, tmp_path, vae):
     failures = []
 
     def run(process):
+        def wait():
+            barrier.wait()
+            time.sleep(0.5 * process)  # the second must not see what the first has written meanwhile
+
         accelerator = SimpleNamespace(
             process_index=process,
             num_processes=2,
             is_main_process=process == 0,
             is_local_main_process=False,
-            wait_for_everyone=barrier.wait,
+            wait_for_everyone=wait,
         )
         try:
             rows = make_rows(images)

@@ -1,6 +1,7 @@
 import json
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,14 @@ def test_every_epoch_has_every_image_in_another_order(folder, streaming):
     assert first != second
     other_seed = next(make_batches(rows, NUM_ROWS, seed=2))
     assert pixels(other_seed.images) != first
+
+
+def test_a_buffer_mixes_a_stream_beyond_its_own_size():
+    """Every row comes once, some early and some much later."""
+    mixed = list(stream_batches._mix(range(1000), 100, np.random.default_rng(0)))
+    assert sorted(mixed) == list(range(1000))
+    moved = np.array(mixed) - np.arange(1000)
+    assert moved.min() < -200 and moved.max() > 90
 
 
 def test_workers_change_nothing(folder, streaming):

@@ -1,0 +1,76 @@
+"""Several processes, started with the configurations that are shipped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.training.metrics_file import read_metrics
+from tests.examples.tiny_training import weights
+
+
+ROOT = Path(__file__).parents[2]
+CONFIGURATIONS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
+
+
+@pytest.fixture
+def launch(command):
+    def launch(configuration, *arguments, **environment):
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "accelerate.commands.launch"),
+                *("--config_file", str(ROOT / "examples" / "accelerate" / configuration)),
+                *(str(ROOT / "examples" / "train_pisdm.py"), *command(*arguments)),
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+            check=True,
+            timeout=280,
+        )
+
+    return launch
+
+
+def losses(folder):
+    names = ("train/denoising_1", "train/denoising_2", "train/scale_invariant_1_2")
+    return [[row[name] for name in names] for row in read_metrics(folder / "metrics.jsonl") if names[0] in row]
+
+
+def test_two_processes_with_half_the_batch_train_like_one_and_resume(train, launch, tmp_path):
+    options = ["--batch_shares", "1", "0.5", "--logging_steps", "1", "--random_flip"]
+    one = train("one", 8, *options)
+    launch("cpu.yaml", "two", 4, *options, "--train_batch_size", "4")
+    launch("cpu.yaml", "two", 8, *options, "--train_batch_size", "4")
+    two = tmp_path / "two"
+    torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-4, atol=1e-5)
+    expected, actual = weights(one / "checkpoint-8"), weights(two / "checkpoint-8")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    state = json.loads((two / "checkpoint-8" / "trainer_state.json").read_text())
+    assert len(state["processes"]) == 2 and len(list((two / "checkpoint-8").glob("random_states_*"))) == 2
+    with pytest.raises(ValueError, match="is of 2 processes, not of 1"):
+        train("two", 9, *options, "--train_batch_size", "4")
+
+
+def test_deepspeed_trains_and_resumes(launch, tmp_path):
+    pytest.importorskip("deepspeed")
+    launch("deepspeed_zero2.yaml", "run", 4, DS_ACCELERATOR="cpu")
+    launch("deepspeed_zero2.yaml", "run", 8, DS_ACCELERATOR="cpu")
+    pipe = PISDMCascadePipeline.from_pretrained(tmp_path / "run")
+    average = load_file(tmp_path / "run" / "checkpoint-8" / "ema.safetensors")
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert torch.equal(tensor, average[f"0.{name}"])
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.name)
+def test_configurations_are_ones_that_accelerate_reads(file):
+    from accelerate.commands.config import load_config_from_file
+
+    assert load_config_from_file(str(file)).num_processes == 2
