@@ -15,9 +15,9 @@ import argparse
 import sys
 
 from accelerate import Accelerator
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
+from diffusers import AutoencoderKL
 
-from diffusers_pisdm.models.latents import vae_scale_factor
+from diffusers_pisdm.models.latents import load_vae, vae_scale_factor
 from diffusers_pisdm.training.image_data import ImageData, load_image_data, read_class_names
 from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform
@@ -59,26 +59,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_vae(
-    args: argparse.Namespace, stages: list[dict], recipe_vae: str | None
-) -> tuple[AutoencoderKL | AutoencoderTiny | AutoencoderDC, str]:
-    name = args.pretrained_vae_model_name_or_path or recipe_vae
-    if name is None:
-        raise ValueError("The recipe has no `vae`: name one with --pretrained_vae_model_name_or_path.")
-    vae = AutoModel.from_pretrained(name, torch_dtype=DTYPES[args.vae_dtype][0])
-    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderDC)):
-        raise ValueError(
-            f"{name} is a {type(vae).__name__}: it must be an AutoencoderKL, AutoencoderTiny or AutoencoderDC."
-        )
-    for number, stage in enumerate(stages, start=1):
-        if stage["in_channels"] != vae.config.latent_channels:
-            raise ValueError(
-                f"Stage {number} has {stage['in_channels']} channels, the latents of {name} have"
-                f" {vae.config.latent_channels}: set its in_channels to that."
-            )
-    return vae, name
-
-
 def load_data(args: argparse.Namespace) -> ImageData:
     return load_image_data(
         args.dataset_name or args.train_data_dir,
@@ -94,8 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator()
     try:
         recipe = read_recipe(args.cascade_config)
-        vae, vae_name = load_vae(args, recipe.stages, recipe.vae)
-        vae = vae.to(accelerator.device)
+        vae_name = args.pretrained_vae_model_name_or_path or recipe.vae
+        if vae_name is None:
+            raise ValueError("The recipe has no `vae`: name one with --pretrained_vae_model_name_or_path.")
+        vae = load_vae(vae_name, recipe.stages[-1]["in_channels"], DTYPES[args.vae_dtype][0]).to(accelerator.device)
         sizes = [stage["sample_size"] for stage in recipe.stages]
         data = load_data(args)
         index = CacheIndex(

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
-from diffusers_pisdm.models.latents import encode_latents, vae_scale_factor
+from diffusers_pisdm.models.latents import encode_latents, load_vae, vae_scale_factor
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid, shift_noise_schedule
 from diffusers_pisdm.training.checkpoints import find_checkpoints, find_fault, read_state, save_checkpoint
 from diffusers_pisdm.training.cost_estimate import (
@@ -166,16 +166,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recip
     if args.lora_rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--lora_rank adapts a trained cascade: give --pretrained_model_name_or_path")
     return args, recipe
-
-
-def load_vae(name: str | None, device: torch.device) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC | None:
-    if name is None:
-        return None
-    kinds = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, AutoencoderDC)}
-    config = AutoencoderKL.load_config(name)
-    if config["_class_name"] not in kinds:
-        raise ValueError(f"{name} is a {config['_class_name']}; the VAE must be one of {', '.join(kinds)}.")
-    return kinds[config["_class_name"]].from_pretrained(name).to(device).eval().requires_grad_(False)
 
 
 def load_rows(
@@ -394,11 +384,15 @@ def main(argv: list[str] | None = None) -> None:
         pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     if recipe is not None:
         configs, scheduler = recipe.stages, DDPMScheduler(**recipe.scheduler)
-        vae = None if args.latent_cache is not None else load_vae(vae_name, device)
     else:
         configs = [stage_config(stage) for stage in pretrained.stages]
         scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
-        vae = pretrained.vae
+    vae = None
+    if args.latent_cache is None:  # it is read without one
+        if vae_name is not None:
+            vae = load_vae(vae_name, configs[-1]["in_channels"]).to(device)
+        elif pretrained is not None and pretrained.vae is not None:
+            vae = pretrained.vae.to(device).eval().requires_grad_(False)
     sizes = [config["sample_size"] for config in configs]
     shifts = args.noise_shifts or [1.0] * len(configs)
     if len(shifts) != len(configs):
@@ -477,10 +471,12 @@ def main(argv: list[str] | None = None) -> None:
         step, elapsed = state["step"], state["elapsed_seconds"]
         skipped_steps = state["skipped_steps"]
         load_average(average, names, checkpoint / "ema.safetensors", state["average_updates"])
-        if len(state["processes"]) != num_processes:
-            raise ValueError(f"{checkpoint} is of {len(state['processes'])} processes, not of {num_processes}.")
-        bad_images = state["processes"][process_index]["bad_images"]
-        batches.load_state_dict(state["processes"][process_index]["data"])
+        places = state["processes"]
+        if rows.is_stream and len(places) != num_processes:
+            raise ValueError(f"{checkpoint} is of {len(places)} processes with a stream each, not of {num_processes}.")
+        place = places[min(process_index, len(places) - 1)]  # the same for all but streams
+        batches.load_state_dict(place["data"])
+        bad_images = place["bad_images"] if process_index < len(places) else 0
 
     # What the run leaves behind
     metrics_file, started = output_dir / "metrics.jsonl", time.time()
@@ -517,7 +513,9 @@ def main(argv: list[str] | None = None) -> None:
         bare.eval()
         if held_out_rows is not None:
             log(held_out_losses(accelerator, bare, held_out_rows, vae, args))
-        decoder = load_vae(vae_name, device) if vae is None else vae  # a cache of latents was read without it
+        decoder = vae
+        if args.latent_cache is not None:
+            decoder = load_vae(vae_name, configs[-1]["in_channels"]).to(device)
         pipeline = make_pipeline(list(bare.stages), schedulers, decoder, class_names)
         images, labels = sample(pipeline, args)
         whole = whole_stages(accelerator, objective, bare)

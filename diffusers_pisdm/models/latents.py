@@ -3,8 +3,38 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
 from diffusers.utils.torch_utils import randn_tensor
+
+
+def load_vae(
+    name_or_path: str, channels: int, dtype: torch.dtype = torch.float32
+) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
+    """
+    Loads a frozen autoencoder of any of the three kinds.
+
+    Args:
+        name_or_path (`str`): A folder or a name on the Hub.
+        channels (`int`): Channels of the latents that the stages were made for.
+        dtype (`torch.dtype`, defaults to `torch.float32`): What it computes in.
+
+    Returns:
+        The autoencoder, in evaluation mode.
+
+    Raises:
+        ValueError: It is of another kind, or its latents have other channels.
+    """
+    vae = AutoModel.from_pretrained(name_or_path, torch_dtype=dtype)
+    if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderDC)):
+        raise ValueError(
+            f"{name_or_path} is a {type(vae).__name__}: it must be an AutoencoderKL, AutoencoderTiny or AutoencoderDC."
+        )
+    if vae.config.latent_channels != channels:
+        raise ValueError(
+            f"The stages have {channels} channels (`in_channels`), the latents of {name_or_path} have"
+            f" {vae.config.latent_channels}."
+        )
+    return vae.eval().requires_grad_(False)
 
 
 def vae_scale_factor(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None) -> int:

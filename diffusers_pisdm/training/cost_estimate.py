@@ -15,7 +15,7 @@ import math
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from unittest import mock
 
 import psutil
@@ -401,7 +401,8 @@ def measure_stage_speed(
     speed = _time_stage(short_config, num_classes, short_cost, settings, device)
     deadline = time.perf_counter() + seconds  # not from the beginning: the first try may have compiled kernels
     while speed.batch_size < batch_size:
-        larger = _with_batch(short_cost, min(4 * speed.batch_size, batch_size))
+        images = min(4 * speed.batch_size, batch_size)
+        larger = estimate_stage_cost(short_config, num_classes, images, settings)
         # Four times as many images take one to four times as long: a small batch does not keep a device busy.
         if not fits(larger) or time.perf_counter() + 2 * speed.seconds > deadline:
             break
@@ -412,13 +413,6 @@ def measure_stage_speed(
         if fits(whole):
             speed = _time_stage(config, num_classes, whole, settings, device)
     return speed
-
-
-def _with_batch(cost: StageCost, batch_size: int) -> StageCost:
-    """The cost for another number of images; memory grows with it, but for a part that is small if there are many."""
-    growth = batch_size / cost.batch_size
-    saved_bytes, working_bytes = math.ceil(cost.saved_bytes * growth), math.ceil(cost.working_bytes * growth)
-    return replace(cost, batch_size=batch_size, saved_bytes=saved_bytes, working_bytes=working_bytes)
 
 
 def seconds_per_step(cost: StageCost, speed: StageSpeed, gradient_accumulation_steps: int = 1) -> float:
