@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from functools import partial
@@ -274,7 +275,8 @@ def held_out_losses(
     place = (1, 0) if is_sharded else (accelerator.num_processes, accelerator.process_index)
     sizes = [stage.config.sample_size for stage in objective.stages]
     meter = LossMeter(objective)
-    for position, batch in enumerate(validation_batches(rows, args.train_batch_size, *place)):
+    batches = validation_batches(rows, args.train_batch_size, *place, args.dataloader_num_workers)
+    for position, batch in enumerate(batches):
         seed = noise_seed(args.seed, position)
         pyramid = make_pyramid(batch.images, sizes, vae, accelerator, seed)
         meter.add(objective(pyramid, batch.labels.to(accelerator.device), seed))
@@ -367,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     args, recipe = parse_args(argv)
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
+        # Told so, accelerate runs several processes on a CPU; DeepSpeed asks for the CPU by DS_ACCELERATOR.
         cpu=not torch.accelerator.is_available() and not os.environ.get("ACCELERATE_USE_DEEPSPEED"),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -387,22 +390,23 @@ def main(argv: list[str] | None = None) -> None:
     else:
         configs = [stage_config(stage) for stage in pretrained.stages]
         scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
+    sizes, channels = [config["sample_size"] for config in configs], configs[-1]["in_channels"]
+    if args.dry_run:
+        _, _, class_names = load_rows(args, sizes, channels, factor=1)  # neither the VAE nor images are read
+        return dry_run(args, accelerator, configs, len(class_names))
     vae = None
     if args.latent_cache is None:  # it is read without one
         if vae_name is not None:
-            vae = load_vae(vae_name, configs[-1]["in_channels"]).to(device)
+            vae = load_vae(vae_name, channels).to(device)
         elif pretrained is not None and pretrained.vae is not None:
             vae = pretrained.vae.to(device).eval().requires_grad_(False)
-    sizes = [config["sample_size"] for config in configs]
     shifts = args.noise_shifts or [1.0] * len(configs)
     if len(shifts) != len(configs):
         raise ValueError(f"--noise_shifts must name one shift for each of the {len(configs)} stages, got {shifts}.")
     schedulers = [shift_noise_schedule(scheduler, shift) for shift in shifts]
 
     # Data
-    rows, held_out_rows, class_names = load_rows(args, sizes, configs[-1]["in_channels"], vae_scale_factor(vae))
-    if args.dry_run:
-        return dry_run(args, accelerator, configs, len(class_names))
+    rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae))
 
     # Models, optimizer, averages
     new_classes = False
@@ -515,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
             log(held_out_losses(accelerator, bare, held_out_rows, vae, args))
         decoder = vae
         if args.latent_cache is not None:
-            decoder = load_vae(vae_name, configs[-1]["in_channels"]).to(device)
+            decoder = load_vae(vae_name, channels).to(device)
         pipeline = make_pipeline(list(bare.stages), schedulers, decoder, class_names)
         images, labels = sample(pipeline, args)
         whole = whole_stages(accelerator, objective, bare)
@@ -556,7 +560,7 @@ def main(argv: list[str] | None = None) -> None:
                     accelerator.backward(losses.total)
                 if finite and accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(objective.parameters(), args.max_grad_norm)
-                    finite = norm is None or bool(torch.isfinite(norm))  # DeepSpeed tells none
+                    finite = norm is None or math.isfinite(norm)  # DeepSpeed need not tell
                     if finite or accelerator.scaler is not None:  # fp16's scaler skips the step, and learns from it
                         optimizer.step()
                 if accelerator.sync_gradients:
