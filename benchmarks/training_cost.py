@@ -84,7 +84,7 @@ def report_recipe(args: argparse.Namespace) -> dict:
     return report_stages(
         recipe.stages,
         args.batch_size or training["train_batch_size"],
-        training.get("max_train_steps", 1),
+        training.get("max_train_steps", 500_000),  # the training script's default
         settings,
         args,
         training.get("batch_shares"),

@@ -11,32 +11,16 @@ import torch.distributed as dist
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
-from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
+from tests.training.test_cascade_objective import make_stages
 
 
 BATCH_SIZE = 8
 
 
 def run(process_index: int, num_processes: int) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    stages = [
-        PISDMTransformer2DModel(
-            sample_size=size,
-            patch_size=2,
-            in_channels=3,
-            num_layers=2,
-            hidden_size=16,
-            state_size=4,
-            num_classes=4,
-            low_res_channels=None if size == 4 else 3,
-        )
-        for size in (4, 8)
-    ]
-    for stage in stages:  # a fresh model predicts zero whatever it sees
-        torch.nn.init.normal_(stage.proj_out.weight, std=0.1)
     objective = CascadeObjective(
-        stages,
+        make_stages(sizes=(4, 8)),
         [DDPMScheduler()] * 2,
         batch_shares=[1.0, 0.5],
         sil_mask_same_class=True,
