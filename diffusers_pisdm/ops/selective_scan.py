@@ -92,10 +92,10 @@ def selective_scan(
     delta_softplus: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    r"""
+    """
     Selective state space scan (Mamba, arXiv 2312.00752, algorithm 2), differentiable in every tensor.
 
-    With \\(\Delta_t\\) the step after bias and softplus, for each batch row and channel:
+    With `Delta_t` the step after bias and softplus, for each batch row and channel:
 
         h_t = exp(Delta_t * A) * h_{t-1} + Delta_t * B_t * u_t        h in R^N, h_0 = 0
         y_t = <C_t, h_t> + D * u_t
