@@ -194,9 +194,10 @@ def test_the_scans_kernel_decides_what_is_saved(monkeypatch):
     assert 1.4 * fused < loop
     choose = SCAN._choose_backend
     monkeypatch.setattr(SCAN, "missing_backend", lambda backend: None)
-    assert saved(device_type="cuda") == fused  # mamba_ssm is there
+    # A few kB of small tables are freed when Python collects garbage, sooner or later.
+    assert saved(device_type="cuda") == pytest.approx(fused, rel=0.01)  # mamba_ssm is there
     monkeypatch.setattr(SCAN, "missing_backend", lambda backend: "not installed")
-    assert saved(device_type="cuda") == loop
+    assert saved(device_type="cuda") == pytest.approx(loop, rel=0.01)
     assert SCAN._choose_backend is choose
 
 
