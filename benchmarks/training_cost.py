@@ -1,7 +1,8 @@
 """
 What training costs: images a second and memory of the sizes S, L and H, each as a single stage on latents of 64 and
 256 pixel images, or of all stages of a recipe. It runs a few training steps of each; see
-`diffusers_pisdm/training/cost_estimate.py` for what is counted, what is measured and what is extrapolated.
+`stage_cost.py` and `stage_speed.py` in `diffusers_pisdm/training/` for what is counted and what is measured; what is
+extrapolated stands below the table of a recipe.
 
     python benchmarks/training_cost.py
     python benchmarks/training_cost.py --recipe examples/recipes/imagenet256.json --num-processes 8 \\
@@ -20,17 +21,12 @@ from pathlib import Path
 import torch
 
 from diffusers_pisdm import PISDM_SIZES
-from diffusers_pisdm.training.cost_estimate import (
-    AUTOCAST_DTYPES,
-    CostSettings,
-    StageSpeed,
-    cost_report,
-    estimate_cascade_cost,
-    format_cost_report,
-    measure_stage_speed,
-)
+from diffusers_pisdm.training.cost_report import cost_report, format_cost_report
+from diffusers_pisdm.training.cost_settings import AUTOCAST_DTYPES, CostSettings
 from diffusers_pisdm.training.machine import describe_machine
 from diffusers_pisdm.training.recipes import read_recipe
+from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
+from diffusers_pisdm.training.stage_speed import StageSpeed, measure_stage_speed
 
 
 VAE_FACTOR = 8  # pixels a latent pixel of Stable Diffusion's VAE

@@ -34,13 +34,8 @@ from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.models.latents import encode_latents, load_vae, vae_scale_factor
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid, shift_noise_schedule
 from diffusers_pisdm.training.checkpoints import find_checkpoints, find_fault, read_state, save_checkpoint
-from diffusers_pisdm.training.cost_estimate import (
-    CostSettings,
-    cost_report,
-    estimate_cascade_cost,
-    format_cost_report,
-    measure_stage_speed,
-)
+from diffusers_pisdm.training.cost_report import cost_report, format_cost_report
+from diffusers_pisdm.training.cost_settings import CostSettings
 from diffusers_pisdm.training.fine_tuning import add_lora, start_cascade
 from diffusers_pisdm.training.image_data import load_image_data, read_class_names
 from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
@@ -55,6 +50,8 @@ from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
 from diffusers_pisdm.training.replace_files import save_in_place
 from diffusers_pisdm.training.sample_sheets import forget_later_sheets, save_sample_sheets
 from diffusers_pisdm.training.seeds import noise_seed
+from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
+from diffusers_pisdm.training.stage_speed import measure_stage_speed
 from diffusers_pisdm.training.training_batches import TrainingBatches, validation_batches
 from diffusers_pisdm.training.weight_average import load_average, save_average
 

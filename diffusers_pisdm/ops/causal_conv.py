@@ -6,6 +6,7 @@ import torch
 
 from .causal_conv_numba import causal_conv_numba
 from .causal_conv_torch import causal_conv_torch
+from .force_backends import forced_backend
 from .optional_backends import check_backend, missing_backend
 
 
@@ -15,7 +16,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import
-def _choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
+def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """Numba where it can be used, else torch. A missing Numba is logged by the scan that follows, not twice."""
     if device_type == "cpu" and all(dtype in _KERNEL_DTYPES for dtype in dtypes) and missing_backend("numba") is None:
         return "numba"
@@ -76,11 +77,11 @@ def causal_conv(
     _check_inputs(x, weight, bias, activation)
     if backend == "auto":
         dtypes = tuple(tensor.dtype for tensor in (x, weight, bias) if tensor is not None)
-        backend = _choose_backend(x.device.type, dtypes)
-    elif backend not in CAUSAL_CONV_BACKENDS:
-        raise ValueError(f"`backend` must be 'auto' or one of {CAUSAL_CONV_BACKENDS}, not {backend!r}.")
+        backend = forced_backend("causal_conv") or choose_backend(x.device.type, dtypes)
     else:
         check_backend(backend)
+    if backend not in CAUSAL_CONV_BACKENDS:
+        raise ValueError(f"`backend` must be 'auto' or one of {CAUSAL_CONV_BACKENDS}, not {backend!r}.")
     out = _FUNCTIONS[backend](x, weight, bias, activation)  # (B, D, L)
     if x.stride(1) < x.stride(2):
         return out.mT.contiguous().mT

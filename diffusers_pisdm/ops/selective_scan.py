@@ -7,6 +7,7 @@ import logging
 
 import torch
 
+from .force_backends import forced_backend
 from .optional_backends import check_backend, missing_backend
 from .selective_scan_mamba_ssm import selective_scan_mamba_ssm
 from .selective_scan_numba import selective_scan_numba
@@ -33,7 +34,7 @@ def _log_slow_choice(device_type: str, reason: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import and log
-def _choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...], compiling: bool) -> str:
+def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...], compiling: bool) -> str:
     """The fastest usable backend for a device and the dtypes of a call; `torch` serves all others."""
     fastest = _FASTEST.get(device_type)
     if fastest is None or any(dtype not in _KERNEL_DTYPES for dtype in dtypes):
@@ -130,11 +131,12 @@ def selective_scan(
     if backend == "auto":
         tensors = (u, delta, A, B, C, D, z, delta_bias)
         dtypes = tuple(tensor.dtype for tensor in tensors if tensor is not None)
-        backend = _choose_backend(u.device.type, dtypes, torch.compiler.is_compiling())
-    elif backend not in SELECTIVE_SCAN_BACKENDS:
-        raise ValueError(f"`backend` must be 'auto' or one of {SELECTIVE_SCAN_BACKENDS}, not {backend!r}.")
+        compiling = torch.compiler.is_compiling()
+        backend = forced_backend("selective_scan") or choose_backend(u.device.type, dtypes, compiling)
     else:
         check_backend(backend)
+    if backend not in SELECTIVE_SCAN_BACKENDS:
+        raise ValueError(f"`backend` must be 'auto' or one of {SELECTIVE_SCAN_BACKENDS}, not {backend!r}.")
     out = _FUNCTIONS[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus)  # (B, D, L)
     if u.stride(1) < u.stride(2):
         return out.mT.contiguous().mT

@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
+from .batch_shares import stage_batch_size
 from .denoising_loss import denoising_target, denoising_weights
 from .row_noise import RowNoise
 from .scale_invariant_loss import ScaleInvariantLoss
@@ -160,7 +161,7 @@ class CascadeObjective(nn.Module):
         denoising, features = [], {}
         total = torch.zeros((), device=device)
         for index in self.stages_run:
-            count = max(1, round(self.batch_shares[index] * batch_size)) if self.training else batch_size
+            count = stage_batch_size(self.batch_shares[index], batch_size) if self.training else batch_size
             low_res = pyramid[index - 1][:count] if index > 0 else None
             with nullcontext() if index in self.stages_trained else torch.no_grad():
                 errors, features[index] = self._stage_errors(

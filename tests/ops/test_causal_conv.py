@@ -175,7 +175,7 @@ def test_meta_tensors_give_shapes():
 )
 def test_auto_takes_numba_where_it_can(device_type, dtypes, missing, wanted, monkeypatch):
     monkeypatch.setattr(dispatch, "missing_backend", lambda name: "gone" if missing else None)
-    assert dispatch._choose_backend(device_type, dtypes) == wanted
+    assert dispatch.choose_backend(device_type, dtypes) == wanted
 
 
 def test_auto_runs_the_chosen_backend(monkeypatch):

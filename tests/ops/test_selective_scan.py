@@ -351,7 +351,7 @@ def test_meta_tensors_give_shapes():
 )
 def test_auto_takes_the_fastest_usable_backend(device_type, dtypes, missing, compiling, wanted, monkeypatch):
     monkeypatch.setattr(dispatch, "missing_backend", lambda name: "gone" if name in missing else None)
-    assert dispatch._choose_backend(device_type, dtypes, compiling) == wanted
+    assert dispatch.choose_backend(device_type, dtypes, compiling) == wanted
 
 
 def test_auto_runs_the_chosen_backend(monkeypatch):

@@ -1,0 +1,48 @@
+"""Floating point operations of each operator: torch's formulas, and those of this package's own operators."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+
+# Floating point operations for each step of time, channel and state, an exponential counted as one.
+# decay = exp(delta * A), h = decay * h + B * x, y += C * h
+SCAN_FORWARD_FLOPS = 7
+# decay and h again; the gradient of h from C and the next step; two each for C, B, x, delta * A, delta and A
+SCAN_BACKWARD_FLOPS = 5 + 3 + 6 * 2
+
+
+def _register_flop_formulas() -> None:
+    """Tells torch what this package's operators compute; its own counter, FlopCounterMode, then knows them too."""
+    ops = torch.ops.diffusers_pisdm  # all defined by now: `training` imports the models, and these import `ops`
+
+    def scan(flops: int, sequence: int, rates: int, states_axis: int):  # positions among the operator's arguments
+        return lambda *shapes, out_shape: flops * math.prod(shapes[sequence]) * shapes[rates][states_axis]
+
+    register_flop_formula(ops.selective_scan_numba)(scan(SCAN_FORWARD_FLOPS, 0, 2, 1))
+    register_flop_formula(ops.selective_scan_numba_backward)(scan(SCAN_BACKWARD_FLOPS, 2, 4, 1))
+    register_flop_formula(ops.selective_scan_torch)(scan(SCAN_FORWARD_FLOPS, 0, 2, 0))
+    register_flop_formula(ops.selective_scan_torch_backward)(scan(SCAN_BACKWARD_FLOPS, 1, 3, 0))
+
+    @register_flop_formula(ops.causal_conv_numba)
+    def conv(x, weight, bias, activation, out_shape):
+        return 2 * math.prod(x) * weight[1]
+
+    @register_flop_formula(ops.causal_conv_numba_backward)
+    def conv_backward(grad, x, weight, bias, activation, out_shape):
+        return 3 * 2 * math.prod(x) * weight[1]  # what lies before the activation again, x and the weight
+
+
+_register_flop_formulas()
+
+
+def _convolution_backward_flops(grad, x, weight, *options, out_val) -> int:
+    # torch's formula takes a depthwise filter's gradient for that of a full one, as many times too much as channels.
+    return sum(options[-1][:2]) * 2 * grad.numel() * weight[0].numel()  # the mask of wanted gradients: x, weight, bias
+
+
+# By operator, as torch's registry: called with the operator's arguments and with its result as `out_val`.
+FLOP_FORMULAS = flop_registry | {torch.ops.aten.convolution_backward: _convolution_backward_flops}

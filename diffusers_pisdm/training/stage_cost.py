@@ -1,0 +1,159 @@
+"""The parameters, arithmetic and memory of training each stage, known before the training is started.
+
+They come from one training step on fake tensors, which have shapes but no data: they are counted, not guessed, for
+models of any size.
+
+Not counted: the scale-invariant loss's heads, the VAE, the loading of data, communication between processes, and what
+an operator needs while it runs (a CUDA context, workspaces, the CPU kernels' float32 copies of half-precision inputs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..ops.causal_conv import choose_backend as choose_conv_backend
+from ..ops.force_backends import force_backends
+from ..ops.selective_scan import choose_backend as choose_scan_backend
+from .batch_shares import stage_batch_size
+from .cost_settings import CostSettings
+from .step_trace import StepTrace
+from .trial_step import make_stage, stage_loss
+
+
+FLOAT32_BYTES = 4
+ADAM_BYTES = 2 * FLOAT32_BYTES  # two float32 moments a parameter
+ADAM_8BIT_BYTES = 2 + 2 * FLOAT32_BYTES / 256  # two bytes, and bitsandbytes' float32 scale of each block of 256
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """
+    The counted cost of one stage in one process.
+
+    Args:
+        sample_size (`int`): Height and width in pixels or latent pixels.
+        num_layers (`int`): Mamba layers.
+        batch_size (`int`): Images a forward pass.
+        parameters (`int`): Trainable parameters.
+        forward_flops (`int`): Floating point operations of the forward pass, an image.
+        training_flops (`int`):
+            Those of forward and backward, an image, recomputation by gradient checkpointing included.
+        weight_bytes, gradient_bytes, optimizer_bytes, ema_bytes (`int`):
+            By arithmetic: float32 weights, gradients (twice under DDP, which copies them into buckets) and average;
+            Adam's moments in float32 or 8 bits.
+        saved_bytes (`int`): Storages alive between forward and backward: what autograd keeps, and the outputs.
+        working_bytes (`int`): What is alive beyond these at the worst moment of forward and backward.
+    """
+
+    sample_size: int
+    num_layers: int
+    batch_size: int
+    parameters: int
+    forward_flops: int
+    training_flops: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    ema_bytes: int
+    saved_bytes: int
+    working_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory at the worst moment if this stage is trained alone."""
+        return self.state_bytes + self.saved_bytes + self.working_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """What does not depend on the batch."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.ema_bytes
+
+
+@contextlib.contextmanager
+def _fake_training(settings: CostSettings) -> Iterator[None]:
+    """Tensors made in here have shapes but no data, and `auto` chooses the kernels of `settings.device_type`."""
+    dtypes = (torch.float32,)
+    fused_scan = settings.fused_scan
+    if fused_scan is None:
+        fused_scan = choose_scan_backend(settings.device_type, dtypes, compiling=False) != "torch"
+    # Numba's kernel stands in for all fused ones, which do not run on fake tensors. They keep nearly the same: their
+    # inputs, and either a state in 24 steps (Numba) or the output before the gate (mamba_ssm).
+    scan = "numba" if fused_scan else "torch"
+    conv = choose_conv_backend(settings.device_type, dtypes)
+    with FakeTensorMode(), force_backends(selective_scan=scan, causal_conv=conv):
+        yield
+
+
+def estimate_stage_cost(config: dict, num_classes: int, batch_size: int, settings: CostSettings) -> StageCost:
+    """
+    Counts the cost of training one stage, from a training step on fake tensors: nothing is allocated or computed.
+
+    Mixed precision is that of the CPU; CUDA computes the norms in float32, and by reckoning saves 5% more for it.
+
+    Args:
+        config (`dict`): Arguments of [`PISDMTransformer2DModel`], without `num_classes`.
+        num_classes (`int`): Classes of the data.
+        batch_size (`int`): Images a forward pass of this stage.
+        settings ([`CostSettings`]): How it is trained.
+
+    Returns:
+        [`StageCost`].
+    """
+    trace = StepTrace()
+    with _fake_training(settings):
+        model = make_stage(config, num_classes, settings)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # counted by arithmetic, not when it appears
+            trace.ignore(parameter)
+            trace.ignore(parameter.grad)
+        with trace:
+            loss = stage_loss(model, batch_size, settings)
+            forward_flops, saved_bytes = trace.flops, trace.live_bytes
+            loss.backward()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return StageCost(
+        sample_size=model.config.sample_size,
+        num_layers=model.config.num_layers,
+        batch_size=batch_size,
+        parameters=parameters,
+        forward_flops=forward_flops // batch_size,
+        training_flops=trace.flops // batch_size,
+        weight_bytes=parameters * FLOAT32_BYTES,
+        gradient_bytes=parameters * FLOAT32_BYTES * (1 if settings.num_processes == 1 else 2),
+        optimizer_bytes=round(parameters * (ADAM_8BIT_BYTES if settings.use_8bit_adam else ADAM_BYTES)),
+        ema_bytes=parameters * FLOAT32_BYTES if settings.ema else 0,
+        saved_bytes=saved_bytes,
+        working_bytes=trace.peak_bytes - saved_bytes,
+    )
+
+
+def estimate_cascade_cost(
+    stages: list[dict],
+    num_classes: int,
+    batch_size: int,
+    settings: CostSettings,
+    batch_shares: list[float] | None = None,
+) -> list[StageCost]:
+    """
+    [`estimate_stage_cost`] of every stage of a cascade.
+
+    Args:
+        stages (`list[dict]`): Arguments of each stage's [`PISDMTransformer2DModel`], without `num_classes`.
+        num_classes (`int`): Classes of the data.
+        batch_size (`int`): Images a process and forward pass.
+        settings ([`CostSettings`]): How they are trained.
+        batch_shares (`list[float]`, *optional*): The share of the batch for each stage, all of it if not given.
+
+    Returns:
+        `list[StageCost]`: One a stage.
+    """
+    shares = batch_shares or [1.0] * len(stages)
+    return [
+        estimate_stage_cost(config, num_classes, stage_batch_size(share, batch_size), settings)
+        for config, share in zip(stages, shares, strict=True)
+    ]

@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from diffusers_pisdm.training.cost_settings import CostSettings
+from diffusers_pisdm.training.flop_formulas import FLOP_FORMULAS
+from diffusers_pisdm.training.stage_cost import estimate_stage_cost
+from tests.training.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE, make_model, run_loss
+
+
+def flops_by_hand(config, conv_backward):
+    """Forward, and forward and backward, of one image; `conv_backward` passes' worth for the causal convolution."""
+    width, pixels = config["hidden_size"], 2 * 2
+    lines = config["sample_size"] // 2
+    tokens = lines**2
+    length = 2 + tokens + lines  # prefix, image, one padding token a line
+    inner, states, rank, kernel, frequencies = 2 * width, 16, math.ceil(width / 16), 3, 256
+    inputs = config["in_channels"] + config.get("low_res_channels", 0)
+    embeddings = 2 if "low_res_channels" in config else 1
+    skips = config["num_layers"] // 2
+
+    # A gradient for the inputs and one for the weights; the network's own inputs need none.
+    first = 2 * tokens * width * inputs * pixels + embeddings * 2 * frequencies * width
+    linear = embeddings * 2 * width * width + 2 * width * 5 * width  # embeddings' second layer, two modulations
+    linear += 2 * tokens * width * config["in_channels"] * pixels  # output
+    linear += 2 * 2 * tokens * width * 9  # local enhancement, depthwise 3 x 3, twice
+    linear += skips * 2 * length * 2 * width * width
+    linear += config["num_layers"] * 2 * length * inner * (2 * width + rank + 2 * states + rank + width)
+    conv = config["num_layers"] * 2 * length * inner * kernel
+    scan_steps = config["num_layers"] * length * inner * states
+    forward = first + linear + conv + 7 * scan_steps
+    return forward, forward + first + 2 * linear + conv_backward * conv + 20 * scan_steps
+
+
+@pytest.mark.parametrize("config", [STAGE, HIGHER_STAGE], ids=["first", "higher"])
+@pytest.mark.parametrize(("device_type", "conv_backward"), [("cpu", 3), ("cuda", 2)])  # recomputed, and not
+def test_flops_are_those_counted_by_hand(config, device_type, conv_backward):
+    settings = CostSettings(device_type=device_type, fused_scan=device_type == "cpu")
+    cost = estimate_stage_cost(config, NUM_CLASSES, 3, settings)
+    assert (cost.forward_flops, cost.training_flops) == flops_by_hand(config, conv_backward)
+
+
+def test_torchs_own_counter_agrees_on_a_real_forward_pass():
+    with FlopCounterMode(display=False) as counter:
+        run_loss(make_model(HIGHER_STAGE), 2)
+    cost = estimate_stage_cost(HIGHER_STAGE, NUM_CLASSES, 2, CostSettings())
+    assert counter.get_total_flops() == 2 * cost.forward_flops
+
+
+def test_every_scan_and_convolution_of_the_package_has_a_formula():
+    names = [name.removeprefix("diffusers_pisdm::") for name in torch._C._dispatch_get_all_op_names()]
+    ours = {name.split(".")[0] for name in names if name.startswith(("selective_scan", "causal_conv"))}
+    assert len(ours) >= 6
+    assert [name for name in ours if getattr(torch.ops.diffusers_pisdm, name) not in flop_registry] == []
+
+
+@pytest.mark.parametrize(("groups", "channels_seen"), [(6, 1), (3, 2), (1, 6)], ids=["depthwise", "grouped", "full"])
+def test_a_convolutions_filters_see_only_their_group(groups, channels_seen):
+    aten = torch.ops.aten.convolution_backward
+    grad, x, weight = torch.ones(2, 6, 5), torch.ones(2, 6, 7), torch.ones(6, channels_seen, 3)
+    options = ([6], [1], [0], [1], False, [0], groups)
+    for wanted, passes in (([True, True, True], 2), ([False, True, True], 1), ([False, False, True], 0)):
+        out = aten(grad, x, weight, *options, wanted)
+        flops = FLOP_FORMULAS[aten](grad, x, weight, *options, wanted, out_val=out)
+        assert flops == passes * 2 * grad.numel() * channels_seen * 3

@@ -1,0 +1,29 @@
+from diffusers_pisdm.training import stage_speed
+from diffusers_pisdm.training.cost_settings import CostSettings
+from diffusers_pisdm.training.stage_cost import estimate_stage_cost
+from diffusers_pisdm.training.stage_speed import measure_stage_speed
+from tests.training.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE
+
+
+def test_a_small_stage_is_run_whole():
+    settings = CostSettings(gradient_checkpointing=True, mixed_precision="bf16")
+    speed = measure_stage_speed(HIGHER_STAGE, NUM_CLASSES, 6, settings, "cpu", seconds=60)
+    assert (speed.num_layers, speed.batch_size) == (6, 6)
+    assert speed.flops_per_second > 0 and speed.updates_per_second > 0 and speed.seconds > 0
+
+
+def test_without_time_two_layers_of_one_image_are_run():
+    speed = measure_stage_speed(STAGE, NUM_CLASSES, 6, CostSettings(ema=False), "cpu", seconds=0)
+    assert (speed.num_layers, speed.batch_size) == (2, 1)
+
+
+def test_a_stage_that_does_not_fit_is_not_run(monkeypatch):
+    monkeypatch.setattr(stage_speed, "free_memory", lambda device: 1000)
+    assert measure_stage_speed(STAGE, NUM_CLASSES, 6, CostSettings(), "cpu") is None
+
+
+def test_memory_limits_the_images_and_the_layers_that_are_run(monkeypatch):
+    limit = estimate_stage_cost(STAGE | {"num_layers": 2}, NUM_CLASSES, 4, CostSettings()).total_bytes / 0.79
+    monkeypatch.setattr(stage_speed, "free_memory", lambda device: limit)
+    speed = measure_stage_speed(STAGE, NUM_CLASSES, 64, CostSettings(), "cpu", seconds=60)
+    assert (speed.num_layers, speed.batch_size) == (2, 4)
