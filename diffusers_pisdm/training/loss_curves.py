@@ -7,10 +7,17 @@ from pathlib import Path
 from .metrics_file import read_metrics
 
 
+PANELS = {
+    "denoising": "denoising (eq. 17)",
+    "by_timesteps": "denoising in training, by timesteps",
+    "scale_invariant": "scale-invariant (InfoNCE)",
+}
+
+
 def plot_loss_curves(metrics_file: str | Path, picture: str | Path) -> None:
     """
     Draws the losses of a run's `metrics.jsonl`: one panel for the denoising losses (solid in training, dashed on
-    held-out images), one for those of training by noise level, one for the scale-invariant ones.
+    held-out images), one for those of training by noise level, one for the scale-invariant ones; those that there are.
 
     Args:
         metrics_file (`str` or `Path`):
@@ -24,17 +31,23 @@ def plot_loss_curves(metrics_file: str | Path, picture: str | Path) -> None:
 
     rows = read_metrics(metrics_file)
     names = sorted({name for row in rows for name in row if name.startswith(("train/", "validation/"))})
-    figure, panels = plt.subplots(1, 3, figsize=(18, 4), constrained_layout=True)
-    for name in names:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        panel = panels[2 if "scale_invariant" in name else 1 if "_t" in name else 0]
-        if panel is panels[1] and name.startswith("validation/"):
-            continue  # too many curves for one panel
-        panel.plot(*zip(*points), "--" if name.startswith("validation/") else "-", label=name, linewidth=1)
-    titles = ("denoising (eq. 17)", "denoising, by timesteps", "scale-invariant (InfoNCE)")
-    for panel, title in zip(panels, titles):
-        panel.set(title=title, xlabel="step", yscale="log")
-        if panel.lines:
-            panel.legend(fontsize=6, ncols=2)
+    curves = {panel: [name for name in names if _panel_of(name) == panel] for panel in PANELS}
+    shown = [panel for panel in PANELS if curves[panel]] or ["denoising"]
+    figure, axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), 4), squeeze=False, constrained_layout=True)
+    for panel, axis in zip(shown, axes[0]):
+        for name in curves[panel]:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), "--" if name.startswith("validation/") else "-", label=name, linewidth=1)
+        axis.set(title=PANELS[panel], xlabel="step", yscale="log")
+        if axis.lines:
+            axis.legend(fontsize=6, ncols=2)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def _panel_of(name: str) -> str | None:
+    if "scale_invariant" in name:
+        return "scale_invariant"
+    if "_t" not in name:
+        return "denoising"
+    return "by_timesteps" if name.startswith("train/") else None  # held-out ones would be too many for one panel

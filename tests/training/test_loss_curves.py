@@ -17,5 +17,18 @@ def test_draws_losses_of_both_kinds(tmp_path):
     plot_loss_curves(metrics, tmp_path / "curves.png")
     plot_loss_curves(empty, tmp_path / "nothing.png")
     with Image.open(tmp_path / "curves.png") as curves, Image.open(tmp_path / "nothing.png") as nothing:
-        assert curves.size == nothing.size
-        assert curves.tobytes() != nothing.tobytes()
+        assert curves.width == 2 * nothing.width  # both kinds; axes without curves
+        assert len(curves.getcolors(1 << 20)) > 2 * len(nothing.getcolors(1 << 20))
+
+
+def test_there_is_a_panel_for_each_kind_of_loss(tmp_path):
+    widths = []
+    for count in (1, 2, 3):
+        names = ["train/denoising_1", "train/denoising_1_t0-249", "train/scale_invariant_1_2"][:count]
+        metrics = tmp_path / "metrics.jsonl"
+        rows = [{"step": step, **dict.fromkeys(names, 1 / step)} for step in (1, 2)]
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        plot_loss_curves(metrics, tmp_path / "curves.png")
+        with Image.open(tmp_path / "curves.png") as curves:
+            widths.append(curves.width)
+    assert widths == [720, 1440, 2160]
