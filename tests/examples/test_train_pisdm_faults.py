@@ -23,8 +23,18 @@ from tests.examples.tiny_training import weights
 ROOT = Path(__file__).parents[2]
 
 
-def start(arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SLOW_DISK = """
+import os, time
+flush = os.fsync
+os.fsync = lambda descriptor: (time.sleep(0.05), flush(descriptor))
+"""
+
+
+def start(arguments, patches):
+    """A process of its own, on a disk slow enough for a checkpoint to be caught while it is being written."""
+    patches.mkdir(exist_ok=True)
+    (patches / "sitecustomize.py").write_text(SLOW_DISK)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(patches), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     script = ROOT / "examples" / "train_pisdm.py"
     return subprocess.Popen(
         [sys.executable, str(script), *arguments],
@@ -52,17 +62,17 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, command, train):
     expected = weights(train("through", 8, "--checkpointing_steps", "2") / "checkpoint-8")
     arguments, output = command("killed", 8, "--checkpointing_steps", "2"), tmp_path / "killed"
 
-    process = start(arguments)
+    process = start(arguments, tmp_path / "patches")
     wait_for(lambda: (output / "checkpoint-2").exists(), process)
     kill(process)  # somewhere in the steps after a checkpoint
-    process = start(arguments)
+    process = start(arguments, tmp_path / "patches")
     wait_for(lambda: list(output.glob("partial-checkpoint-*")), process)
     kill(process)  # while a checkpoint is being written
     left = [path.name for path in output.glob("partial-checkpoint-*")]
     last = find_checkpoints(output)[0][-1]
     assert read_state(last)["step"] >= 2
 
-    process = start(arguments)
+    process = start(arguments, tmp_path / "patches")
     said, _ = process.communicate(timeout=250)
     assert process.returncode == 0, said
     assert f"Resuming from {last}" in said
