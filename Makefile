@@ -19,6 +19,9 @@ VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 DEMO_ARGS = --model checkpoints/pisdm-emoji64 --steps $(STEPS) --output demo.png --stages_output demo_stages.png
 
+# What an earlier `pip install .` left: compiled kernels in a folder that would hide the clone's package.
+REMOVE_OLD_COPY = rm -rf $(VENV)/lib/python*/site-packages/diffusers_pisdm
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs clean
 # All steps install into one environment: two pips at once would break it, so `make -j` runs them one by one too.
@@ -68,9 +71,11 @@ $(VENV)/.installed: $(VENV)/.created constraints.txt setup.py
 	@$(PIP_INSTALL) torch
 	@echo "Installing diffusers_pisdm and what it needs"
 	@$(PIP_INSTALL) --quiet --editable .
+	@$(REMOVE_OLD_COPY)
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed
 	@echo "Installing what 'make $*' needs"
 	@$(PIP_INSTALL) --quiet --editable ".[$*]"
+	@$(REMOVE_OLD_COPY)
 	@touch $@

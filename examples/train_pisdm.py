@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from functools import partial
 from importlib.metadata import version
@@ -33,9 +34,16 @@ import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.models.latents import encode_latents, load_vae, vae_scale_factor
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid, shift_noise_schedule
-from diffusers_pisdm.training.checkpoints import find_checkpoints, find_fault, read_state, save_checkpoint
+from diffusers_pisdm.training.checkpoints import (
+    CheckpointError,
+    find_checkpoints,
+    find_fault,
+    read_state,
+    save_checkpoint,
+)
 from diffusers_pisdm.training.cost_report import cost_report, format_cost_report
 from diffusers_pisdm.training.cost_settings import CostSettings
+from diffusers_pisdm.training.data_errors import DataError
 from diffusers_pisdm.training.fine_tuning import add_lora, start_cascade
 from diffusers_pisdm.training.image_data import load_image_data, read_class_names
 from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
@@ -155,6 +163,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recip
         parser.error("give --cascade_config, --pretrained_model_name_or_path or both")
     if sum(source is not None for source in (args.dataset_name, args.train_data_dir, args.latent_cache)) != 1:
         parser.error("give one of --dataset_name, --train_data_dir and --latent_cache")
+    for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "lora_rank"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.latent_cache is not None and args.pretrained_vae_model_name_or_path is None:
         parser.error("--latent_cache needs --pretrained_vae_model_name_or_path, to decode samples")
     if args.push_to_hub and args.hub_model_id is None:
@@ -325,7 +336,8 @@ def find_resume_point(args: argparse.Namespace, accelerator: Accelerator) -> Pat
     if args.resume_from_checkpoint == "none":
         return None
     if args.resume_from_checkpoint != "latest":
-        checkpoint = Path(args.resume_from_checkpoint)
+        named = Path(args.resume_from_checkpoint)  # also by its name in the output folder
+        checkpoint = next((path for path in (named, Path(args.output_dir) / named) if path.exists()), named)
         fault = find_fault(checkpoint)
         if fault is not None:
             raise ValueError(f"Cannot resume from {checkpoint}: {fault}.")
@@ -601,4 +613,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (DataError, CheckpointError, FloatingPointError) as error:  # the user's to mend: no traceback
+        sys.exit(f"error: {error}")

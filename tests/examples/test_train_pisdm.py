@@ -57,6 +57,7 @@ USAGE_ERRORS = {
     "two data sets": (["--dataset_name", "a", "--train_data_dir", "b"], "give one of --dataset_name"),
     "no repository": (["--train_data_dir", "a", "--push_to_hub"], "--push_to_hub needs --hub_model_id"),
     "no base for LoRA": (["--train_data_dir", "a", "--lora_rank", "4"], "give --pretrained_model_name_or_path"),
+    "no images a step": (["--train_data_dir", "a", "--train_batch_size", "0"], "must be at least 1, got 0"),
     "unknown": (["--train_data_dir", "a", "--lr", "4"], "unrecognized arguments: --lr 4"),
     "abbreviated": (["--train_data_dir", "a", "--learning", "4"], "unrecognized arguments: --learning 4"),
 }
@@ -92,3 +93,9 @@ def test_a_run_can_start_from_a_published_cascade(train):
     second = train("second", 1, "--pretrained_model_name_or_path", str(first), "--learning_rate", "0")
     continued = load_file(second / "transformer" / "diffusion_pytorch_model.safetensors")
     assert [name for name in published if not torch.equal(published[name], continued[name])] == []
+
+
+def test_a_checkpoint_can_be_named_as_in_its_folder(train, capsys):
+    train("run", 8)
+    output = train("run", 8, "--resume_from_checkpoint", "checkpoint-4")
+    assert f"Resuming from {output / 'checkpoint-4'}" in capsys.readouterr().out
