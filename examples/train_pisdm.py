@@ -196,11 +196,8 @@ def load_rows(
         data = load_image_data(source, split, args.streaming, args.image_column, args.label_column, names)
         return ImageRows(data, transform, args.on_bad_image)
 
-    train, held_out = (
-        load(args.train_split, class_names, ImageTransform(size, args.random_crop, args.random_flip)),
-        None,
-    )
-    class_names = train.data.class_names
+    train = load(args.train_split, class_names, ImageTransform(size, args.random_crop, args.random_flip))
+    class_names, held_out = train.data.class_names, None
     if args.validation_split is not None:
         held_out = load(args.validation_split, class_names, ImageTransform(size))
     return train, held_out, class_names

@@ -21,6 +21,7 @@ class LossMeter:
     """
 
     def __init__(self, objective: CascadeObjective):
+        self.device = next(objective.parameters()).device
         self.num_timesteps = objective.schedulers[0].config.num_train_timesteps
         self.names = []
         for index in objective.stages_trained:
@@ -36,7 +37,7 @@ class LossMeter:
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.sums = self.counts = 0.0
+        self.sums, self.counts = torch.zeros(2, len(self.names), device=self.device)
 
     def add(self, losses: CascadeLosses, weight: float = 1.0) -> None:
         """Adds a batch's losses; a weight of 0 ignores it."""
@@ -62,14 +63,15 @@ class LossMeter:
             reduce (`Callable`, *optional*): Sums a tensor over all processes.
 
         Returns:
-            `dict[str, float]`: `denoising_S` for every trained stage, `denoising_S_tA-B` for its timesteps from A to B
-            (left out where there were none), `scale_invariant_S_S+1` for every compared pair.
+            `dict[str, float]`: `denoising_S` for every trained stage, `denoising_S_tA-B` for its timesteps from A to
+            B, `scale_invariant_S_S+1` for every compared pair; without those that nothing was added to.
         """
         sums, counts = reduce(torch.stack([self.sums, self.counts])).cpu().double()
         values = {}
         for position, stage in enumerate(self.stages):
             levels = slice(position * NOISE_LEVELS, (position + 1) * NOISE_LEVELS)
-            values[f"{prefix}/denoising_{stage}"] = (sums[levels].sum() / counts[levels].sum()).item()
+            if counts[levels].sum() > 0:
+                values[f"{prefix}/denoising_{stage}"] = (sums[levels].sum() / counts[levels].sum()).item()
         for name, total, count in zip(self.names, sums.tolist(), counts.tolist()):
             if count > 0:
                 values[f"{prefix}/{name}"] = total / count

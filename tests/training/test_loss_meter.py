@@ -62,3 +62,7 @@ def test_only_trained_stages_are_named():
         "train/denoising_2_t0-249",
         "train/scale_invariant_1_2",
     ]
+
+
+def test_without_losses_there_are_no_means(meter):
+    assert meter.means("train") == {}
