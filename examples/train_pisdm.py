@@ -606,6 +606,9 @@ def main(argv: list[str] | None = None) -> None:
     progress.close()
     if args.push_to_hub and accelerator.is_main_process:
         publish_cascade(output_dir, args.hub_model_id, private=args.hub_private_repo)
+    # DDP goes before its process group does: as the group's last owner it would close it while it holds Python's lock,
+    # which Gloo's thread may be waiting for to drop the last message (torch 2.13 then hangs or aborts).
+    objective, optimizer = accelerator.free_memory(objective, optimizer)
     accelerator.end_training()
 
 
