@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 
 # Floating point operations for each step of time, channel and state, an exponential counted as one.
@@ -44,5 +49,18 @@ def _convolution_backward_flops(grad, x, weight, *options, out_val) -> int:
     return sum(options[-1][:2]) * 2 * grad.numel() * weight[0].numel()  # the mask of wanted gradients: x, weight, bias
 
 
+def _attention_flops(query, key, value, *options, out_val, **more_options) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward_flops(grad, query, key, value, *options, out_val, **more_options) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
 # By operator, as torch's registry: called with the operator's arguments and with its result as `out_val`.
-FLOP_FORMULAS = flop_registry | {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+FLOP_FORMULAS = flop_registry | {
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+    # torch counts the attention of GPUs alone.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}

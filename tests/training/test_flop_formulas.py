@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from diffusers_pisdm.training.cost_settings import CostSettings
 from diffusers_pisdm.training.flop_formulas import FLOP_FORMULAS
 from diffusers_pisdm.training.stage_cost import estimate_stage_cost
+from diffusers_pisdm.training.step_trace import StepTrace
 from tests.training.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE, make_model, run_loss
 
 
@@ -65,3 +66,14 @@ def test_a_convolutions_filters_see_only_their_group(groups, channels_seen):
         out = aten(grad, x, weight, *options, wanted)
         flops = FLOP_FORMULAS[aten](grad, x, weight, *options, wanted, out_val=out)
         assert flops == passes * 2 * grad.numel() * channels_seen * 3
+
+
+def test_attention_on_a_cpu_is_counted_as_its_matrix_products():
+    query = torch.randn(2, 3, 5, 8, requires_grad=True)  # images, heads, tokens, channels
+    key, value = torch.randn(2, 2, 3, 7, 8)
+    with StepTrace() as trace:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        product = 2 * 2 * 3 * 5 * 7 * 8
+        assert trace.flops == 2 * product
+        out.sum().backward()
+    assert trace.flops == (2 + 5) * product  # the scores again, and a gradient for each factor of both products
