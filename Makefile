@@ -1,10 +1,13 @@
 # make demo [CLASSES="fluent3d/animal-mammal 12 ..."] [STEPS=20]   sample the checkpoint: demo.png and demo_stages.png
 # make test [PYTEST_ARGS="tests/ops -k scan"]           run the tests
+# make test-inception                                  compare with torch-fidelity's Inception v3 (gigabytes: see below)
 # make lint | make docs | make clean
 #
 # Each of them first creates .venv with what it needs, at the versions of constraints.txt, and can be interrupted and
 # repeated at any point: a step's stamp file in .venv is written only when the step is complete.
 # Another interpreter: make demo PYTHON=python3.12
+# torch-fidelity needs torchvision, whose packages fit one build of PyTorch, on PyPI that for CUDA: its tests have an
+# environment of their own, .venv-inception, with PyTorch and torchvision as the index has them.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -17,13 +20,15 @@ export CLASSES
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input -c constraints.txt
+INCEPTION_VENV := .venv-inception
+INCEPTION_PYTHON := $(INCEPTION_VENV)/bin/python
 DEMO_ARGS = --model checkpoints/pisdm-emoji64 --steps $(STEPS) --output demo.png --stages_output demo_stages.png
 
 # What an earlier `pip install .` left: compiled kernels in a folder that would hide the clone's package.
 REMOVE_OLD_COPY = rm -rf $(VENV)/lib/python*/site-packages/diffusers_pisdm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test test-inception lint docs clean
 # All steps install into one environment: two pips at once would break it, so `make -j` runs them one by one too.
 .NOTPARALLEL:
 
@@ -36,6 +41,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
+test-inception: $(INCEPTION_VENV)/.installed
+	@$(INCEPTION_PYTHON) -m pytest tests/evaluation/test_inception_v3.py $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed-lint
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
@@ -45,7 +53,7 @@ docs: $(VENV)/.installed-docs
 	@echo "The documentation is in site/index.html"
 
 clean:
-	rm -rf $(VENV) site build dist demo.png demo_stages.png *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(INCEPTION_VENV) site build dist demo.png demo_stages.png *.egg-info .pytest_cache .ruff_cache
 
 # The environment. The stamp holds the clone's path: an environment that moved with its clone is set up again (its
 # editable install points to the old place), and so is one whose interpreter has gone.
@@ -78,4 +86,15 @@ $(VENV)/.installed-%: $(VENV)/.installed
 	@echo "Installing what 'make $*' needs"
 	@$(PIP_INSTALL) --quiet --editable ".[$*]"
 	@$(REMOVE_OLD_COPY)
+	@touch $@
+
+# No constraints: torchvision decides which PyTorch it is. The environment tells git to ignore it.
+$(INCEPTION_VENV)/.installed: setup.py
+	@$(INCEPTION_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(INCEPTION_VENV)
+	@printf '*\n' > $(INCEPTION_VENV)/.gitignore
+	@echo "Installing PyTorch and torchvision (gigabytes, where the index has CUDA builds)"
+	@$(INCEPTION_PYTHON) -m pip install --disable-pip-version-check --no-input torch torchvision
+	@echo "Installing what 'make test-inception' needs"
+	@$(INCEPTION_PYTHON) -m pip install --disable-pip-version-check --no-input --quiet --editable ".[inception]" \
+	  pytest pytest-timeout
 	@touch $@

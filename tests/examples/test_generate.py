@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
@@ -94,14 +94,6 @@ def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(model_dir, tmp_p
     assert (images["alone"] - images["first"]).abs().max() <= 1
     for name in ("other seed", "guided", "one a stage"):
         assert (images["alone"] - images[name]).abs().max() > 1, name
-
-
-def test_swapped_scheduler_keeps_the_noise_schedule(model_dir):
-    pipe = PISDMCascadePipeline.from_pretrained(model_dir, scheduler_2=EulerDiscreteScheduler())
-    generate.swap_scheduler(pipe, "DDIMScheduler")
-    assert type(pipe.scheduler).__name__ == type(pipe.scheduler_2).__name__ == "DDIMScheduler"
-    assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
-    assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize(

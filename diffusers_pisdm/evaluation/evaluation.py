@@ -1,0 +1,239 @@
+"""How near a set of images is to a reference: Frechet distances, inception score, precision and recall."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from .feature_statistics import FeatureStatistics, collect_statistics
+from .features import FeatureExtractor, Features
+from .image_sources import ImageSource
+from .precision_recall import precision_recall
+
+
+PUBLISHED_NUM_SAMPLES = 50_000
+
+
+@dataclass
+class Score:
+    """
+    Args:
+        name (`str`): What it may be called, such as "FID" or "Frechet distance (efficientnet-lite0)".
+        value (`float` or `None`): `None` where it cannot be computed.
+        spread (`float`, *optional*): Of the inception score, the standard deviation over its splits.
+        missing (`str`, *optional*): Why there is no value.
+    """
+
+    name: str
+    value: float | None = None
+    spread: float | None = None
+    missing: str | None = None
+
+
+@dataclass
+class EvaluationResult:
+    """
+    Args:
+        scores (`dict[str, Score]`):
+            `frechet_distance`, `spatial_frechet_distance`, `inception_score`, `precision` and `recall`.
+        extractor (`str`), network (`str`), weights_sha256 (`str` or `None`):
+            What the network is loaded by, its name in scores, and its weights file's SHA-256.
+        samples (`str`), num_samples (`int`), sample_size (`tuple[int, int]`): The samples, their height and width.
+        reference (`str` or `None`), num_reference (`int` or `None`), reference_size (`tuple[int, int]` or `None`):
+            The reference likewise; its number is `None` where its file does not say.
+        num_reference_features (`int` or `None`): Reference images of precision and recall.
+        num_neighbors (`int`): k of precision and recall.
+        split_size (`int`), num_splits (`int`): Of the inception score.
+        seed (`int`): Of the order of the splits, and of the choice of reference features.
+        notes (`list[str]`): What forbids comparing the scores with published ones.
+    """
+
+    scores: dict[str, Score]
+    extractor: str
+    network: str
+    weights_sha256: str | None
+    samples: str
+    num_samples: int
+    sample_size: tuple[int, int]
+    reference: str | None
+    num_reference: int | None
+    reference_size: tuple[int, int] | None
+    num_reference_features: int | None
+    num_neighbors: int
+    split_size: int
+    num_splits: int
+    seed: int
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """All of it as dictionaries, lists, strings and numbers."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The scores, one a line."""
+        width = max(len(score.name) for score in self.scores.values())
+        lines = []
+        for score in self.scores.values():
+            value = f"not computed: {score.missing}" if score.value is None else f"{score.value:.4f}"
+            spread = f" ± {score.spread:.4f}" if score.spread else ""
+            lines.append(f"{score.name:<{width}}  {value}{spread}")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """The scores that there are, on one line."""
+        network = f" ({self.network})"
+        named = any(score.name.endswith(network) for score in self.scores.values())
+        values = [
+            f"{score.name.removesuffix(network)} {score.value:.2f}"
+            for score in self.scores.values()
+            if score.value is not None
+        ]
+        return ", ".join(values) + (network if named else "")
+
+
+def evaluate_images(
+    samples: ImageSource,
+    reference: ImageSource | FeatureStatistics | None,
+    extractor: FeatureExtractor,
+    batch_size: int = 50,
+    num_neighbors: int = 3,
+    max_reference_features: int = 10_000,
+    split_size: int = 5000,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> EvaluationResult:
+    """
+    Computes all scores that samples, reference and network allow, as ADM's evaluation suite does.
+
+    Args:
+        samples ([`ImageSource`]): The images to be judged; 50,000 for scores that compare with published ones.
+        reference ([`ImageSource`] or [`FeatureStatistics`], *optional*):
+            What they should look like. `None` leaves only the inception score.
+        extractor ([`FeatureExtractor`]): The network; only `inception_v3` gives FID, sFID and IS.
+        batch_size (`int`, defaults to 50): Images at a time.
+        num_neighbors (`int`, defaults to 3): k of precision and recall.
+        max_reference_features (`int`, defaults to 10,000):
+            Reference images of precision and recall, drawn at random; ADM's files have as many. All samples count.
+        split_size (`int`, defaults to 5000): Images a split of the inception score.
+        seed (`int`, defaults to 0): Of the random choices.
+        show_progress (`bool`, defaults to `True`): Whether to show progress bars.
+
+    Returns:
+        [`EvaluationResult`]: Scores that are impossible have no value but a reason.
+
+    Raises:
+        ImageSourceError: An image cannot be read.
+        ValueError: `reference` is statistics of another network.
+    """
+    from .frechet_distance import frechet_distance  # torchmetrics is an extra
+    from .inception_score import InceptionScore
+
+    if isinstance(reference, FeatureStatistics) and (reference.extractor, reference.weights_hash) != (
+        extractor.name,
+        extractor.weights_hash(),
+    ):
+        raise ValueError(
+            f"The reference's statistics are of {reference.extractor} (weights {reference.weights_hash}), but the"
+            f" samples are seen by {extractor.name} (weights {extractor.weights_hash()})."
+        )
+    if isinstance(reference, ImageSource):
+        reference = collect_statistics(
+            reference, extractor, batch_size, max_reference_features, seed, show_progress=show_progress
+        )
+    inception_score = InceptionScore(split_size, seed, sync_on_compute=False)
+    found_logits = False
+
+    def add_logits(features: Features) -> None:
+        nonlocal found_logits
+        if features.logits is not None:
+            found_logits = True
+            inception_score.update(features.logits.cpu())
+
+    found = collect_statistics(
+        samples, extractor, batch_size, seed=seed, on_features=add_logits, show_progress=show_progress
+    )
+    scores = {
+        "frechet_distance": Score(extractor.distance_name),
+        "spatial_frechet_distance": Score(extractor.score_name("sFID", "spatial Frechet distance")),
+        "inception_score": Score(extractor.score_name("IS", "classifier score")),
+        "precision": Score(extractor.score_name("precision", "precision")),
+        "recall": Score(extractor.score_name("recall", "recall")),
+    }
+    for key, part in (("frechet_distance", "pooled"), ("spatial_frechet_distance", "spatial")):
+        score = scores[key]
+        score.missing = _why_missing(part, found, reference)
+        if score.missing is None:
+            ours, theirs = getattr(found, part), getattr(reference, part)
+            if ours.mean.shape != theirs.mean.shape:
+                raise ValueError(
+                    f"{reference.source} has statistics of {len(theirs.mean)} {part} features, but"
+                    f" {extractor.name} gives {len(ours.mean)}: they are of another network."
+                )
+            score.value = frechet_distance(*theirs, *ours).item()
+
+    score = scores["inception_score"]
+    if found_logits:
+        score.value, score.spread = (value.item() for value in inception_score.compute())
+    else:
+        score.missing = f"{extractor.title} gives no logits of classes"
+
+    precision, recall = scores["precision"], scores["recall"]
+    precision.missing = _why_missing("features", found, reference)
+    if precision.missing is None:
+        fewest = min(len(reference.features), len(found.features))
+        if fewest <= num_neighbors:
+            precision.missing = f"{num_neighbors} neighbours need {num_neighbors + 1} images or more, not {fewest}"
+        else:
+            device = extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
+            precision.value, recall.value = precision_recall(
+                reference.features.to(device),
+                found.features.to(device),
+                num_neighbors,
+                show_progress=show_progress,
+            )
+    recall.missing = precision.missing
+
+    return EvaluationResult(
+        scores=scores,
+        extractor=extractor.name,
+        network=extractor.title,
+        weights_sha256=found.weights_hash,
+        samples=samples.name,
+        num_samples=len(samples),
+        sample_size=found.image_size,
+        reference=None if reference is None else reference.source,
+        num_reference=None if reference is None else reference.num_images,
+        reference_size=None if reference is None else reference.image_size,
+        num_reference_features=None if reference is None or reference.features is None else len(reference.features),
+        num_neighbors=num_neighbors,
+        split_size=split_size,
+        num_splits=InceptionScore.num_splits(len(samples), split_size),
+        seed=seed,
+        notes=_notes(found, reference, extractor),
+    )
+
+
+def _why_missing(part: str, samples: FeatureStatistics, reference: FeatureStatistics | None) -> str | None:
+    if reference is None:
+        return "there is no reference"
+    return samples.missing.get(part) or reference.missing.get(part)
+
+
+def _notes(samples: FeatureStatistics, reference: FeatureStatistics | None, extractor: FeatureExtractor) -> list[str]:
+    notes = []
+    if not extractor.is_adm_inception:
+        notes.append(f"Published scores are of Inception v3, these of {extractor.title}: they do not compare.")
+    if samples.num_images < PUBLISHED_NUM_SAMPLES:
+        notes.append(
+            f"Published scores are of {PUBLISHED_NUM_SAMPLES:,} samples, these of {samples.num_images:,}: Frechet"
+            " distances grow where samples are few."
+        )
+    if reference is not None:
+        sizes = samples.image_size, reference.image_size
+        if None not in sizes and sizes[0] != sizes[1]:
+            notes.append(
+                f"Samples have {sizes[0][1]}x{sizes[0][0]} pixels, the reference has {sizes[1][1]}x{sizes[1][0]}: that"
+                " one is sharper alone makes a distance."
+            )
+    return notes

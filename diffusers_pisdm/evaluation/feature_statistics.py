@@ -1,0 +1,153 @@
+"""What is kept of a set of images: mean and covariance of its features, and some of the features themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from .features import FeatureExtractor, Features
+from .image_sources import ImageSource
+
+
+class Gaussian(NamedTuple):
+    """
+    Args:
+        mean (`torch.Tensor` of shape `(D,)`): float64.
+        covariance (`torch.Tensor` of shape `(D, D)`): float64.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+
+@dataclass
+class FeatureStatistics:
+    """
+    Args:
+        extractor (`str`): The name of the network.
+        weights_hash (`str` or `None`): SHA-256 of its weights file, where known.
+        source (`str`): Where the images are from.
+        num_images (`int` or `None`): How many mean and covariance are of; ADM's files do not say.
+        image_size (`tuple[int, int]` or `None`): Height and width of the images, where known.
+        pooled (`Gaussian` or `None`), spatial (`Gaussian` or `None`): Of the pooled and the spatial features.
+        features (`torch.Tensor` of shape `(M, D)` or `None`): Pooled features, float32: of all images or some.
+        missing (`dict[str, str]`): Why `pooled`, `spatial` or `features` is `None`.
+    """
+
+    extractor: str
+    weights_hash: str | None
+    source: str
+    num_images: int | None
+    image_size: tuple[int, int] | None
+    pooled: Gaussian | None
+    spatial: Gaussian | None
+    features: torch.Tensor | None
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def collect_statistics(
+    source: ImageSource,
+    extractor: FeatureExtractor,
+    batch_size: int = 50,
+    max_features: int | None = None,
+    seed: int = 0,
+    on_features: Callable[[Features], None] | None = None,
+    show_progress: bool = True,
+) -> FeatureStatistics:
+    """
+    Reads a source once. Sums are kept in float64 instead of the features, so that only `max_features` vectors grow
+    with the number of images.
+
+    Args:
+        source ([`ImageSource`]): The images.
+        extractor ([`FeatureExtractor`]): The network.
+        batch_size (`int`, defaults to 50): Images at a time.
+        max_features (`int`, *optional*):
+            Of how many images, drawn at random, the pooled features are kept. `None` keeps all.
+        seed (`int`, defaults to 0): Which ones.
+        on_features (`Callable`, *optional*): Is given the features of each batch.
+        show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        [`FeatureStatistics`]: Without `pooled` and `spatial` if there is only one image.
+
+    Raises:
+        ImageSourceError: An image cannot be read.
+    """
+    from .frechet_distance import FrechetDistance  # torchmetrics is an extra
+
+    is_kept = torch.zeros(len(source), dtype=torch.bool)
+    is_kept[draw_indices(len(source), max_features, seed)] = True
+    kept, start = [], 0
+    distances: dict[str, FrechetDistance] = {}
+    for size, features in iterate_features(source, extractor, batch_size, show_progress=show_progress):
+        image_size = size
+        for name in ("pooled", "spatial"):
+            batch = getattr(features, name)
+            if batch is None:
+                continue
+            batch = batch.cpu() if batch.device.type == "mps" else batch  # which has no float64
+            if name not in distances:
+                distances[name] = FrechetDistance(batch.shape[1]).to(batch.device)
+            distances[name].update(batch, real=True)
+        kept.append(features.pooled.cpu()[is_kept[start : start + batch_size]])
+        start += batch_size
+        if on_features is not None:
+            on_features(features)
+
+    gaussians, missing = {"pooled": None, "spatial": None}, {}
+    for name in gaussians:
+        if name not in distances:
+            missing[name] = f"{extractor.title} gives no {name} features"
+        elif len(source) < 2:
+            missing[name] = f"a covariance needs two images or more, and {source.name} has one"
+        else:
+            gaussians[name] = Gaussian(*(tensor.cpu() for tensor in distances[name].statistics(real=True)))
+    return FeatureStatistics(
+        extractor=extractor.name,
+        weights_hash=extractor.weights_hash(),
+        source=source.name,
+        num_images=len(source),
+        image_size=image_size,
+        **gaussians,
+        features=torch.cat(kept),
+        missing=missing,
+    )
+
+
+def iterate_features(
+    source: ImageSource,
+    extractor: FeatureExtractor,
+    batch_size: int,
+    indices: list[int] | None = None,
+    show_progress: bool = True,
+) -> Iterator[tuple[tuple[int, int], Features]]:
+    """
+    Args:
+        source ([`ImageSource`]): The images.
+        extractor ([`FeatureExtractor`]): The network.
+        batch_size (`int`): Images at a time.
+        indices (`list[int]`, *optional*): Which images, in ascending order; all of them by default.
+        show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `Iterator[tuple[tuple[int, int], Features]]`: Of each batch, height and width of its images and the features.
+    """
+    total = len(source) if indices is None else len(indices)
+    with tqdm(desc=f"features of {source.name}", total=total, unit="image", disable=not show_progress) as progress:
+        for images in source.batches(batch_size, indices):
+            with torch.inference_mode():
+                features = extractor(images)
+            yield tuple(images.shape[2:]), features
+            progress.update(len(images))
+
+
+def draw_indices(count: int, max_count: int | None, seed: int) -> list[int]:
+    """At most `max_count` of the numbers below `count` at random, ascending; all of them for `None`."""
+    if max_count is None or max_count >= count:
+        return list(range(count))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:max_count].sort().values.tolist()

@@ -1,0 +1,148 @@
+"""What a network sees in images: the features that all metrics are computed from, and the networks that are known."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Features(NamedTuple):
+    """
+    Args:
+        pooled (`torch.Tensor` of shape `(B, D)`, float32):
+            One vector an image: for the Frechet distance, precision and recall.
+        spatial (`torch.Tensor` of shape `(B, S)`, float32, *optional*):
+            A flattened map of a middle layer, which knows where things are: the spatial Frechet distance.
+        logits (`torch.Tensor` of shape `(B, C)`, float32, *optional*): Of the classes: the inception score.
+    """
+
+    pooled: torch.Tensor
+    spatial: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """
+    Base class of the networks. It takes images of any height and width, resizes them itself, and sees each image by
+    itself: neither its batch nor an earlier one changes its features.
+
+    Args:
+        name (`str`): What the network is loaded by; files of statistics carry it.
+        weights_file (`str` or `Path`, *optional*): Where its weights came from.
+    """
+
+    is_adm_inception = False  # whether its scores are the published ones: FID, sFID, IS, precision and recall
+
+    def __init__(self, name: str, weights_file: str | Path | None = None):
+        super().__init__()
+        self.name = name
+        self.weights_file = weights_file
+
+    @property
+    def title(self) -> str:
+        """The network's name in scores."""
+        return self.name
+
+    @property
+    def distance_name(self) -> str:
+        """What its Frechet distance may be called: FID is that of ADM's Inception v3 alone."""
+        return self.score_name("FID", "Frechet distance")
+
+    def score_name(self, published: str, plain: str) -> str:
+        """A score's name: the `published` one for ADM's Inception v3, else `plain` with the network's name."""
+        return published if self.is_adm_inception else f"{plain} ({self.title})"
+
+    def weights_hash(self) -> str | None:
+        """SHA-256 of the weights file, in hexadecimal; `None` where there is no single file."""
+        if self.weights_file is None or not Path(self.weights_file).is_file():
+            return None
+        digest = hashlib.sha256()
+        with open(self.weights_file, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def forward(self, images: torch.Tensor) -> Features:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): uint8, RGB.
+
+        Returns:
+            [`Features`].
+        """
+
+
+FeatureExtractorFactory = Callable[[str | None], FeatureExtractor]
+_factories: dict[str, FeatureExtractorFactory] = {}
+
+
+def register_feature_extractor(name: str, factory: FeatureExtractorFactory) -> None:
+    """
+    Makes a network known by a name, for [`load_feature_extractor`] and `examples/evaluate.py --features`.
+
+    Args:
+        name (`str`): Without a colon.
+        factory (`Callable`):
+            Makes the network from `weights`, a file, folder or Hub id, or `None` for weights of its own.
+
+    Raises:
+        ValueError: The name has a colon, or is taken.
+    """
+    if ":" in name:
+        raise ValueError(f"{name!r} has a colon, after which weights are named: choose another name.")
+    if name in _factories:
+        raise ValueError(f"A feature extractor {name!r} is registered already: choose another name.")
+    _factories[name] = factory
+
+
+def feature_extractor_names() -> list[str]:
+    """The names that are registered."""
+    return sorted(_factories)
+
+
+def load_feature_extractor(
+    name: str, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> FeatureExtractor:
+    """
+    Loads a network by name.
+
+    Args:
+        name (`str`):
+            A registered name: `"efficientnet_lite0"`, `"inception_v3"`, `"transformers"`; the weights may follow it
+            after a colon, as in `"transformers:facebook/dinov2-base"`.
+        weights (`str` or `Path`, *optional*): A file, folder or Hub id, as the network takes it.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where it is to run.
+
+    Returns:
+        [`FeatureExtractor`] in evaluation mode, without gradients.
+
+    Raises:
+        ValueError: There is no network of that name, or two weights are given.
+        ImportError: A package it needs is missing.
+    """
+    name, _, after_colon = name.partition(":")
+    if name not in _factories:
+        raise ValueError(f"There is no feature extractor {name!r}, only {', '.join(feature_extractor_names())}.")
+    if after_colon and weights is not None:
+        raise ValueError(f"Weights of {name} are given twice, as {after_colon} and as {weights}: leave one out.")
+    extractor = _factories[name](after_colon or (None if weights is None else str(weights)))
+    return extractor.to(device).eval().requires_grad_(False)
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Raises a `ValueError` unless `images` is a uint8 tensor of shape `(B, 3, H, W)`."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"Images must be uint8 of shape (B, 3, H, W), got {images.dtype} of shape {tuple(images.shape)}."
+        )

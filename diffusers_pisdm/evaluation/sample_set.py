@@ -1,0 +1,128 @@
+"""Drawing the samples that a model is judged by, in any number of processes and sittings."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..pipelines.swap_scheduler import swap_scheduler
+from .sample_classes import count_classes, sample_classes
+from .sample_files import check_no_foreign_images, find_damaged, sample_path
+from .sample_record import claim_folder, describe_samples, read_sample_set
+from .sample_seeds import sample_generators
+from .sample_settings import CALL_ARGUMENTS, SampleSettings
+from .whole_files import write_whole
+
+
+def write_sample_set(
+    pipe: DiffusionPipeline,
+    folder: str | Path,
+    settings: SampleSettings,
+    batch_size: int = 50,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> None:
+    """
+    Draws samples into `folder/000/000000.png` and so on, and writes what they were drawn with to
+    `folder/sample_set.json`. Called again, it draws what is missing or damaged. Several processes, or machines, share
+    the work by writing into one folder, each called with an index of its own.
+
+    Sample i is the same however the work was cut: bit for bit with any number of processes and interruptions, up to
+    the rounding of the model's arithmetic (1 of 255 in float32) with another `batch_size`.
+
+    Args:
+        pipe ([`DiffusionPipeline`]):
+            A class-conditional pipeline: its call takes `class_labels`, a list of generators and
+            `output_type="np"`. It stays as it is, its schedulers and progress bars included.
+        folder (`str` or `Path`): Made if need be.
+        settings ([`SampleSettings`]): What to draw.
+        batch_size (`int`, defaults to 50): Samples a process draws at once.
+        process_index (`int`, defaults to 0): Which of the processes this is, from 0.
+        num_processes (`int`, defaults to 1): How many there are.
+
+    Raises:
+        OSError: The folder is not writable, or the disk full.
+        ValueError: An argument is out of range; or the folder holds samples of another model or other settings, or
+            images that are no samples or differ in size; or the model makes NaN.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"`process_index` has to be from 0 to {num_processes - 1} but is {process_index}.")
+    pipe = copy.copy(pipe)  # the caller's keeps its schedulers and bars
+    pipe.set_progress_bar_config(disable=True)
+    if settings.scheduler is not None:
+        swap_scheduler(pipe, settings.scheduler)
+    settings = settings.resolve(pipe)
+    classes = sample_classes(settings, count_classes(pipe))
+    claim_folder(folder, describe_samples(pipe, settings), process_index)
+
+    # Batches are cut from fixed ranges and drawn whole, since an image's last bits depend on the size of its batch.
+    starts = range(0, settings.num_samples, batch_size)[process_index::num_processes]
+    batches = [range(start, min(start + batch_size, settings.num_samples)) for start in starts]
+    damaged, size = find_damaged(folder, (index for batch in batches for index in batch))
+    damaged = set(damaged)
+    total = sum(map(len, batches))
+    with tqdm(
+        desc="samples" if num_processes == 1 else f"samples (process 1 of {num_processes})",
+        total=total,
+        initial=total - len(damaged),
+        unit="image",
+        disable=process_index != 0,
+    ) as progress:
+        for batch in batches:
+            wanted = [index for index in batch if index in damaged]
+            if not wanted:
+                continue
+            images = _draw(pipe, settings, classes, batch)
+            size = size or images[0].size
+            if images[0].size != size:
+                raise ValueError(
+                    f"The images in {folder} have {size[0]}x{size[1]} pixels, but this model makes"
+                    f" {images[0].width}x{images[0].height}: somebody put others there. Name another folder."
+                )
+            for index in wanted:
+                with write_whole(sample_path(folder, index)) as unfinished:
+                    images[index - batch.start].save(unfinished, format="PNG")
+            progress.update(len(wanted))
+
+
+def missing_samples(folder: str | Path) -> list[int]:
+    """
+    Which samples of a set are absent, cut off or damaged. All images are read through.
+
+    Args:
+        folder (`str` or `Path`): The sample set's.
+
+    Returns:
+        `list[int]`: Their indices, ascending; none if the set is complete.
+
+    Raises:
+        ValueError: The folder is no sample set, holds images that are no samples, or images of different sizes.
+    """
+    num_samples = read_sample_set(folder)["settings"]["num_samples"]
+    check_no_foreign_images(folder, num_samples)
+    return find_damaged(folder, range(num_samples))[0]
+
+
+def _draw(pipe: DiffusionPipeline, settings: SampleSettings, classes: list[int], batch: range) -> list[Image.Image]:
+    arguments = {name: getattr(settings, name) for name in CALL_ARGUMENTS if getattr(settings, name) is not None}
+    pixels = pipe(
+        class_labels=classes[batch.start : batch.stop],
+        generator=sample_generators(settings.seed, batch),
+        output_type="np",
+        **arguments,
+    ).images  # (B, H, W, C) in [0, 1]
+    finite = np.isfinite(pixels).all(axis=(1, 2, 3))  # (B,)
+    if not finite.all():
+        raise ValueError(
+            f"Sample {batch[int(np.argmin(finite))]} has pixels that are no numbers. Sample in float32 or bfloat16"
+            " instead of float16; if that does not help, the model's weights are at fault."
+        )
+    return VaeImageProcessor.numpy_to_pil(pixels)

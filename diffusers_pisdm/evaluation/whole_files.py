@@ -1,0 +1,41 @@
+"""Files that are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def write_whole(path: str | Path, unfinished_suffix: str = ".unfinished") -> Iterator[Path]:
+    """
+    Lets the caller write a file beside `path`, then moves it there, unless there was an error.
+
+    Args:
+        path (`str` or `Path`): The file to be; its folder is made.
+        unfinished_suffix (`str`, defaults to `".unfinished"`):
+            What the unfinished file's name ends with. Processes that may write one file at a time need different ones.
+
+    Yields:
+        `Path`: The unfinished file. A killed process may leave it; the next one writes over it.
+
+    Raises:
+        OSError: The folder is not writable, the disk is full, and so on.
+    """
+    path = Path(path)
+    unfinished = path.with_name(path.name + unfinished_suffix)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(
+            f"Cannot write {path}: {error}. Make room or name another place, and run it again: what is written"
+            " already is kept."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()

