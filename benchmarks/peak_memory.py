@@ -1,0 +1,56 @@
+"""How much memory a call needs at its worst moment, beyond what was held before it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def measure_peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
+    """
+    Runs a call and measures the growth of the memory in use.
+
+    On a GPU this is what torch's allocator gave out. On the CPU it is the process's resident memory, by the kernel's
+    high-water mark, after the C library has returned all that is free: it holds workspaces of libraries, too.
+
+    Args:
+        call (`Callable`): What to run.
+        device (`torch.device`): Where it runs.
+
+    Returns:
+        `int` or `None`: Bytes; `None` where it cannot be measured (a CPU without Linux and glibc).
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not _reset_high_water_mark():
+        call()
+        return None
+    before = _status_bytes("VmRSS")
+    call()
+    return max(_status_bytes("VmHWM") - before, 0)  # the kernel counts pages in batches
+
+
+def _reset_high_water_mark() -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):  # not glibc; not allowed
+        return False
+    return True
+
+
+def _status_bytes(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -1,0 +1,129 @@
+"""diffusers' DiT, called as a first stage of PIS-DM."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from diffusers import DiTTransformer2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+
+from diffusers_pisdm.models.transformer_pisdm import PISDMTransformer2DModelOutput
+
+from .first_stage import check_first_stage
+
+
+class DiTPeer(ModelMixin, ConfigMixin):
+    r"""
+    diffusers' `DiTTransformer2DModel` ("Scalable Diffusion Models with Transformers", Peebles and Xie 2023).
+
+    diffusers gives every block timestep and class embeddings of its own (`num_embeds_ada_norm` is the number of
+    classes in each), a tenth of a block's parameters, which are the same in all blocks of a converted checkpoint. Here
+    all blocks share those of the first, as in the paper: the parameters are then DiT's own (675M for DiT-XL/2). So are
+    the initial weights (adaLN-Zero: a block is the identity at first). Labels are not dropped here, but, as for
+    PIS-DM, by the training objective.
+
+    Build one for each image size: positions are a table for `sample_size`, without parameters, which diffusers
+    computes anew in every pass at any other size.
+
+    Args:
+        sample_size (`int`, defaults to 32): Height and width of the input in latent pixels.
+        patch_size (`int`, defaults to 2): Side of the square of pixels that makes a token.
+        in_channels (`int`, defaults to 4): Channels of input and output.
+        num_layers (`int`, defaults to 28): Blocks (DiT-XL).
+        hidden_size (`int`, defaults to 1152): Width of a token.
+        num_heads (`int`, defaults to 16): Attention heads, of `hidden_size / num_heads` channels each.
+        num_classes (`int`, defaults to 1000): Labels run over `0..num_classes`; the last is the null label.
+
+    Raises:
+        ValueError: `hidden_size` is not divisible by `num_heads`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 28,
+        hidden_size: int = 1152,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+    ):
+        super().__init__()
+        if hidden_size % num_heads != 0:
+            raise ValueError(f"`hidden_size` ({hidden_size}) must be divisible by `num_heads` ({num_heads}).")
+        self.register_to_config(low_res_channels=None, out_channels=None)  # the pipeline asks every stage for these
+        self.model = DiTTransformer2DModel(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_layers=num_layers,
+            num_attention_heads=num_heads,
+            attention_head_dim=hidden_size // num_heads,
+            num_embeds_ada_norm=num_classes,
+        )
+        shared = self.transformer_blocks[0].norm1.emb
+        shared.class_embedder.dropout_prob = 0.0
+        for block in self.transformer_blocks[1:]:
+            block.norm1.emb = shared
+        self._initialize_weights()
+
+    @property
+    def transformer_blocks(self) -> nn.ModuleList:
+        return self.model.transformer_blocks
+
+    def _initialize_weights(self) -> None:
+        # diffusers leaves torch's defaults, as its DiT is not meant to be trained; these are the paper's.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        patches = self.model.pos_embed.proj
+        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
+        nn.init.zeros_(patches.bias)
+        embeddings = self.transformer_blocks[0].norm1.emb
+        for weight in (
+            embeddings.class_embedder.embedding_table.weight,
+            embeddings.timestep_embedder.linear_1.weight,
+            embeddings.timestep_embedder.linear_2.weight,
+        ):
+            nn.init.normal_(weight, std=0.02)
+        for linear in (*(block.norm1.linear for block in self.transformer_blocks), self.model.proj_out_1):
+            nn.init.zeros_(linear.weight)
+        nn.init.zeros_(self.model.proj_out_2.weight)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        low_res: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> PISDMTransformer2DModelOutput | tuple[torch.Tensor, None]:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, in_channels, S, S)`): A square; `S` divisible by `patch_size`.
+            timestep (`torch.Tensor` of shape `(B,)` or a scalar): Diffusion timestep.
+            class_labels (`torch.Tensor` of shape `(B,)`, int64): In `0..num_classes`; `num_classes` means no class.
+            low_res, noise_level (`None`): A higher stage's, which this is not.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`PISDMTransformer2DModelOutput`].
+
+        Returns:
+            [`PISDMTransformer2DModelOutput`] without features, or the tuple `(sample, None)`.
+
+        Raises:
+            ValueError: `low_res` or `noise_level` is given, or the input is not square: diffusers would rearrange its
+                patches wrongly.
+        """
+        check_first_stage(low_res, noise_level)
+        height, width = hidden_states.shape[2:]
+        if height != width:
+            raise ValueError(f"diffusers' DiT takes squares only, but the input is {height} x {width}.")
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))  # (B,)
+        sample = self.model(hidden_states, timestep, class_labels, return_dict=False)[0]  # (B, C, S, S)
+        if not return_dict:
+            return (sample, None)
+        return PISDMTransformer2DModelOutput(sample=sample)

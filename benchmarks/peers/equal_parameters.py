@@ -1,0 +1,96 @@
+"""How deep a peer must be to have as many parameters as a PIS-DM model of the same width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+
+from diffusers_pisdm import PISDMTransformer2DModel
+
+from .dit import DiTPeer
+from .uvit import UViT2DModel
+
+
+PEERS: Mapping[str, type[ModelMixin]] = MappingProxyType({"U-ViT": UViT2DModel, "DiT": DiTPeer})
+HEAD_SIZE = 64  # channels of an attention head in U-ViT-S, -M and -L and in DiT-S, -B and -L
+MAX_DIFFERENCE = 0.05
+
+
+@dataclass(frozen=True)
+class EqualParameters:
+    """
+    A peer of as many parameters as PIS-DM.
+
+    Args:
+        config (`dict`): Arguments of the peer's class.
+        parameters (`int`): How many it has.
+        pisdm_parameters (`int`): How many PIS-DM has.
+    """
+
+    config: dict
+    parameters: int
+    pisdm_parameters: int
+
+    @property
+    def difference(self) -> float:
+        """The peer's excess over PIS-DM as a share of PIS-DM's."""
+        return self.parameters / self.pisdm_parameters - 1
+
+
+def count_parameters(model_class: type[ModelMixin], config: dict) -> int:
+    """Parameters of a model that is not allocated; shared ones count once."""
+    with torch.device("meta"):
+        return model_class(**config).num_parameters()
+
+
+def equal_parameters(pisdm_config: dict, peer: str, head_size: int = HEAD_SIZE) -> EqualParameters:
+    """
+    Finds the depth at which a peer of PIS-DM's width has the number of parameters nearest to PIS-DM's.
+
+    Args:
+        pisdm_config (`dict`): Arguments of [`PISDMTransformer2DModel`], of a first stage.
+        peer (`str`): A name in [`PEERS`].
+        head_size (`int`, defaults to 64): Channels of an attention head.
+
+    Returns:
+        [`EqualParameters`].
+
+    Raises:
+        ValueError: The width is no multiple of `head_size`, or no depth comes within 5% of PIS-DM.
+    """
+    with torch.device("meta"):
+        pisdm = PISDMTransformer2DModel(**pisdm_config)
+    wanted, options = pisdm.num_parameters(), pisdm.config
+    if options.hidden_size % head_size != 0:
+        raise ValueError(f"`hidden_size` must be a multiple of `head_size` ({head_size}), got {options.hidden_size}.")
+    config = {
+        "sample_size": options.sample_size,
+        "patch_size": options.patch_size,
+        "in_channels": options.in_channels,
+        "hidden_size": options.hidden_size,
+        "num_heads": options.hidden_size // head_size,
+        "num_classes": options.num_classes,
+    }
+
+    # Every two layers add the same number (U-ViT's skips join two), so that four small models tell all counts.
+    few = [count_parameters(PEERS[peer], {**config, "num_layers": num_layers}) for num_layers in (1, 2, 3, 4)]
+
+    def count(num_layers: int) -> int:
+        pairs, odd = divmod(num_layers - 1, 2)
+        return few[odd] + pairs * (few[odd + 2] - few[odd])
+
+    guess = 1 + round(2 * (wanted - few[0]) / (few[2] - few[0]))
+    counts = {num_layers: count(num_layers) for num_layers in range(max(guess - 2, 1), max(guess, 1) + 3)}
+    num_layers = min(counts, key=lambda depth: abs(counts[depth] - wanted))
+    found = EqualParameters({**config, "num_layers": num_layers}, counts[num_layers], wanted)
+    if abs(found.difference) > MAX_DIFFERENCE:
+        raise ValueError(
+            f"No depth of {peer} at width {options.hidden_size} comes within {MAX_DIFFERENCE:.0%} of PIS-DM's"
+            f" {wanted:,} parameters; the nearest, {num_layers} layers, has {found.parameters:,}. Compare deeper"
+            " models."
+        )
+    return found

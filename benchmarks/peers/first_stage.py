@@ -1,0 +1,11 @@
+"""What peers have in common with a first stage of PIS-DM."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_first_stage(low_res: torch.Tensor | None, noise_level: torch.Tensor | None) -> None:
+    """Raises a `ValueError` if a peer is given what only a higher stage of PIS-DM takes."""
+    if low_res is not None or noise_level is not None:
+        raise ValueError("Peers are first stages: they take neither `low_res` nor `noise_level`.")
