@@ -1,0 +1,64 @@
+"""Who competes at equal budget, and at what size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.nn as nn
+from diffusers import DDPMScheduler
+
+from benchmarks.peers import DiTPeer
+from diffusers_pisdm import PISDMTransformer2DModel
+from diffusers_pisdm.training import CascadeObjective
+
+
+# The velocity on a cosine schedule, as the published checkpoint is trained.
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """
+    A model, or a cascade of models, and the objective it is trained with.
+
+    Args:
+        label (`str`): For tables and plots.
+        stages (`list[dict]`): Arguments of each stage's class, without `num_classes`; the last is at full resolution.
+        stage_class (`type`, defaults to [`PISDMTransformer2DModel`]): Of all stages.
+        objective (`dict`, *optional*): Arguments of [`CascadeObjective`].
+    """
+
+    label: str
+    stages: list[dict]
+    stage_class: type[nn.Module] = PISDMTransformer2DModel
+    objective: dict = field(default_factory=dict)
+
+    def make_objective(self, num_classes: int) -> CascadeObjective:
+        """New stages, initialised from torch's global generator, and their loss."""
+        stages = [self.stage_class(num_classes=num_classes, **stage) for stage in self.stages]
+        return CascadeObjective(stages, [DDPMScheduler(**NOISE_SCHEDULE)] * len(stages), **self.objective)
+
+
+# 32 px in patches of 2, as the paper's: 256 tokens. The tests hold the parameters equal within 5%.
+_SHAPE = {"patch_size": 2, "in_channels": 3}
+CONTESTANTS = {
+    "dit": Contestant(
+        "DiT",
+        [{"sample_size": 32, "num_layers": 4, "hidden_size": 100, "num_heads": 4, **_SHAPE}],
+        stage_class=DiTPeer,
+    ),
+    "pisdm": Contestant("PIS-DM, one stage", [{"sample_size": 32, "num_layers": 9, "hidden_size": 96, **_SHAPE}]),
+    "pisdm_cascade": Contestant(
+        "PIS-DM, cascade",
+        [
+            {"sample_size": 16, "num_layers": 5, "hidden_size": 92, **_SHAPE},
+            {"sample_size": 32, "num_layers": 3, "hidden_size": 92, "low_res_channels": 3, **_SHAPE},
+        ],
+        objective={"sil_weight": 0.1},
+    ),
+}

@@ -1,0 +1,98 @@
+"""What came out at equal budget: a table and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean, stdev
+
+from PIL import Image
+
+from diffusers_pisdm.image_grid import make_image_grid
+
+
+SHOWN_SAMPLES = 24
+
+
+def summarize(results: list[dict], baseline: str) -> list[dict]:
+    """
+    The mean of each score over the seeds, for every contestant.
+
+    Args:
+        results (`list[dict]`): One a run: `contestant`, `seed`, `parameters`, `training_flops`, `steps`, `scores`.
+        baseline (`str`): The contestant whose Frechet distance the others' are divided by.
+
+    Returns:
+        `list[dict]`: One a contestant: `scores` and `spreads` (standard deviation over the seeds, `None` of one seed)
+        by name, and `ratio` to the baseline (`None` without it), best Frechet distance first.
+    """
+    rows = []
+    for label in sorted({result["contestant"] for result in results}):
+        own = [result for result in results if result["contestant"] == label]
+        scores = {name: [result["scores"][name] for result in own] for name in own[0]["scores"]}
+        rows.append(
+            {
+                "contestant": label,
+                "seeds": [result["seed"] for result in own],
+                **{key: own[0][key] for key in ("parameters", "training_flops", "steps")},
+                "scores": {name: mean(values) for name, values in scores.items()},
+                "spreads": {name: stdev(values) if len(values) > 1 else None for name, values in scores.items()},
+            }
+        )
+    distances = {row["contestant"]: row["scores"]["frechet_distance"] for row in rows}
+    for row in rows:
+        own = distances[row["contestant"]]
+        row["ratio"] = own / distances[baseline] if baseline in distances else None
+    return sorted(rows, key=lambda row: row["scores"]["frechet_distance"])
+
+
+def format_table(summary: list[dict]) -> str:
+    """The summary as a Markdown table, ratios first."""
+    names = list(summary[0]["scores"])
+    header = ["", "ratio", *(name.replace("_", " ") for name in names), "parameters", "GFLOP/image", "steps", "seeds"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in summary:
+        cells = [row["contestant"], "" if row["ratio"] is None else f"{row['ratio']:.2f}"]
+        for name in names:
+            spread = row["spreads"][name]
+            cells.append(f"{row['scores'][name]:.3g}" + ("" if spread is None else f" ± {spread:.2g}"))
+        cells += [
+            f"{row['parameters'] / 1e6:.3f}M",
+            f"{row['training_flops'] / 1e9:.2f}",
+            f"{row['steps']:,}",
+            str(len(row["seeds"])),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot_quality(results: list[dict], picture: Path) -> None:
+    """Draws every run's Frechet distance as a point, and each contestant's mean as a bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for position, row in enumerate(summarize(results, baseline="")):
+        own = [r["scores"]["frechet_distance"] for r in results if r["contestant"] == row["contestant"]]
+        axis.bar(position, row["scores"]["frechet_distance"], color=f"C{position}", alpha=0.4, label=row["contestant"])
+        axis.plot([position] * len(own), own, "o", color=f"C{position}")
+    first = results[0]
+    axis.set(
+        ylabel=first["score_names"]["frechet_distance"],
+        xticks=[],
+        title=f"{first['conditions']['training_tflop']:g} TFLOP of training each",
+    )
+    axis.legend()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def plot_samples(output: Path, labels: dict[str, str]) -> None:
+    """Draws the first samples of every contestant's first seed, unpicked; a row's images share class and noise."""
+    images, captions = [], []
+    for name, label in labels.items():
+        files = sorted((output / name).glob("seed-*/samples/*/*.png"))[:SHOWN_SAMPLES]
+        images += [Image.open(file).convert("RGB") for file in files]
+        captions += [label] + [""] * (len(files) - 1) if files else []
+    make_image_grid(images, captions, columns=SHOWN_SAMPLES).save(output / "samples.png")

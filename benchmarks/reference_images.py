@@ -1,0 +1,41 @@
+"""What samples are compared with: the statistics of a data set's images at the models' size, computed once."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from diffusers_pisdm.evaluation import (
+    DatasetImages,
+    FeatureExtractor,
+    FeatureStatistics,
+    collect_statistics,
+    read_reference_file,
+    write_reference_file,
+)
+from diffusers_pisdm.training.image_data import load_image_data
+from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
+
+
+def reference_statistics(
+    data_dir: str, split: str, size: int, extractor: FeatureExtractor, folder: Path
+) -> FeatureStatistics:
+    """
+    Args:
+        data_dir (`str`): A folder that `datasets` reads, or a data set on the Hub.
+        split (`str`): Of it.
+        size (`int`): Height and width the images are brought to, in pixels.
+        extractor ([`FeatureExtractor`]): The network.
+        folder (`Path`): Where the statistics are kept, in a file named after the network.
+
+    Returns:
+        [`FeatureStatistics`].
+    """
+    file = folder / f"reference_{extractor.name.replace('/', '-').replace(':', '-')}.npz"
+    if not file.exists():
+        crop = partial(ImageTransform(size), random=np.random.default_rng(0))  # nothing in it is random
+        source = DatasetImages(f"{data_dir}, {split}", load_image_data(data_dir, split), decode_image, crop)
+        write_reference_file(file, collect_statistics(source, extractor))
+    return read_reference_file(file, extractor)
