@@ -17,6 +17,8 @@ from .whole_files import write_whole
 
 
 FORMAT = "diffusers-pisdm feature statistics, version 1"
+# What is read; ADM's samples have their classes beside the images, as `arr_1`.
+KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "metadata", "arr_0")
 GAUSSIANS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
@@ -92,7 +94,9 @@ def read_reference_file(
         ImageSourceError: Its images cannot be read.
     """
     arrays = _read_arrays(file)
-    if not arrays.keys() - {"arr_0"}:
+    if not arrays:
+        raise ReferenceFileError(f"{file} has neither statistics (mu, sigma and others) nor images (arr_0).")
+    if arrays.keys() == {"arr_0"}:
         images = NpzImages(file, crop)
         return collect_statistics(images, extractor, batch_size, max_features, seed, show_progress=show_progress)
     metadata = _check_extractor(file, arrays.get("metadata"), extractor)
@@ -129,13 +133,13 @@ def read_reference_file(
 
 
 def _read_arrays(file: str | Path) -> dict[str, np.ndarray | None]:
-    """All arrays but `arr_0`, which may not fit the memory: that it is there is all that is said of it."""
+    """The arrays that are there; of `arr_0`, which may not fit the memory, only that it is."""
     try:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
             raise ValueError("it is an .npy file")
         with archive:
-            return {key: None if key == "arr_0" else archive[key] for key in archive.files}
+            return {key: None if key == "arr_0" else archive[key] for key in KEYS if key in archive.files}
     except FileNotFoundError:
         raise ReferenceFileError(f"There is no file {file}: check the path.") from None
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:

@@ -1,3 +1,6 @@
+import importlib
+import sys
+
 import pytest
 import torch
 from torchmetrics.image.fid import _compute_fid
@@ -124,3 +127,15 @@ def test_features_that_do_not_fit():
     metric.update(torch.zeros(1, 6), real=True)
     with pytest.raises(ValueError, match="two images or more: there are 1"):
         metric.statistics(real=True)
+
+
+@pytest.mark.parametrize("fault", ["ModuleNotFoundError('no torchmetrics')", "RuntimeError('no torchvision::nms')"])
+def test_a_missing_or_broken_package_says_what_to_install(monkeypatch, tmp_path, fault):
+    """torchmetrics imports a torchvision that is there, even one of another torch."""
+    (tmp_path / "torchmetrics.py").write_text(f"raise {fault}")
+    module = "diffusers_pisdm.evaluation.frechet_distance"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics" or name == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"pip install 'diffusers-pisdm\[evaluate\]'. \(no torch"):
+        importlib.import_module(module)

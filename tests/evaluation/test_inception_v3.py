@@ -12,11 +12,13 @@ import torch
 from diffusers_pisdm.evaluation import InceptionV3, ListImages, evaluate_images, load_feature_extractor
 
 
-def test_a_missing_package_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize("fault", ["ImportError('no torchvision')", "RuntimeError('no operator torchvision::nms')"])
+def test_a_missing_or_broken_package_says_what_to_install(monkeypatch, tmp_path, fault):
+    (tmp_path / "torch_fidelity.py").write_text(f"raise {fault}")
     for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"pip install 'diffusers-pisdm\[inception\]'"):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"pip install 'diffusers-pisdm\[inception\]'.*torchvision"):
         load_feature_extractor("inception_v3")
 
 

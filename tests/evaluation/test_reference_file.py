@@ -90,7 +90,8 @@ def test_files_with_some_of_it(tmp_path, arrays, inception, left_out, missing):
 
 
 def test_a_file_of_images_alone_is_for_any_network(tmp_path, arrays, pictures, pixels):
-    found = read(save(tmp_path / "images.npz", {"arr_0": arrays["arr_0"]}), pixels)
+    samples = {"arr_0": arrays["arr_0"], "arr_1": np.arange(12)}  # with their classes, as ADM writes samples
+    found = read(save(tmp_path / "images.npz", samples), pixels)
     wanted = collect_statistics(ListImages(pictures[:12]), pixels, show_progress=False)
     assert (found.num_images, found.image_size) == (12, (64, 64))
     assert torch.equal(found.pooled.covariance, wanted.pooled.covariance)
@@ -150,6 +151,8 @@ def test_files_that_are_no_npz(tmp_path, pictures, pixels):
         np.save(file, np.zeros(3))
     with pytest.raises(ReferenceFileError, match=r"b.npz cannot be read .*: it is an .npy file"):
         read(tmp_path / "b.npz", pixels)
+    with pytest.raises(ReferenceFileError, match=r"c\.npz has neither statistics .* nor images"):
+        read(save(tmp_path / "c.npz", {"labels": np.zeros(3)}), pixels)
     statistics = collect_statistics(ListImages(pictures), pixels, show_progress=False)
     with pytest.raises(ValueError, match=r"which .*stats\.json does not end with"):
         write_reference_file(tmp_path / "stats.json", statistics)

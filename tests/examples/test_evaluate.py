@@ -85,7 +85,8 @@ def test_folders_of_real_images(folders, tmp_path, capsys):
         assert picture.width > 8 * 128 and picture.height > 2 * 128
 
 
-def test_the_same_images_in_any_form_score_the_same(folders, real_image_files, tmp_path):
+def test_the_same_images_in_any_form_score_the_same(folders, real_image_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     ours, theirs = folders
     parquet = str(write_parquet(real_image_files[1::8], tmp_path / "parquet"))
     columns = ["--image_column", "picture", "--label_column", "kind"]
