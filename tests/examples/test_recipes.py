@@ -12,8 +12,9 @@ from examples.train_pisdm import make_parser
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
-NUM_CLASSES = {"emoji64": 288, "fashion_mnist32": 10, "imagenet256": 1000, "imagenet512": 1000}
+NUM_CLASSES = {"ablation32": 10, "emoji64": 288, "fashion_mnist32": 10, "imagenet256": 1000, "imagenet512": 1000}
 PARAMETERS = {
+    "ablation32": [357_708, 372_972],
     "emoji64": [2_897_100, 2_408_460, 2_429_232, 888_496],
     "fashion_mnist32": [1_054_220, 839_052, 852_912],
     "imagenet256": [50_926_096, 51_328_528, 386_022_416, 863_132_176],
