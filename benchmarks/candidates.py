@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,14 @@ PISDM = "PIS-DM"
 def num_tokens(image_size: int) -> int:
     """Patches of a square image's latent."""
     return (image_size // (VAE_FACTOR * PATCH_SIZE)) ** 2
+
+
+def parse_image_size(text: str) -> int:
+    """An argument: the side of an image that is whole patches."""
+    unit = VAE_FACTOR * PATCH_SIZE
+    if not text.isdecimal() or int(text) == 0 or int(text) % unit != 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive multiple of {unit} pixels")
+    return int(text)
 
 
 @dataclass(frozen=True)

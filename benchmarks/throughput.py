@@ -24,37 +24,29 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn as nn
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
 
-from benchmarks.candidates import PATCH_SIZE, PISDM, VAE_FACTOR, Candidate, make_candidates, make_inputs, num_tokens
+from benchmarks.candidates import PISDM, Candidate, make_candidates, make_inputs, num_tokens, parse_image_size
 from benchmarks.cascade_sampling import DEFAULT_RECIPE, describe_cascade, measure_cascade, plot_cascade
 from benchmarks.check_candidates import check_candidates
 from benchmarks.crossover import find_crossover
+from benchmarks.measurement import DTYPES, describe_conditions, parse_positive, print_conditions, write_report
 from benchmarks.pass_time import MIN_STACK, time_pass, whole_seconds
 from benchmarks.peak_memory import measure_peak_growth
 from benchmarks.peers import PEERS
 from diffusers_pisdm import PISDM_SIZES
-from diffusers_pisdm.ops.selective_scan import choose_backend
-from diffusers_pisdm.training.machine import describe_machine
 from diffusers_pisdm.training.recipes import read_recipe
-from diffusers_pisdm.training.replace_files import save_in_place
 
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOADED = 0.5  # processes waiting for each core, on average over a minute, that disturb a measurement
 
 # The paper's table 5 (images a second at 50 steps on an A100, 0.9B parameters), by image size.
 PAPER_IMAGES_PER_SECOND = {
@@ -68,22 +60,6 @@ def paper_ratio(image_size: int) -> float | None:
     if image_size not in PAPER_IMAGES_PER_SECOND[PISDM]:
         return None
     return PAPER_IMAGES_PER_SECOND[PISDM][image_size] / PAPER_IMAGES_PER_SECOND["U-ViT"][image_size]
-
-
-def describe_conditions(args: argparse.Namespace) -> dict:
-    """What is measured on, and whether something else is running there."""
-    device = torch.device(args.device)
-    return {
-        "device": describe_machine(device),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "dtype": args.dtype,
-        "scan": choose_backend(device.type, (DTYPES[args.dtype],), compiling=False),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
 
 
 def measure_first_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, int | None]:
@@ -228,17 +204,6 @@ def plot(rows: list[dict], crossovers: dict[str, dict], title: str, path: Path) 
     plt.close(figure)
 
 
-def write(output_dir: Path, name: str, report: dict, draw: Callable[[Path], None] | None = None) -> None:
-    """Writes `name`.json and, if there is something to draw, `name`.png; files are replaced when they are whole."""
-
-    def save(folder: Path) -> None:
-        (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-        if draw is not None:
-            draw(folder / f"{name}.png")
-
-    save_in_place(save, output_dir)
-
-
 def run_table(args: argparse.Namespace, conditions: dict) -> None:
     candidates = make_candidates(PISDM_SIZES[args.size])
     for candidate in candidates:
@@ -269,7 +234,7 @@ def run_table(args: argparse.Namespace, conditions: dict) -> None:
         report["rows"] += [{**row, "load_average": os.getloadavg()[0]} for row in rows]
         seconds = ", ".join(f"{row['model']} {row['median_seconds']:.3g} s" for row in rows)
         print(f"{image_size} px: {seconds} a pass", flush=True)
-        write(args.output_dir, "throughput", report)  # what is measured so far, should the rest be cut off
+        write_report(args.output_dir, "throughput", report)  # what is measured so far, should the rest be cut off
 
     report["crossovers"] = find_crossovers(report["rows"])
     print_table(report["rows"], args.steps)
@@ -279,7 +244,7 @@ def run_table(args: argparse.Namespace, conditions: dict) -> None:
     title = f"Size {args.size}, batch {args.batch_size}, {args.dtype}, {conditions['device']}"
     if args.layers is not None:
         title += f"; extrapolated in depth from {args.layers} layers"
-    write(
+    write_report(
         args.output_dir,
         "throughput",
         report,
@@ -295,21 +260,8 @@ def run_cascade(args: argparse.Namespace, conditions: dict) -> None:
     )
     report = {"machine": conditions, "recipe": args.cascade or "four stages of size S", **result}
     print(describe_cascade(report))
-    write(args.output_dir, "cascade_throughput", report, lambda path: plot_cascade(report, path))
+    write_report(args.output_dir, "cascade_throughput", report, lambda path: plot_cascade(report, path))
     print(f"Wrote {args.output_dir / 'cascade_throughput.json'} and {args.output_dir / 'cascade_throughput.png'}.")
-
-
-def parse_image_size(text: str) -> int:
-    unit = VAE_FACTOR * PATCH_SIZE
-    if not text.isdecimal() or int(text) == 0 or int(text) % unit != 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive multiple of {unit} pixels")
-    return int(text)
-
-
-def parse_positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def parse_layers(text: str) -> int:
@@ -339,13 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     torch.set_num_threads(args.threads)
-    conditions = describe_conditions(args)
-    print(", ".join(f"{name} {value}" for name, value in conditions.items()))
-    if conditions["load_average"] > LOADED * conditions["cores"]:
-        print(
-            f"This machine is loaded (load average {conditions['load_average']:.1f} on {conditions['cores']} cores):"
-            " all times are pessimistic, and the ratios uncertain."
-        )
+    conditions = describe_conditions(args.device, args.dtype)
+    print_conditions(conditions)
     if args.cascade is None:
         run_table(args, conditions)
     else:

@@ -1,9 +1,6 @@
 import argparse
 import json
 import os
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -135,14 +132,3 @@ def test_the_papers_ratios():
 def test_wrong_arguments(parse, text):
     with pytest.raises(argparse.ArgumentTypeError, match=text):
         parse(text)
-
-
-def test_runs_as_a_script_from_anywhere(monkeypatch, capsys):
-    root = Path(throughput.__file__).parents[1]
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != root])
-    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "argv", ["throughput.py", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(throughput.__file__, run_name="__main__")
-    assert "--image-sizes" in capsys.readouterr().out

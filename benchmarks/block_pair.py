@@ -1,0 +1,106 @@
+"""A layer of each half of a model, as the model runs it: what deep models are made of."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from benchmarks.candidates import Candidate, make_inputs
+from benchmarks.pass_time import MIN_STACK, time_pass
+from benchmarks.peak_memory import measure_peak_growth
+
+
+SECOND, LAST = 1, 3  # of four layers: the first of each half is a special case (see pass_time.py)
+
+
+@dataclass
+class BlockPair:
+    """
+    Args:
+        model (`nn.Module`): A stack of four layers.
+        inputs (`tuple[torch.Tensor, ...]`): What the stack is called with.
+    """
+
+    model: nn.Module
+    inputs: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def build(
+        cls, candidate: Candidate, image_size: int, batch_size: int, device: torch.device, dtype: torch.dtype
+    ) -> BlockPair:
+        """The pair of a candidate with random weights, for images of `image_size` pixels."""
+        with device:
+            model = candidate.build(image_size, MIN_STACK, dtype)
+        return cls(model, make_inputs(batch_size, image_size, device, dtype))
+
+    @property
+    def blocks(self) -> tuple[nn.Module, nn.Module]:
+        return self.model.transformer_blocks[SECOND], self.model.transformer_blocks[LAST]
+
+    @property
+    def parameters(self) -> int:
+        """Of both blocks, without the embeddings that diffusers' DiT keeps inside its blocks."""
+        return self._count(excluded=(".emb.",))
+
+    @property
+    def token_parameters(self) -> int:
+        """
+        Of those, what every token is multiplied with. DiT's blocks each compute a modulation from timestep and class,
+        once an image: a third of their parameters costs nothing.
+        """
+        return self._count(excluded=(".emb.", "norm1.linear."))
+
+    def _count(self, excluded: tuple[str, ...]) -> int:
+        named = [item for block in self.blocks for item in block.named_parameters()]
+        return sum(parameter.numel() for name, parameter in named if not any(part in name for part in excluded))
+
+    def seconds(self) -> float:
+        """One pass through both, with the reordering of tokens before each."""
+        layers = time_pass(self.model, self.inputs, by_layer=True).layers
+        return layers[SECOND] + layers[LAST]
+
+    def arguments(self) -> list[tuple[tuple, dict]]:
+        """What each of the two blocks is called with in a pass, by position and by name."""
+        caught: list[tuple[tuple, dict]] = []
+
+        def catch(block: nn.Module, given: tuple, named: dict) -> None:
+            caught.append((given, named))
+
+        hooks = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in self.blocks]
+        try:
+            with torch.no_grad():
+                self.model(*self.inputs, return_dict=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return caught
+
+    def peak_bytes(self) -> int | None:
+        """What the hungrier of the two blocks needs beside its weights, its input among it."""
+        needed = []
+        for block, (given, named) in zip(self.blocks, self.arguments()):
+
+            def call(block: nn.Module = block, given: tuple = given, named: dict = named) -> None:
+                with torch.no_grad():
+                    block(*given, **named)
+
+            call()  # workspaces that stay are not a pass's own
+            growth = measure_peak_growth(call, self.inputs[0].device)
+            if growth is None:
+                return None
+            needed.append(growth + sum(tensor.nbytes for tensor in given))
+        return max(needed)
+
+
+def median_seconds(pairs: dict[str, BlockPair], repeats: int) -> dict[str, float]:
+    """The medians of `repeats` turns of each pair; a turn before the first warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in pairs}
+    for repeat in range(-1, repeats):
+        for name, pair in pairs.items():
+            elapsed = pair.seconds()
+            if repeat >= 0:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(own) for name, own in seconds.items()}

@@ -1,0 +1,167 @@
+"""Forward and backward of a block against the same block on transformers' slow path: time and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusers_pisdm.models.transformer_pisdm import PISDMBlock, PISDMMambaMixer
+from diffusers_pisdm.ops.force_backends import force_backends
+from diffusers_pisdm.training.step_trace import StepTrace
+
+
+STATE_SIZE, CONV_KERNEL, EXPAND = 16, 3, 2  # the model's defaults
+OURS, CHECKPOINTED, SLOW = "PIS-DM's kernels", "the same, checkpointed", "transformers' slow path"
+SMALL = {"width": 32, "tokens": 33}  # of the check
+TOLERANCE = 1e-4  # of the largest value
+
+
+class SlowMixer(nn.Module):
+    """transformers' `MambaMixer` without CUDA kernels, with the weights of one of ours."""
+
+    def __init__(self, mixer: PISDMMambaMixer):
+        super().__init__()
+        from transformers import MambaConfig
+        from transformers.models.mamba.modeling_mamba import MambaMixer
+
+        inner_size, state_size = mixer.A_log.shape
+        config = MambaConfig(
+            hidden_size=mixer.out_proj.out_features,
+            state_size=state_size,
+            conv_kernel=mixer.conv1d.kernel_size[0],
+            expand=inner_size // mixer.out_proj.out_features,
+            time_step_rank=mixer.dt_proj.in_features,
+            num_hidden_layers=1,
+            use_bias=False,
+            use_conv_bias=True,
+        )
+        self.mixer = MambaMixer(config, layer_idx=0).to(mixer.D.dtype)
+        weights = {"dt_proj.bias" if name == "dt_bias" else name: w for name, w in mixer.state_dict().items()}
+        self.mixer.load_state_dict(weights)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # transformers 4 dispatches to its CUDA kernels in `forward`; version 5 has the slow path there.
+        return getattr(self.mixer, "slow_forward", self.mixer)(hidden_states)  # (B, L, D)
+
+
+def make_block(width: int, dtype: torch.dtype = torch.float32) -> PISDMBlock:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return PISDMBlock(width, STATE_SIZE, CONV_KERNEL, EXPAND, -(-width // 16)).to(dtype)
+
+
+def make_tensors(width: int, tokens: int, batch_size: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Tokens, a modulation, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((batch_size, tokens, width), (batch_size, 3, width), (batch_size, tokens, width))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def slow_copy(block: PISDMBlock) -> PISDMBlock:
+    """The same block with transformers' mixer."""
+    copy = make_block(block.scale_shift_table.shape[1], block.scale_shift_table.dtype)
+    copy.load_state_dict(block.state_dict())
+    copy.mixer = SlowMixer(copy.mixer)
+    return copy
+
+
+def run_step(call: Callable, block: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Forward and backward; the output and the gradient of the tokens."""
+    tokens, modulation, grad = tensors
+    tokens = tokens.detach().requires_grad_()
+    block.zero_grad()
+    out = call(tokens, modulation.detach().requires_grad_())  # (B, L, D)
+    out.backward(grad)
+    return [out.detach(), tokens.grad]
+
+
+def check_training() -> float:
+    """
+    Compares a small block, with our kernels and with the slow path, with the textbook loop in float64.
+
+    Returns:
+        `float`: The largest error as a share of the largest value.
+
+    Raises:
+        RuntimeError: It is above [`TOLERANCE`].
+    """
+    exact = make_block(SMALL["width"], torch.float64)
+    with force_backends(selective_scan="reference", causal_conv="torch"):
+        wanted = run_step(exact, exact, make_tensors(**SMALL, batch_size=2, dtype=torch.float64))
+    block = make_block(SMALL["width"])
+    error = 0.0
+    for candidate in (block, slow_copy(block)):
+        found = run_step(candidate, candidate, make_tensors(**SMALL, batch_size=2))
+        errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted)]
+        if not max(errors) <= TOLERANCE:
+            raise RuntimeError(f"A block differs from float64 by {errors} of the largest value: nothing is timed.")
+        error = max(error, *errors)
+    return error
+
+
+def trace_memory(call: Callable, tensors: list[torch.Tensor]) -> tuple[int, int]:
+    """What forward keeps for backward in bytes, its output among it, and the operations of both."""
+    tokens, modulation, grad = (tensor.detach().requires_grad_() for tensor in tensors)
+    with StepTrace() as trace:
+        out = call(tokens, modulation)  # (B, L, D)
+        saved = trace.live_bytes
+        out.backward(grad)
+    return saved, trace.flops
+
+
+def measure_training(width: int, tokens: int, batch_size: int, repeats: int, slow_repeats: int) -> list[dict]:
+    """
+    Times a block of one width: ours, ours with gradient checkpointing, and the slow path.
+
+    Args:
+        width (`int`), tokens (`int`), batch_size (`int`): Of the tokens.
+        repeats (`int`), slow_repeats (`int`): Timed turns of our two, and of the slow path, which takes minutes.
+
+    Returns:
+        `list[dict]`: A row each: `seconds`, `median_seconds`, `saved_bytes`, `flops`, `times_ours`.
+    """
+    block = make_block(width)
+    tensors = make_tensors(width, tokens, batch_size)
+    slow = slow_copy(block)
+    ways = {
+        OURS: (block, block, repeats),
+        CHECKPOINTED: (lambda *given: checkpoint(block, *given, use_reentrant=False), block, repeats),
+        SLOW: (slow, slow, slow_repeats),
+    }
+    rows = []
+    for name, (call, _, _) in ways.items():
+        saved, flops = trace_memory(call, tensors)  # warms up, too
+        rows.append({"way": name, "saved_bytes": saved, "flops": flops, "seconds": []})
+    for turn in range(max(repeats, slow_repeats)):
+        for row in rows:
+            call, module, turns = ways[row["way"]]
+            if turn < turns:
+                start = time.perf_counter()
+                run_step(call, module, tensors)
+                row["seconds"].append(time.perf_counter() - start)
+    for row in rows:
+        row["median_seconds"] = statistics.median(row["seconds"])
+        row["times_ours"] = row["median_seconds"] / rows[0]["median_seconds"]
+        row |= {"width": width, "tokens": tokens, "batch_size": batch_size}
+    return rows
+
+
+def describe_training(rows: list[dict]) -> str:
+    """A table of [`measure_training`]'s rows."""
+    first = rows[0]
+    size = f"width {first['width']}, {first['tokens']} tokens, batch {first['batch_size']}"
+    lines = [
+        f"Forward and backward of a block, {size}",
+        f"{'':<26}{'x ours':>9}{'seconds':>10}{'MiB kept':>10}{'GFLOP':>8}",
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['way']:<26}{row['times_ours']:>9.2f}{row['median_seconds']:>10.3g}"
+            f"{row['saved_bytes'] / 2**20:>10.1f}{row['flops'] / 1e9:>8.1f}"
+        )
+    return "\n".join(lines)
