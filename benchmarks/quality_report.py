@@ -90,9 +90,15 @@ def plot_quality(results: list[dict], picture: Path) -> None:
 
 def plot_samples(output: Path, labels: dict[str, str]) -> None:
     """Draws the first samples of every contestant's first seed, unpicked; a row's images share class and noise."""
-    images, captions = [], []
+    strips = []
     for name, label in labels.items():
         files = sorted((output / name).glob("seed-*/samples/*/*.png"))[:SHOWN_SAMPLES]
-        images += [Image.open(file).convert("RGB") for file in files]
-        captions += [label] + [""] * (len(files) - 1) if files else []
-    make_image_grid(images, captions, columns=SHOWN_SAMPLES).save(output / "samples.png")
+        images = [Image.open(file).convert("RGB") for file in files]
+        if images:
+            strips.append(make_image_grid(images, None, columns=SHOWN_SAMPLES, title=label))
+    picture = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        picture.paste(strip, (0, top))
+        top += strip.height
+    picture.save(output / "samples.png")
