@@ -23,9 +23,9 @@ from .numba_launch import ceil_div, empty_channels_last
 
 
 CHANNELS = 32  # of a program: one a lane of a warp
-STEPS = 8  # unrolled; the backward holds as many states in registers
-KEPT_STEPS = 2 * STEPS  # between two states kept for the backward
-STATES_PER_WARP = 16  # more would spill registers
+STEPS = 4  # unrolled; the backward holds as many states in registers, and with 8 would spill them
+KEPT_STEPS = 4 * STEPS  # between two states kept for the backward
+STATES_PER_WARP = 16  # more would spill too
 # Chunks are made while there are fewer programs than this, several for each multiprocessor of a large GPU, and while a
 # chunk's steps outweigh the reading and writing of its state.
 WANTED_PROGRAMS = 1024

@@ -1,11 +1,10 @@
 """The kernels of `selective_scan_triton`: forward and backward of one chunk, and what joins the chunks.
 
 A program has one batch row, a block of `CHANNELS` channels and one chunk of the sequence. A state is a (states,
-channels) tile in registers: channels lie along a warp's lanes, where memory has them side by side, and all states of a
-channel belong to one thread, so that reading from the state is a sum without communication.
+channels) tile in registers; the channels, which lie side by side in memory, are its inner axis.
 
-A chunk is walked in blocks of `STEPS`, unrolled, whose loads can all be under way before the first is needed. The
-backward enters a block with a state that the forward kept, recomputes the block's states into registers, and walks
+A chunk is walked in blocks of `STEPS`, unrolled, so that a block's loads can be under way before the first is needed.
+The backward enters a block with a state that the forward kept, recomputes the block's states into registers, and walks
 back through them. Dead lanes (past the last channel, state or step) load zeros. They are left out of sums all the same:
 beside an infinity, theirs would be NaN.
 """
@@ -145,7 +144,7 @@ def chunk_state_kernel(
         for index in tl.static_range(STEPS):
             step = start + block * STEPS + index
             is_valid = _existing(channel, channels, step, length)
-            _, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
+            _before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
             x = delta_ * _load(u, step, u_step, channel, is_valid)
             B_ = _load(B, step, B_step, state, _existing(state, STATES, step, length))
             h = _advance(h, x, delta_, rates, B_)
@@ -201,10 +200,10 @@ def chunk_gradient_kernel(
         for index in tl.static_range(STEPS):
             step = start + (num_blocks - block) * STEPS - 1 - index
             is_valid = _existing(channel, channels, step, length)
-            _, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
+            _before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
             grad_y = _load(grad, step, grad_step, channel, is_valid)
             if z is not None:
-                gate, _ = _gate(_load(z, step, z_step, channel, is_valid))
+                gate, _slope = _gate(_load(z, step, z_step, channel, is_valid))
                 grad_y *= gate
             C_ = _load(C, step, C_step, state, _existing(state, STATES, step, length))
             carried = tl.exp2(delta_[None, :] * rates) * (carried + C_[:, None] * grad_y[None, :])
@@ -309,7 +308,7 @@ def forward_kernel(
             step = start + block * STEPS + index
             is_valid = _existing(channel, channels, step, length)
             is_state = _existing(state, STATES, step, length)
-            _, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
+            _before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
             u_ = _load(u, step, u_step, channel, is_valid)
             h = _advance(h, delta_ * u_, delta_, rates, _load(B, step, B_step, state, is_state))
             C_ = _load(C, step, C_step, state, is_state)
@@ -317,7 +316,7 @@ def forward_kernel(
             if D is not None:
                 y += D_ * u_
             if z is not None:
-                gate, _ = _gate(_load(z, step, z_step, channel, is_valid))
+                gate, _slope = _gate(_load(z, step, z_step, channel, is_valid))
                 y *= gate
             outputs = outputs + (y,)
         for index in tl.static_range(STEPS):
@@ -410,17 +409,19 @@ def backward_kernel(
         first = start + (num_blocks - 1 - block) * STEPS
         kept_at = first // KEPT_STEPS
         h = tl.load(kept + kept_at * STATES * channels + tile, mask=is_real, other=0.0)
-        for index in range(first - kept_at * KEPT_STEPS):  # to this block from the one that the state was kept at
-            step = kept_at * KEPT_STEPS + index
-            _, delta_ = _load_delta(delta, step, delta_step, channel, is_channel, bias_, SOFTPLUS)
-            x = delta_ * _load(u, step, u_step, channel, is_channel)
-            h = _advance(h, x, delta_, rates, _load(B, step, B_step, state, state < STATES))
+        # To this block from the one that the state was kept at: all of it lies before the sequence's end.
+        for skipped in range((first - kept_at * KEPT_STEPS) // STEPS):
+            for index in tl.static_range(STEPS):
+                step = kept_at * KEPT_STEPS + skipped * STEPS + index
+                _before, delta_ = _load_delta(delta, step, delta_step, channel, is_channel, bias_, SOFTPLUS)
+                x = delta_ * _load(u, step, u_step, channel, is_channel)
+                h = _advance(h, x, delta_, rates, _load(B, step, B_step, state, state < STATES))
         states = ()  # that enter each step
         for index in tl.static_range(STEPS):
             step = first + index
             is_valid = _existing(channel, channels, step, length)
             states = states + (h,)
-            _, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
+            _before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
             x = delta_ * _load(u, step, u_step, channel, is_valid)
             h = _advance(h, x, delta_, rates, _load(B, step, B_step, state, _existing(state, STATES, step, length)))
 
