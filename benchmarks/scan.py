@@ -1,6 +1,6 @@
 """
-Compares selective scans: this package's backends, and on the CPU mambapy (`pip install mambapy`) and the loop that Mamba
-models fall back to without CUDA kernels.
+Compares selective scans: this package's backends, and on the CPU mambapy (`pip install mambapy`) and the loop that
+Mamba models fall back to without CUDA kernels.
 
     python benchmarks/scan.py
     python benchmarks/scan.py --shapes 2x1024x1024 --repeats 15 --threads 2 --output-dir results
@@ -10,9 +10,9 @@ Every candidate is first checked against float64, outputs and gradients; one tha
 the largest value is not timed. Then the candidates take turns, so that a disturbance of the machine hits all alike,
 and the medians are reported with their ratio over mambapy. Written are a table, `scan.json` and `scan.png`.
 
-On CUDA the candidates are the blocked PyTorch, Triton and mamba_ssm, if it imports. Times are between two events on the
-GPU. Beside them stands how many times the floor they are: the time in which the memory's measured bandwidth moves all
-inputs and outputs once, with their gradients where there is a backward.
+On CUDA the candidates are the blocked PyTorch, Triton and mamba_ssm, if it imports. Times are between two events on
+the GPU. Beside them stands how many times the floor they are: the time in which the memory's measured bandwidth moves
+all inputs and outputs once, with their gradients where there is a backward.
 """
 
 from __future__ import annotations

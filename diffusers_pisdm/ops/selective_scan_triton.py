@@ -2,11 +2,14 @@
 
 A scan is a loop over time, and one loop for each batch row and block of channels leaves most of a GPU idle when the
 batch is small. Sequences are therefore cut into chunks that run at the same time, in three passes: what each chunk
-makes of a state of zeros; a short loop over these, which gives the state that enters each chunk; the chunks again, each
-from its own state. The first pass reads only what moves the state, and both others go over it once: this keeps the
-order of the sums that a plain loop has within a chunk, and needs no scan primitive across lanes, which would move whole
-(steps, states, channels) tiles between threads. Where batch and channels fill the GPU there is one chunk and one pass.
-The backward does the same in the other direction, and recomputes states from those that the forward kept.
+makes of a state of zeros; a short loop over these, which gives the state that enters each chunk; the chunks again,
+each from its own state. This costs the decays twice, but inside a chunk it is the plain loop, with one state in
+registers; a parallel scan within a chunk would move tiles of (steps, states, channels) between threads. Where batch
+and channels fill a GPU there is one chunk and only the last pass. The backward does the same in the other direction,
+and recomputes states from those that the forward kept.
+
+The kernels are tested in Triton's interpreter and compile for GPUs. They have not run on one: the sizes below
+come from reckoning and from the compiler's counts of registers.
 
 Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
 Kernels compute in float32 whatever the inputs' dtypes. Chunks depend on the shape alone, partial sums are added in a
@@ -34,7 +37,7 @@ MIN_CHUNK_STEPS = 4 * KEPT_STEPS
 
 @functools.cache
 def _kernels():
-    """The kernels' module. Triton is imported here, at the first call; each kernel compiles at its own first launch."""
+    """The kernels' module. Triton is imported here, at the first call; each kernel compiles at its first launch."""
     from . import selective_scan_triton_kernels
 
     return selective_scan_triton_kernels
@@ -80,7 +83,7 @@ class _Launch:
         self.device = u.device
         rows = 1 << (self.states - 1).bit_length()  # tiles have powers of two
         self.tile = {"STATES": self.states, "STATE_ROWS": rows, "CHANNELS": CHANNELS}
-        self.tile["num_warps"] = min(8, max(1, rows // STATES_PER_WARP))
+        self.tile |= {"num_warps": min(8, max(1, rows // STATES_PER_WARP)), "enable_fp_fusion": True}
         self.walk = {"SOFTPLUS": delta_softplus, "STEPS": STEPS}
 
     def empty(self, *shape: int) -> torch.Tensor:

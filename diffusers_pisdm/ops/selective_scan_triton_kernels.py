@@ -4,8 +4,8 @@ A program has one batch row, a block of `CHANNELS` channels and one chunk of the
 channels) tile in registers; the channels, which lie side by side in memory, are its inner axis.
 
 A chunk is walked in blocks of `STEPS`, unrolled, so that a block's loads can be under way before the first is needed.
-The backward enters a block with a state that the forward kept, recomputes the block's states into registers, and walks
-back through them. Dead lanes (past the last channel, state or step) load zeros. They are left out of sums all the same:
+The backward starts from a state that the forward kept, recomputes a block's states into registers, and walks back
+through them. Dead lanes (past the last channel, state or step) load zeros. They are left out of sums all the same:
 beside an infinity, theirs would be NaN.
 """
 

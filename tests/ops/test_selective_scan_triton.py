@@ -195,6 +195,14 @@ def test_strong_decay_is_safe():
     assert_matches_reference(inputs, 2e-6, 1e-5)
 
 
+def test_steps_past_the_end_do_not_overflow():
+    # An odd length leaves a dead step, of which the bias alone would make a decay of exp(400).
+    ones = torch.ones(1, 1, 3, dtype=torch.float64)
+    inputs = {"u": ones, "delta": -5 * ones, "B": ones, "C": ones}
+    inputs |= {"A": torch.tensor([[200.0]]).double(), "delta_bias": torch.tensor([2.0]).double()}
+    assert_matches_reference(inputs | {"delta_softplus": True}, 1e-5, 1e-5)
+
+
 def test_softplus_is_exact_on_both_sides():
     # With rates that forget all earlier steps the output is softplus(delta): accurate relative to its own size.
     delta = torch.linspace(-80, 80, 11, dtype=torch.float64).expand(1, 1, -1)
@@ -330,7 +338,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from diffusers_pisdm.ops import selective_scan_triton_kernels as kernels
 
-sizes = {"CHANNELS": 32, "STEPS": 4, "KEPT_STEPS": 16, "STATES": 5, "STATE_ROWS": 8, "SOFTPLUS": True, "REVERSE": True}
+sizes = {"CHANNELS": 32, "STEPS": 2, "KEPT_STEPS": 4, "STATES": 5, "STATE_ROWS": 8, "SOFTPLUS": True, "REVERSE": True}
 integers = ("channels", "length", "chunk_steps", "blocks", "chunks")
 for name in ("chunk_state", "chunk_gradient", "join", "forward", "backward"):
     kernel = getattr(kernels, f"{name}_kernel")
@@ -338,7 +346,8 @@ for name in ("chunk_state", "chunk_gradient", "join", "forward", "backward"):
     signature |= {x: "*bf16" for x in ("u", "delta", "B", "C", "z", "grad", "out") if x in signature}
     signature |= {x: "constexpr" for x in sizes if x in signature}
     constants = {(i,): sizes[x] for i, x in enumerate(kernel.arg_names) if x in sizes}
-    compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
+    source = ASTSource(kernel, signature, constants)
+    compiled = compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
     print(name, len(compiled.asm["cubin"]) > 0)
 """
 
