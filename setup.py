@@ -29,6 +29,8 @@ extras["test"] = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "tensorboard",
+    # For Triton's interpreter, beside a PyTorch for the CPU: builds for GPUs bring Triton themselves.
+    'triton>=3.3 ; platform_system == "Linux"',
     *extras["lint"],
 ]
 extras["dev"] = sorted({*extras["test"], *extras["docs"]})

@@ -1,13 +1,18 @@
 """
-Compares selective scans on the CPU: this package's backends, mambapy (`pip install mambapy`) and the loop that Mamba
-models fall back to without CUDA kernels.
+Compares selective scans: this package's backends, and on the CPU mambapy (`pip install mambapy`) and the loop that
+Mamba models fall back to without CUDA kernels.
 
     python benchmarks/scan.py
     python benchmarks/scan.py --shapes 2x1024x1024 --repeats 15 --threads 2 --output-dir results
+    python benchmarks/scan.py --device cuda
 
 Every candidate is first checked against float64, outputs and gradients; one that is off by more than `--tolerance` of
 the largest value is not timed. Then the candidates take turns, so that a disturbance of the machine hits all alike,
 and the medians are reported with their ratio over mambapy. Written are a table, `scan.json` and `scan.png`.
+
+On CUDA the candidates are the blocked PyTorch, Triton and mamba_ssm, if it imports. Times are between two events on
+the GPU. Beside them stands how many times the floor they are: the time in which the memory's measured bandwidth moves
+all inputs and outputs once, with their gradients where there is a backward.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from diffusers_pisdm.ops.optional_backends import missing_backend
 # and is not run above this one.
 MAX_LOOP_LENGTH_BACKWARD = 256
 MODES = ("forward", "forward + backward")
+COPY_ELEMENTS = 1 << 26  # float32, of the copy that shows the memory's bandwidth: more than any cache holds
 
 
 def make_inputs(batch: int, channels: int, length: int, state_size: int) -> dict[str, torch.Tensor]:
@@ -86,8 +92,17 @@ def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
     return y * F.silu(z)
 
 
-def make_candidates() -> dict[str, Callable[..., torch.Tensor]]:
-    """All scans that can run here, mambapy first."""
+def make_candidates(device_type: str = "cpu") -> dict[str, Callable[..., torch.Tensor]]:
+    """All scans that can run here; on the CPU, mambapy first."""
+    if device_type != "cpu":
+        candidates = {"torch": package_scan("torch")}
+        for name in ("triton", "mamba_ssm"):
+            reason = missing_backend(name)
+            if reason is None:
+                candidates[name] = package_scan(name)
+            else:
+                print(f"Skipping {name}: {reason}")
+        return candidates
     candidates = {"mambapy": mambapy_scan, "Mamba's loop": loop_scan, "torch": package_scan("torch")}
     reason = missing_backend("numba")
     if reason is None:
@@ -120,6 +135,36 @@ def relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((value.double() - wanted).abs().max() / wanted.abs().max()).item()
 
 
+def time_call(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds that one call takes, until its last kernel is done."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure_bandwidth(device: torch.device, elements: int = COPY_ELEMENTS, repeats: int = 10) -> float:
+    """Bytes a millisecond that a copy reads and writes, at best."""
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.nbytes / min(time_call(lambda: target.copy_(source), device) for _ in range(repeats))
+
+
+def bytes_moved(inputs: dict[str, torch.Tensor], mode: str) -> int:
+    """Bytes of all inputs and of the output once; with a backward, of all their gradients too."""
+    once = sum(tensor.nbytes for tensor in inputs.values()) + inputs["u"].nbytes
+    # The backward reads the inputs again, and the output's gradient, and writes the gradients of the inputs.
+    return once if mode == MODES[0] else once + once + sum(tensor.nbytes for tensor in inputs.values())
+
+
 def check_oracle(inputs: dict[str, torch.Tensor]) -> None:
     """Checks float64's blocked scan, which fits in memory at any length, against the textbook loop on 64 steps."""
     short = {
@@ -135,15 +180,15 @@ def check_oracle(inputs: dict[str, torch.Tensor]) -> None:
 
 def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]:
     """Errors and times of all candidates at one (batch, channels, length): a row for each candidate and mode."""
-    inputs = make_inputs(*shape, args.state_size)
-    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1))
+    inputs = {name: tensor.to(args.device) for name, tensor in make_inputs(*shape, args.state_size).items()}
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1)).to(args.device)
     check_oracle(inputs)
     wanted, wanted_gradients = run_backward(
         package_scan("torch"), {name: tensor.double() for name, tensor in inputs.items()}, grad.double()
     )
 
     runs, rows = {}, []
-    for name, scan in make_candidates().items():
+    for name, scan in make_candidates(args.device.type).items():
         row = {"shape": list(shape), "candidate": name, "mode": MODES[0], "gradient_error": None}
         row["output_error"] = relative_error(run_forward(scan, inputs), wanted)
         rows.append(row)
@@ -170,24 +215,29 @@ def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> list
     for _ in range(args.repeats):
         for row, call in runs.values():
             if row["skipped"] is None:
-                start = time.perf_counter()
-                call()
-                row["milliseconds"].append(1000 * (time.perf_counter() - start))
+                row["milliseconds"].append(time_call(call, args.device))
     for row in rows:
         row["median"] = statistics.median(row["milliseconds"]) if row.get("milliseconds") else None
     baseline = {row["mode"]: row["median"] for row in rows if row["candidate"] == "mambapy"}
     for row in rows:
         known = row["median"] is not None and baseline.get(row["mode"]) is not None
         row["times_mambapy"] = baseline[row["mode"]] / row["median"] if known else None
+    if args.device.type == "cuda":
+        bandwidth = measure_bandwidth(args.device)
+        for row in rows:
+            row["floor_milliseconds"] = bytes_moved(inputs, row["mode"]) / bandwidth
+            row["times_floor"] = None if row["median"] is None else row["median"] / row["floor_milliseconds"]
     return rows
 
 
 def print_table(rows: list[dict]) -> None:
+    on_cpu = "times_floor" not in rows[0]
     title = f"{'(batch, channels, length)':<26}{'mode':<20}{'candidate':<14}"
-    print(title + f"{'x mambapy':>10}{'ms':>10}{'output err':>12}{'grad err':>10}")
+    print(title + f"{'x mambapy' if on_cpu else 'x floor':>10}{'ms':>10}{'output err':>12}{'grad err':>10}")
     for row in sorted(rows, key=lambda row: (row["shape"], MODES.index(row["mode"]))):
-        ratio = "" if row["times_mambapy"] is None else f"{row['times_mambapy']:.1f}"
-        median = row["skipped"] or f"{row['median']:.1f}"
+        ratio = row["times_mambapy" if on_cpu else "times_floor"]
+        ratio = "" if ratio is None else f"{ratio:.1f}"
+        median = row["skipped"] or f"{row['median']:.{1 if on_cpu else 3}f}"
         gradient_error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.0e}"
         print(
             f"{tuple(row['shape'])!s:<26}{row['mode']:<20}{row['candidate']:<14}{ratio:>10}{median:>10}"
@@ -210,7 +260,9 @@ def draw(rows: list[dict], path: Path) -> None:
         for axis, mode in zip(line, MODES):
             timed = [r for r in rows if tuple(r["shape"]) == shape and r["mode"] == mode and r["median"] is not None]
             bars = axis.barh([row["candidate"] for row in timed], [row["median"] for row in timed])
-            axis.bar_label(bars, [f"{row['median']:,.0f} ms" for row in timed], padding=3)
+            axis.bar_label(
+                bars, [f"{row['median']:,.{2 if 'times_floor' in row else 0}f} ms" for row in timed], padding=3
+            )
             axis.set_xscale("log")
             axis.invert_yaxis()
             axis.margins(x=0.3)
@@ -237,15 +289,20 @@ def main(arguments: list[str] | None = None) -> None:
         "--shapes", type=parse_shape, nargs="+", default=[(2, 1024, 1024), (1, 3072, 4096)], help="BxDxL"
     )
     parser.add_argument("--state-size", type=int, default=16)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=7, help="timed turns of each candidate, after the check's one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the kernels")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative error of a timed candidate")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
 
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
     torch.set_num_threads(args.threads)
     rows = [row for shape in args.shapes for row in measure_shape(shape, args)]
     machine = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__}
+    if args.device.type == "cuda":
+        machine = {"gpu": torch.cuda.get_device_name(args.device), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print_table(rows)
     args.output_dir.mkdir(parents=True, exist_ok=True)

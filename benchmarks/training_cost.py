@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="of the sizes")
     parser.add_argument("--num-processes", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--fused-scan", action="store_true", help="count as if mamba_ssm were here")
+    parser.add_argument("--fused-scan", action="store_true", help="count as if mamba_ssm or Triton were here")
     parser.add_argument("--count-only", action="store_true", help="measure no times")
     parser.add_argument("--seconds", type=float, default=30.0, help="for measuring a stage, about")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))

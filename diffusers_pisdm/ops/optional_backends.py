@@ -11,6 +11,7 @@ import torch
 # What to import to be sure that a backend works, and how to come by it.
 _PACKAGES = {
     "numba": ("numba", "pip install numba"),
+    "triton": (f"{__package__}.selective_scan_triton_kernels", "pip install triton"),  # which may find it too old
     "mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", "pip install diffusers_pisdm[cuda]"),
 }
 

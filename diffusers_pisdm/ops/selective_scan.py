@@ -13,39 +13,45 @@ from .selective_scan_mamba_ssm import selective_scan_mamba_ssm
 from .selective_scan_numba import selective_scan_numba
 from .selective_scan_reference import selective_scan_reference
 from .selective_scan_torch import selective_scan_torch
+from .selective_scan_triton import selective_scan_triton
 
 
 logger = logging.getLogger(__name__)
 
-SELECTIVE_SCAN_BACKENDS = ("reference", "torch", "numba", "mamba_ssm")
+SELECTIVE_SCAN_BACKENDS = ("reference", "torch", "numba", "triton", "mamba_ssm")
 _FUNCTIONS = {
     "reference": selective_scan_reference,
     "torch": selective_scan_torch,
     "numba": selective_scan_numba,
+    "triton": selective_scan_triton,
     "mamba_ssm": selective_scan_mamba_ssm,
 }
-_FASTEST = {"cpu": "numba", "cuda": "mamba_ssm"}
+_FASTEST = {"cpu": ("numba",), "cuda": ("mamba_ssm", "triton")}  # of each device, in the order of preference
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def _log_slow_choice(device_type: str, reason: str) -> None:
-    logger.warning(f"selective_scan uses the slower 'torch' backend on {device_type}: {reason}.")
+def _log_slow_choice(backend: str, device_type: str, reason: str) -> None:
+    logger.warning(f"selective_scan uses the slower {backend!r} backend on {device_type}: {reason}.")
 
 
 @torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import and log
 def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...], compiling: bool) -> str:
     """The fastest usable backend for a device and the dtypes of a call; `torch` serves all others."""
-    fastest = _FASTEST.get(device_type)
-    if fastest is None or any(dtype not in _KERNEL_DTYPES for dtype in dtypes):
+    if device_type not in _FASTEST or any(dtype not in _KERNEL_DTYPES for dtype in dtypes):
         return "torch"
-    reason = missing_backend(fastest)
-    if reason is None and fastest == "mamba_ssm" and compiling:
-        reason = "mamba_ssm's kernel cannot be part of a compiled graph"
-    if reason is None:
-        return fastest
-    _log_slow_choice(device_type, reason)
-    return "torch"
+    chosen, reasons = "torch", []
+    for backend in _FASTEST[device_type]:
+        reason = missing_backend(backend)
+        if reason is None and backend == "mamba_ssm" and compiling:
+            reason = "mamba_ssm's kernel cannot be part of a compiled graph"
+        if reason is None:
+            chosen = backend
+            break
+        reasons.append(reason)
+    if reasons:
+        _log_slow_choice(chosen, device_type, "; ".join(reasons))
+    return chosen
 
 
 def _check_inputs(u, delta, A, B, C, D, z, delta_bias) -> None:
@@ -115,8 +121,9 @@ def selective_scan(
         delta_bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added to `delta`.
         delta_softplus (`bool`, defaults to `False`): Whether softplus is applied to `delta` after the bias.
         backend (`str`, defaults to `"auto"`):
-            `"reference"` (a loop over time), `"torch"` (blocked, any device), `"numba"` (CPU), `"mamba_ssm"` (CUDA),
-            or `"auto"`: the fastest of these that this machine has for the device and the dtypes.
+            `"reference"` (a loop over time), `"torch"` (blocked, any device), `"numba"` (CPU), `"triton"` (CUDA),
+            `"mamba_ssm"` (CUDA), or `"auto"`: the first that this machine has for the device and the dtypes, of Numba
+            on a CPU and of mamba_ssm and Triton on CUDA, else torch.
 
     Returns:
         `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and the memory order of `u`: if `u` is a
@@ -126,6 +133,7 @@ def selective_scan(
         ValueError: if shapes or devices do not fit together, or `backend` is not one of the above.
         TypeError: if a tensor is not of a real floating point dtype.
         ImportError: if the backend asked for cannot be imported.
+        NotImplementedError: if the backend asked for does not compute on the device or in the dtypes.
     """
     _check_inputs(u, delta, A, B, C, D, z, delta_bias)
     if backend == "auto":

@@ -25,7 +25,7 @@ class CostSettings:
         device_type (`str`, defaults to `"cpu"`): Where training runs: what kernels keep depends on it.
         fused_scan (`bool`, *optional*):
             Whether the scan is one kernel, which keeps little for the backward pass; if not given, whether it is on
-            this machine for `device_type`. On CUDA it is where `mamba_ssm` imports.
+            this machine for `device_type`. On CUDA it is where `mamba_ssm` or Triton imports.
 
     Raises:
         ValueError: `mixed_precision` is unknown.

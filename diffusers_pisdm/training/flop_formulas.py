@@ -27,8 +27,9 @@ def _register_flop_formulas() -> None:
     def scan(flops: int, sequence: int, rates: int, states_axis: int):  # positions among the operator's arguments
         return lambda *shapes, out_shape: flops * math.prod(shapes[sequence]) * shapes[rates][states_axis]
 
-    register_flop_formula(ops.selective_scan_numba)(scan(SCAN_FORWARD_FLOPS, 0, 2, 1))
-    register_flop_formula(ops.selective_scan_numba_backward)(scan(SCAN_BACKWARD_FLOPS, 2, 4, 1))
+    for name in ("selective_scan_numba", "selective_scan_triton"):
+        register_flop_formula(getattr(ops, name))(scan(SCAN_FORWARD_FLOPS, 0, 2, 1))
+        register_flop_formula(getattr(ops, f"{name}_backward"))(scan(SCAN_BACKWARD_FLOPS, 2, 4, 1))
     register_flop_formula(ops.selective_scan_torch)(scan(SCAN_FORWARD_FLOPS, 0, 2, 0))
     register_flop_formula(ops.selective_scan_torch_backward)(scan(SCAN_BACKWARD_FLOPS, 1, 3, 0))
 

@@ -81,8 +81,9 @@ def _fake_training(settings: CostSettings) -> Iterator[None]:
     fused_scan = settings.fused_scan
     if fused_scan is None:
         fused_scan = choose_scan_backend(settings.device_type, dtypes, compiling=False) != "torch"
-    # Numba's kernel stands in for all fused ones, which do not run on fake tensors. They keep nearly the same: their
-    # inputs, and either a state in 24 steps (Numba) or the output before the gate (mamba_ssm).
+    # Numba's kernel stands in for all fused ones, since mamba_ssm's does not run on fake tensors. They keep nearly the
+    # same: their inputs, and either a state in 24 steps (Numba) or 16 (Triton), or the output before the gate
+    # (mamba_ssm).
     scan = "numba" if fused_scan else "torch"
     conv = choose_conv_backend(settings.device_type, dtypes)
     with FakeTensorMode(), force_backends(selective_scan=scan, causal_conv=conv):

@@ -16,7 +16,7 @@ def test_reports_errors_times_and_ratios(tmp_path, capsys, monkeypatch):
         "wrong": lambda u, *rest, **named: 1.01 * scan.package_scan("torch")(u, *rest, **named),
         "nan": lambda u, *rest, **named: math.nan * scan.package_scan("torch")(u, *rest, **named),
     }
-    monkeypatch.setattr(scan, "make_candidates", lambda: candidates)
+    monkeypatch.setattr(scan, "make_candidates", lambda device_type: candidates)
     threads = torch.get_num_threads()
     scan.main(["--shapes", "2x5x9", "1x16x20", "--repeats", "2", "--output-dir", str(tmp_path), "--state-size", "4"])
     assert torch.get_num_threads() == threads
@@ -34,9 +34,9 @@ def test_reports_errors_times_and_ratios(tmp_path, capsys, monkeypatch):
 
 
 def test_the_loops_quadratic_backward_is_skipped(monkeypatch):
-    monkeypatch.setattr(scan, "make_candidates", lambda: {"Mamba's loop": scan.loop_scan})
+    monkeypatch.setattr(scan, "make_candidates", lambda device_type: {"Mamba's loop": scan.loop_scan})
     monkeypatch.setattr(scan, "MAX_LOOP_LENGTH_BACKWARD", 8)
-    args = argparse.Namespace(state_size=2, repeats=1, tolerance=1e-4)
+    args = argparse.Namespace(state_size=2, repeats=1, tolerance=1e-4, device=torch.device("cpu"))
     forward, backward = scan.measure_shape((1, 3, 9), args)
     assert forward["median"] > 0 and backward["skipped"] == "quadratic" and backward["median"] is None
 
@@ -56,3 +56,54 @@ def test_mambapy_computes_the_same():
 def test_shapes_that_are_none(text):
     with pytest.raises(argparse.ArgumentTypeError, match=text):
         scan.parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("missing", "names"),
+    [
+        ((), ["torch", "triton", "mamba_ssm"]),
+        (("mamba_ssm",), ["torch", "triton"]),
+        (("triton", "mamba_ssm"), ["torch"]),
+    ],
+)
+def test_the_candidates_on_a_gpu_are_those_that_import(missing, names, monkeypatch, capsys):
+    monkeypatch.setattr(scan, "missing_backend", lambda name: f"no {name}" if name in missing else None)
+    assert list(scan.make_candidates("cuda")) == names
+    assert capsys.readouterr().out.splitlines() == [f"Skipping {name}: no {name}" for name in missing]
+
+
+def test_the_floor_moves_every_tensor_once():
+    inputs = scan.make_inputs(2, 5, 9, 4)
+    sequence, states = 2 * 5 * 9 * 4, 2 * 4 * 9 * 4  # bytes of u, delta, z or the output; of B or C
+    read = 3 * sequence + 2 * states + (5 * 4 + 5 + 5) * 4
+    assert scan.bytes_moved(inputs, "forward") == read + sequence
+    assert scan.bytes_moved(inputs, "forward + backward") == 3 * read + 2 * sequence
+
+
+def test_bandwidth_is_that_of_a_read_and_a_write(monkeypatch):
+    times = iter([2.0, 1.0, 4.0])
+    monkeypatch.setattr(scan, "time_call", lambda call, device: call() is None or next(times))
+    assert scan.measure_bandwidth(torch.device("cpu"), elements=8, repeats=3) == 2 * 8 * 4 / 1.0
+
+
+def test_a_table_of_a_gpu_has_times_over_the_floor(capsys):
+    row = {"shape": [1, 2, 3], "candidate": "triton", "mode": "forward", "output_error": 1e-7, "gradient_error": None}
+    row |= {"skipped": None, "median": 0.0625, "times_mambapy": None, "times_floor": 2.5}
+    scan.print_table([row, row | {"candidate": "torch", "skipped": "wrong", "median": None, "times_floor": None}])
+    title, triton, torch_ = capsys.readouterr().out.splitlines()
+    assert "x floor" in title and triton.split()[-4:] == ["triton", "2.5", "0.062", "1e-07"]
+    assert torch_.split()[-3:] == ["torch", "wrong", "1e-07"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said(capsys):
+    with pytest.raises(SystemExit):
+        scan.main(["--device", "cuda"])
+    assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_runs_on_a_gpu(tmp_path):
+    scan.main(["--device", "cuda", "--shapes", "2x40x70", "--repeats", "2", "--output-dir", str(tmp_path)])
+    report = json.loads((tmp_path / "scan.json").read_text())
+    assert all(row["skipped"] is None and row["times_floor"] > 0 for row in report["rows"])

@@ -14,7 +14,7 @@ from diffusers_pisdm.ops.optional_backends import missing_backend
 
 dispatch = sys.modules["diffusers_pisdm.ops.selective_scan"]  # the function hides the module of the same name
 SEQUENCES = ("u", "delta", "B", "C", "z")  # tensors with a length
-DEVICES = {"mamba_ssm": "cuda"}
+DEVICES = {"mamba_ssm": "cuda", "triton": "cuda"}  # Triton's interpreter is slow: `test_selective_scan_triton.py`
 BACKENDS = [
     pytest.param(
         name,
@@ -270,9 +270,10 @@ def test_memory_is_linear_in_length(backend):
 
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "auto"])
 def test_compiles_as_one_graph(backend):
-    inputs = make_inputs()
-    wanted, wanted_gradients = run(inputs, "auto", torch.float32)
-    leaves = {k: v.float().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    inputs, device = make_inputs(), DEVICES.get(backend, "cpu")
+    wanted, wanted_gradients = run(inputs, backend, torch.float32)
+    leaves = {k: v.to(device, torch.float32) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    leaves = {k: v.requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in leaves.items()}
 
     def scan(u, delta, A, B, C, D, z, delta_bias):
         return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, backend=backend)
@@ -343,9 +344,12 @@ def test_meta_tensors_give_shapes():
         ("cpu", (torch.float32, torch.float64), (), False, "torch"),
         ("cpu", (torch.float32,), ("numba",), False, "torch"),
         ("cuda", (torch.bfloat16,), (), False, "mamba_ssm"),
-        ("cuda", (torch.bfloat16,), (), True, "torch"),
+        ("cuda", (torch.bfloat16,), (), True, "triton"),
+        ("cuda", (torch.bfloat16,), ("triton",), True, "torch"),
         ("cuda", (torch.float64,), (), False, "torch"),
-        ("cuda", (torch.float32,), ("mamba_ssm",), False, "torch"),
+        ("cuda", (torch.float32,), ("mamba_ssm",), False, "triton"),
+        ("cuda", (torch.float32,), ("mamba_ssm", "triton"), False, "torch"),
+        ("cuda", (torch.float32,), ("triton",), False, "mamba_ssm"),
         ("mps", (torch.float32,), (), False, "torch"),
     ],
 )
@@ -377,6 +381,26 @@ def test_a_slow_choice_is_logged_once(monkeypatch, caplog):
     dispatch._log_slow_choice.cache_clear()
     assert len(caplog.records) == 1
     assert "'torch'" in caplog.text and "pip install numba" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("missing", "compiling", "words"),
+    [
+        (("mamba_ssm",), False, ["'triton'", "no mamba_ssm"]),
+        ((), True, ["'triton'", "compiled graph"]),
+        (("mamba_ssm", "triton"), False, ["'torch'", "no mamba_ssm; no triton"]),
+        ((), False, []),
+    ],
+)
+def test_the_log_says_why_each_faster_backend_was_not_taken(missing, compiling, words, monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "missing_backend", lambda name: f"no {name}" if name in missing else None)
+    dispatch._log_slow_choice.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            dispatch.choose_backend("cuda", (torch.float32,), compiling)
+    dispatch._log_slow_choice.cache_clear()
+    assert len(caplog.records) == bool(words)
+    assert all(word in caplog.text for word in words)
 
 
 def test_mamba_ssm_gets_the_dtypes_its_kernel_wants(monkeypatch):

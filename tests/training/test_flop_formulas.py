@@ -53,8 +53,19 @@ def test_torchs_own_counter_agrees_on_a_real_forward_pass():
 def test_every_scan_and_convolution_of_the_package_has_a_formula():
     names = [name.removeprefix("diffusers_pisdm::") for name in torch._C._dispatch_get_all_op_names()]
     ours = {name.split(".")[0] for name in names if name.startswith(("selective_scan", "causal_conv"))}
-    assert len(ours) >= 6
+    assert len(ours) >= 8
     assert [name for name in ours if getattr(torch.ops.diffusers_pisdm, name) not in flop_registry] == []
+
+
+def test_tritons_scan_counts_as_numbas():
+    ops = torch.ops.diffusers_pisdm
+    sequence, states, rates = torch.empty(2, 5, 7), torch.empty(2, 3, 7), torch.empty(5, 3)
+    inputs = (sequence, sequence, rates, states, states, None, None, None, False)
+    for operator, arguments, flops in (
+        (ops.selective_scan_triton, (*inputs, True), 7),
+        (ops.selective_scan_triton_backward, (sequence, states, *inputs), 20),
+    ):
+        assert FLOP_FORMULAS[operator](*arguments, out_val=None) == flops * 2 * 5 * 7 * 3
 
 
 @pytest.mark.parametrize(("groups", "channels_seen"), [(6, 1), (3, 2), (1, 6)], ids=["depthwise", "grouped", "full"])
