@@ -88,6 +88,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     _optional_components = [*TRANSFORMERS[1:], *SCHEDULERS[1:], "vae"]
     _lora_loadable_modules = list(TRANSFORMERS)
     _callback_tensor_inputs = ["latents", "low_res", "class_labels", "stage"]
+    _guidance_slicing = False
 
     def __init__(
         self,
@@ -140,15 +141,32 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
         r"""
         Makes a pipeline from another one's components as [`DiffusionPipeline.from_pipe`] does; `transformer_2=None`
-        (or 3, 4) shortens the cascade to the stages before.
+        (or 3, 4) shortens the cascade to the stages before. Guidance slicing is taken over.
         """
-        return super().from_pipe(pipeline, **_drop_higher_stages(kwargs))
+        pipe = super().from_pipe(pipeline, **_drop_higher_stages(kwargs))
+        pipe._guidance_slicing = getattr(pipeline, "_guidance_slicing", False)
+        return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         r"""Saves all components as [`DiffusionPipeline.save_pretrained`] does, later-set optional ones included."""
         # diffusers would leave out a component that was None at first and was then set as an attribute.
         self.register_modules(**self.components)
         super().save_pretrained(save_directory, **kwargs)
+
+    def enable_guidance_slicing(self) -> None:
+        r"""
+        Enable sliced guidance. When this option is enabled, a guided step runs the model twice, on the unconditional
+        and on the conditional half of the batch, instead of once on both. This saves memory, at the price of speed
+        where a batch of twice the size does not take twice as long. It is not saved with the pipeline.
+        """
+        self._guidance_slicing = True
+
+    def disable_guidance_slicing(self) -> None:
+        r"""
+        Disable sliced guidance. If `enable_guidance_slicing` was previously called, a guided step runs the model once
+        again, on both halves.
+        """
+        self._guidance_slicing = False
 
     @property
     def stages(self) -> list[PISDMTransformer2DModel]:
@@ -394,18 +412,18 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         timesteps: list[int] | None,
         sigmas: list[float] | None,
         relay_strength: float | None,
-        device: torch.device,
     ) -> torch.Tensor:
         """
         Prepares a scheduler for one run. Every scheduler forgets the run before here.
 
         Returns:
-            `torch.Tensor` of shape `(T,)`: The timesteps to run.
+            `torch.Tensor` of shape `(T,)`: The timesteps to run, on the CPU: schedulers like DDIM's decide by their
+            values, for which they would have to wait for another device at every step.
         """
         if timesteps is not None and sigmas is not None:
             raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one.")
         if timesteps is None and sigmas is None:
-            scheduler.set_timesteps(num_inference_steps, device=device)
+            scheduler.set_timesteps(num_inference_steps, device="cpu")
         else:
             name, schedule = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
             if name not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -413,8 +431,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     f"`{type(scheduler).__name__}.set_timesteps` does not support custom `{name}`. Please check"
                     " whether you are using the correct scheduler."
                 )
-            scheduler.set_timesteps(**{name: schedule}, device=device)
+            scheduler.set_timesteps(**{name: schedule}, device="cpu")
         if relay_strength is None:
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(0)  # instead of searching for the first timestep
             return scheduler.timesteps
 
         if isinstance(scheduler, PNDMScheduler):
@@ -453,48 +473,75 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         extra = {"generator": generator, "eta": eta}
         return {name: value for name, value in extra.items() if name in accepted}
 
-    def predict(
+    def prepare_condition(
         self,
         transformer: PISDMTransformer2DModel,
-        scheduler: SchedulerMixin,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
         class_labels: torch.Tensor,
         low_res: torch.Tensor | None,
         noise_level: float | None,
         guided: bool,
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        Prepares what the model is told beside latents and timestep: the same at all steps of a stage.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `class_labels` of shape `(B,)`; in a higher stage `low_res` of shape
+            `(B, C, H, W)`, in the model's precision, and `noise_level` of shape `(B,)`. All of twice the size if
+            guided: first the unconditional half, then the conditional one.
+        """
+        condition = {"class_labels": class_labels}  # (B,)
+        if low_res is not None:
+            condition["low_res"] = low_res.to(transformer.dtype)  # (B, C, H, W)
+            condition["noise_level"] = torch.full(
+                class_labels.shape, noise_level, dtype=torch.float32, device=class_labels.device
+            )  # (B,)
+        if guided:
+            null_labels = torch.full_like(class_labels, transformer.config.num_classes)  # (B,)
+            unconditional = {**condition, "class_labels": null_labels}
+            condition = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}  # (2B, ...)
+        return condition
+
+    def predict(
+        self,
+        transformer: PISDMTransformer2DModel,
+        scheduler: SchedulerMixin,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: dict[str, torch.Tensor],
+        guided: bool,
     ) -> torch.Tensor:
         r"""
-        Runs the model once, on a batch of twice the size if guided, and applies classifier-free guidance to all
-        channels: `uncond + guidance_scale * (cond - uncond)`.
+        Runs the model and applies classifier-free guidance to all channels: `uncond + guidance_scale * (cond -
+        uncond)`. If guided, the model runs once on a batch of twice the size or, with guidance slicing, on each half.
+
+        Args:
+            model_input (`torch.Tensor` of shape `(B, C, H, W)`): Latents as the scheduler scales them.
+            timestep (`torch.Tensor` of shape `()`): On the model's device.
+            condition (`dict[str, torch.Tensor]`): From `prepare_condition`, of twice the size if guided.
 
         Returns:
             `torch.Tensor` of shape `(B, C, H, W)`, float32; `(B, 2C, H, W)` where model and scheduler learn variances.
         """
-        model_input = scheduler.scale_model_input(latents, timestep)  # (B, C, H, W)
-        if guided:
-            null_labels = torch.full_like(class_labels, transformer.config.num_classes)  # (B,)
-            class_labels = torch.cat([null_labels, class_labels])  # (2B,)
-            model_input = torch.cat([model_input, model_input])  # (2B, C, H, W)
-            low_res = torch.cat([low_res, low_res]) if low_res is not None else None
-        condition = {}
-        if low_res is not None:
-            levels = torch.full(class_labels.shape, noise_level, dtype=torch.float32, device=latents.device)
-            condition = {"low_res": low_res.to(transformer.dtype), "noise_level": levels}
+        channels = model_input.shape[1]
+        model_input = model_input.to(transformer.dtype)
+        inputs = [(model_input, condition)]
+        if guided and self._guidance_slicing:
+            halves = zip(*(value.chunk(2) for value in condition.values()))
+            inputs = [(model_input, dict(zip(condition, half))) for half in halves]
+        elif guided:
+            inputs = [(torch.cat([model_input, model_input]), condition)]  # (2B, C, H, W)
+        outputs = [
+            # The timestep is never in half precision: as the scheduler made it.
+            transformer(sample, timestep=timestep.expand(len(sample)), **kwargs, return_dict=False)[0].float()
+            for sample, kwargs in inputs
+        ]
+        if guided and not self._guidance_slicing:
+            outputs = outputs[0].chunk(2)  # (B, C or 2C, H, W) each
 
-        output = transformer(
-            model_input.to(transformer.dtype),
-            timestep=timestep.expand(len(model_input)),  # never in half precision: as the scheduler made it
-            class_labels=class_labels,
-            **condition,
-            return_dict=False,
-        )[0].float()
-
-        output, variance = output[:, : latents.shape[1]], output[:, latents.shape[1] :]  # variance: 0 or C channels
+        output, variance = outputs[-1][:, :channels], outputs[-1][:, channels:]  # variance: 0 or C channels
         if guided:
-            uncond, cond = output.chunk(2)  # (B, C, H, W) each
-            output = uncond + self.guidance_scale * (cond - uncond)
-            variance = variance.chunk(2)[1]
+            uncond = outputs[0][:, :channels]  # (B, C, H, W)
+            output = uncond + self.guidance_scale * (output - uncond)
         if scheduler.config.get("variance_type") in ("learned", "learned_range"):
             output = torch.cat([output, variance], dim=1)
         return output
@@ -641,7 +688,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         # 3. Schedules of all stages, for `num_timesteps` to be known from the first step on
         schedulers = self.get_stage_schedulers()
         schedules = [
-            self.retrieve_timesteps(*arguments, device)
+            self.retrieve_timesteps(*arguments)
             for arguments in zip(schedulers, num_inference_steps, timesteps, sigmas, relay_strength)
         ]
         self._num_timesteps = sum(len(schedule) for schedule in schedules)
@@ -663,7 +710,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             if index > 0:
                 upsampled = upsample_low_res(latents, shape[2:])  # (B, C, H, W)
                 noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-                level = torch.tensor([noise_level[index]], device=device)
+                level = torch.full((1,), noise_level[index], device=device)
                 low_res = augment_low_res(upsampled, noise, level)  # (B, C, H, W)
 
             # 4.2 Start from noise, or from the noised image of the stage before
@@ -676,20 +723,28 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             else:
                 latents = scheduler.add_noise(upsampled, noise, schedule[:1].expand(batch_size))  # (B, C, H, W)
 
-            # 4.3 Denoise
+            # 4.3 Denoise. Nothing here may wait for the device: the next steps are queued while it works.
+            conditions: dict[bool, dict[str, torch.Tensor]] = {}  # by whether the step is guided
+            # float32 at most, as not every device has float64
+            device_schedule = schedule.to(device, torch.float32 if schedule.is_floating_point() else None)
             extra_step_kwargs = self.prepare_extra_step_kwargs(scheduler, generator, eta)
             with self.progress_bar(total=len(schedule)) as progress_bar:
                 self._describe(progress_bar, shape)
-                for i, t in enumerate(schedule):
+                for i, (scheduler_t, t) in enumerate(zip(schedule, device_schedule)):
                     if self.interrupt:
                         break
                     self._current_timestep = t
                     in_interval = guidance_start[index] <= i / len(schedule) < guidance_stop[index]
                     guided = self.do_classifier_free_guidance and in_interval
-                    prediction = self.predict(
-                        transformer, scheduler, latents, t, class_labels, low_res, noise_level[index], guided
+                    if guided not in conditions:
+                        conditions[guided] = self.prepare_condition(
+                            transformer, class_labels, low_res, noise_level[index], guided
+                        )
+                    model_input = scheduler.scale_model_input(latents, scheduler_t)  # (B, C, H, W)
+                    prediction = self.predict(transformer, scheduler, model_input, t, conditions[guided], guided)
+                    (latents, *_) = scheduler.step(
+                        prediction, scheduler_t, latents, **extra_step_kwargs, return_dict=False
                     )
-                    latents = scheduler.step(prediction, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
                     if callback_on_step_end is not None:
                         available = {
@@ -703,6 +758,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                         latents = callback_outputs.pop("latents", latents)
                         low_res = callback_outputs.pop("low_res", low_res)
                         class_labels = callback_outputs.pop("class_labels", class_labels)
+                        conditions.clear()  # a callback may change them, in place, too
 
                     progress_bar.update()
                     step += 1

@@ -1,0 +1,198 @@
+"""Classifier-free guidance: one forward on both halves of the batch, or with guidance slicing one on each."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from peft import LoraConfig
+
+from diffusers_pisdm import PISDMCascadePipeline
+from tests.pipelines.tiny_cascade import NUM_CLASSES, generators, make_cascade, make_transformer
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
+
+SCHEDULERS = [
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "PNDMScheduler",
+]
+# Largest error over the largest value. Latents are float32 between the steps, whatever the model's precision.
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}
+
+
+def make_scheduler(name, **options):
+    # Noise levels up to 157 only: the cosine schedule's 20,000 would enlarge rounding.
+    config = DDPMScheduler(beta_schedule="linear", prediction_type="v_prediction", clip_sample=False).config
+    return getattr(diffusers, name).from_config(config, **options)
+
+
+def run(pipe, **arguments):
+    """Latents: images are clipped, which would hide a difference."""
+    defaults = {"num_inference_steps": 4, "output_type": "latent", "generator": generators(0, 1)}
+    return pipe([1, 2], **{**defaults, **arguments}).images
+
+
+def record_labels(pipe):
+    """The class labels of each call of the first stage's model, in a list that grows."""
+    labels = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: labels.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    return labels
+
+
+def assert_slicing_changes_nothing(pipe, dtype=torch.float32, **arguments):
+    labels = record_labels(pipe)
+    batched = run(pipe, **arguments)
+    count = len(labels)
+    pipe.enable_guidance_slicing()
+    error = (run(pipe, **arguments) - batched).abs().max() / batched.abs().max()
+    assert error < TOLERANCE[dtype]
+    assert {len(batch) for batch in labels[count:]} == {2}
+    assert max(len(batch) for batch in labels[:count]) == 4
+    pipe.disable_guidance_slicing()
+    assert torch.equal(run(pipe, **arguments), batched)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_slicing_gives_the_same_images(name, dtype):
+    assert_slicing_changes_nothing(make_cascade(2, scheduler=make_scheduler(name)).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("name", "variance_type"),
+    [("DDPMScheduler", "learned_range"), ("DDPMScheduler", "fixed_small"), ("DDIMScheduler", None)],
+)
+def test_slicing_with_learned_variances(name, variance_type, dtype):
+    scheduler = make_scheduler(name, **({"variance_type": variance_type} if variance_type else {}))
+    stages = [make_transformer(stage, out_channels=6) for stage in (1, 2)]
+    pipe = PISDMCascadePipeline(stages[0], scheduler, stages[1]).to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    assert_slicing_changes_nothing(pipe, dtype)
+
+
+def test_learned_variances_are_the_conditional_ones():
+    """Guidance concerns the mean alone: another scale leaves the model's variance as it is."""
+    pipe = PISDMCascadePipeline(
+        make_transformer(1, out_channels=6), make_scheduler("DDPMScheduler", variance_type="learned_range")
+    )
+    sample, timestep, labels = torch.randn(2, 3, 8, 8), torch.tensor(500), torch.tensor([1, 2])
+
+    def predict(guided):
+        condition = pipe.prepare_condition(pipe.transformer, labels, None, None, guided)
+        with torch.no_grad():
+            return pipe.predict(pipe.transformer, pipe.scheduler, sample, timestep, condition, guided)
+
+    pipe._guidance_scale = 3.0
+    conditional, batched = predict(False), predict(True)
+    pipe.enable_guidance_slicing()
+    for guided in (batched, predict(True)):
+        assert guided.shape == (2, 6, 8, 8)
+        torch.testing.assert_close(guided[:, 3:], conditional[:, 3:])
+        assert (guided[:, :3] - conditional[:, :3]).abs().max() > 0.01
+
+
+def test_halves_of_the_batch():
+    pipe = make_cascade(1)
+    labels = record_labels(pipe)
+    null = [NUM_CLASSES] * 2
+    run(pipe)
+    assert labels == [null + [1, 2]] * 4
+    labels.clear()
+    pipe.enable_guidance_slicing()
+    run(pipe)
+    assert labels == [null, [1, 2]] * 4
+    labels.clear()
+    run(pipe, guidance_start=0.25, guidance_stop=0.75)
+    assert labels == [[1, 2], null, [1, 2], null, [1, 2], [1, 2]]
+    labels.clear()
+    run(pipe, guidance_scale=1.0)
+    assert labels == [[1, 2]] * 4
+
+
+@pytest.mark.parametrize(
+    "offload",
+    [
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: pipe.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+        ),
+    ],
+    ids=["model", "group"],
+)
+def test_slicing_with_offloading(offload):
+    pipe = make_cascade(2)
+    offload(pipe)
+    assert_slicing_changes_nothing(pipe)
+
+
+def test_slicing_with_lora():
+    pipe = make_cascade(2)
+    before = run(pipe)
+    for transformer in pipe.stages:
+        transformer.add_adapter(LoraConfig(r=2, target_modules=["in_proj", "out_proj"], init_lora_weights=False))
+    assert (run(pipe) - before).abs().max() > 0.05
+    assert_slicing_changes_nothing(pipe)
+
+
+def test_slicing_with_a_callback():
+    def change(pipe, step, timestep, callback_kwargs):
+        pipe._guidance_scale += 0.5
+        callback_kwargs["class_labels"].add_(1)  # in place, and not given back
+        return {"low_res": callback_kwargs["low_res"] * 0.9} if pipe.stage > 1 else {}
+
+    names = ["class_labels", "low_res"]
+    pipe = make_cascade(2)
+    plain = run(pipe)
+    arguments = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": names}
+    labels = record_labels(pipe)
+    assert (run(pipe, **arguments) - plain).abs().max() > 0.01
+    assert [batch[2:] for batch in labels] == [[1, 2], [2, 3], [3, 4], [4, 5]]
+    assert_slicing_changes_nothing(pipe, **arguments)
+
+
+def test_a_callback_may_switch_slicing():
+    pipe = make_cascade(1)
+    labels = record_labels(pipe)
+
+    def switch(pipe, step, timestep, callback_kwargs):
+        pipe.enable_guidance_slicing() if step == 0 else pipe.disable_guidance_slicing()
+        return callback_kwargs
+
+    run(pipe, callback_on_step_end=switch)
+    assert [len(batch) for batch in labels] == [4, 2, 2, 4, 4]
+
+
+def test_slicing_belongs_to_the_pipeline_object(tmp_path):
+    pipe = make_cascade(2)
+    pipe.enable_guidance_slicing()
+    assert PISDMCascadePipeline.from_pipe(pipe)._guidance_slicing
+    assert not make_cascade(2)._guidance_slicing
+    pipe.save_pretrained(tmp_path)
+    assert "slicing" not in (tmp_path / "model_index.json").read_text()
+    assert not PISDMCascadePipeline.from_pretrained(tmp_path)._guidance_slicing
+
+
+@pytest.mark.parametrize("slicing", [False, True], ids=["batched", "sliced"])
+def test_the_condition_is_prepared_once_a_stage(slicing, monkeypatch):
+    pipe = make_cascade(2)
+    if slicing:
+        pipe.enable_guidance_slicing()
+    prepared, prepare_condition = [], pipe.prepare_condition
+
+    def record(transformer, class_labels, low_res, noise_level, guided):
+        prepared.append((pipe.stage, guided))
+        return prepare_condition(transformer, class_labels, low_res, noise_level, guided)
+
+    monkeypatch.setattr(pipe, "prepare_condition", record)
+    run(pipe, guidance_stop=0.5)
+    assert prepared == [(1, True), (1, False), (2, True), (2, False)]
