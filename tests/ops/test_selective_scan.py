@@ -300,19 +300,20 @@ class Scan(torch.nn.Module):
 @pytest.mark.parametrize("backend", [*FAST_BACKENDS, "auto"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports(backend, strict):
-    inputs = {k: v.float() for k, v in make_inputs().items() if k != "delta_softplus"}
+    device = DEVICES.get(backend, "cpu")
+    inputs = {k: v.float().to(device) for k, v in make_inputs().items() if k != "delta_softplus"}
     batch = torch.export.Dim("batch", min=2)
     shapes = {name: {0: batch} if name in SEQUENCES else None for name in inputs}
     program = torch.export.export(Scan(backend), (), inputs, dynamic_shapes=shapes, strict=strict)
-    other = {k: v.float() for k, v in make_inputs(batch=5, seed=3).items() if k != "delta_softplus"}
+    other = {k: v.float().to(device) for k, v in make_inputs(batch=5, seed=3).items() if k != "delta_softplus"}
     other = {k: v if k in SEQUENCES else inputs[k] for k, v in other.items()}
     torch.testing.assert_close(program.module()(**other), Scan(backend)(**other))
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_checkpointing_changes_nothing(backend):
-    inputs = make_inputs()
-    leaves = [v.float().requires_grad_() for k, v in inputs.items() if k != "delta_softplus"]
+    inputs, device = make_inputs(), DEVICES.get(backend, "cpu")
+    leaves = [v.to(device, torch.float32).requires_grad_() for k, v in inputs.items() if k != "delta_softplus"]
     wanted = torch.autograd.grad(Scan(backend)(*leaves).sum(), leaves)
     out = torch.utils.checkpoint.checkpoint(Scan(backend), *leaves, use_reentrant=False)
     for gradient, wanted_gradient in zip(torch.autograd.grad(out.sum(), leaves), wanted):
@@ -323,7 +324,7 @@ def test_checkpointing_changes_nothing(backend):
 def test_autocast_does_not_touch_the_state(backend):
     inputs = {k: v.float() if k != "delta_softplus" else v for k, v in make_inputs().items()}
     wanted, wanted_gradients = run(inputs, backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICES.get(backend, "cpu"), torch.bfloat16):
         out, gradients = run(inputs, backend)
     torch.testing.assert_close(out, wanted, rtol=0, atol=0)
     for name in gradients:
@@ -468,8 +469,10 @@ def test_wrong_rank_length_and_device():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     inputs = make_inputs()
-    empty = {k: v[:0].float().requires_grad_() if k in SEQUENCES else v for k, v in inputs.items()}
-    empty = {k: v.float() if k in ("A", "D", "delta_bias") else v for k, v in empty.items()}
+    inputs = {
+        k: v.to(DEVICES.get(backend, "cpu"), torch.float32) if k != "delta_softplus" else v for k, v in inputs.items()
+    }
+    empty = {k: v[:0].requires_grad_() if k in SEQUENCES else v for k, v in inputs.items()}
     out = selective_scan(**empty, backend=backend)
     out.sum().backward()
     assert out.shape == (0, 19, 37) and empty["u"].grad.shape == out.shape

@@ -153,9 +153,9 @@ def test_half_precision_state_does_not_stall(monkeypatch):
     # A bfloat16 state stops growing at 256 times the increment.
     monkeypatch.setattr(scan_module, "STEPS", 16)
     monkeypatch.setattr(scan_module, "KEPT_STEPS", 64)
-    ones = torch.ones(1, 1, 272, dtype=torch.bfloat16, device=DEVICE)
+    ones = torch.ones(1, 1, 260, dtype=torch.bfloat16, device=DEVICE)
     out = selective_scan(ones, ones, torch.zeros(1, 1, device=DEVICE), ones, ones, backend="triton")
-    assert out[0, 0, -1].item() == 272
+    assert out[0, 0, -1].item() == 260
 
 
 @pytest.mark.parametrize("view", ["channels", "length", "batch", "steps", "contiguous"])
@@ -320,22 +320,11 @@ def test_float64_is_refused():
         selective_scan(**make_inputs(1, 3, 5, 2), backend="triton")
 
 
-def run_without_interpreter(code):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-
-
-def test_tensors_on_the_cpu_are_refused_without_the_interpreter():
-    code = "import torch\nfrom diffusers_pisdm.ops import selective_scan\nx = torch.ones(1, 1, 3)\n"
-    run = run_without_interpreter(code + "selective_scan(x, x, -x[0, :, :1], x, x, backend='triton')")
-    assert run.returncode == 1
-    assert "NotImplementedError: The 'triton' backend computes on a GPU" in run.stderr
-    assert "TRITON_INTERPRET=1" in run.stderr
-
-
-COMPILE = """
+WITHOUT_INTERPRETER = """
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops import selective_scan_triton_kernels as kernels
 
 sizes = {"CHANNELS": 32, "STEPS": 2, "KEPT_STEPS": 4, "STATES": 5, "STATE_ROWS": 8, "SOFTPLUS": True, "REVERSE": True}
@@ -349,11 +338,27 @@ for name in ("chunk_state", "chunk_gradient", "join", "forward", "backward"):
     source = ASTSource(kernel, signature, constants)
     compiled = compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
     print(name, len(compiled.asm["cubin"]) > 0)
+
+x = torch.ones(1, 1, 3)
+selective_scan(x, x, -x[0, :, :1], x, x, backend="triton")
 """
 
 
-def test_kernels_compile_for_a_gpu():
+@pytest.fixture(scope="module")
+def without_interpreter():
+    """A process that compiles the kernels for a GPU and then scans on the CPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", WITHOUT_INTERPRETER]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_kernels_compile_for_a_gpu(without_interpreter):
     # What the interpreter takes, the compiler may refuse; it needs no GPU.
-    run = run_without_interpreter(COMPILE)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == "chunk_state True chunk_gradient True join True forward True backward True".split()
+    lines = [f"{name} True" for name in ("chunk_state", "chunk_gradient", "join", "forward", "backward")]
+    assert without_interpreter.stdout.splitlines() == lines, without_interpreter.stderr
+
+
+def test_tensors_on_the_cpu_are_refused_without_the_interpreter(without_interpreter):
+    assert without_interpreter.returncode == 1
+    assert "NotImplementedError: The 'triton' backend computes on a GPU" in without_interpreter.stderr
+    assert "TRITON_INTERPRET=1" in without_interpreter.stderr
