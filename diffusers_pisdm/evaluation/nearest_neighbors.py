@@ -57,9 +57,11 @@ def nearest_neighbors(
         if exclude_self:
             rows = torch.arange(len(chunk), device=table.device)
             table[rows, rows + start] = float("inf")
-        nearest = table.min(dim=1)
-        distances.append(nearest.values / references.shape[1] ** 0.5)
-        indices.append(nearest.indices)
+        nearest = table.argmin(dim=1)
+        # The table is made of products, which lose the digits of a small distance.
+        exact = (chunk - references[nearest]).square().mean(dim=1).sqrt()  # (n,)
+        distances.append(exact)
+        indices.append(nearest)
     return torch.cat(distances), torch.cat(indices)
 
 
