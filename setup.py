@@ -28,6 +28,7 @@ extras["test"] = [
     *extras["benchmarks"],
     "pytest>=8.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "tensorboard",
     # For Triton's interpreter, beside a PyTorch for the CPU: builds for GPUs bring Triton themselves.
     'triton>=3.3 ; platform_system == "Linux"',
