@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when thi
 from benchmarks.block_pair import BlockPair, median_seconds
 from benchmarks.block_shares import PARTS, time_shares
 from benchmarks.block_training import check_training, describe_training, measure_training
-from benchmarks.candidates import PISDM, Candidate, make_candidates, num_tokens, parse_image_size
+from benchmarks.candidates import PISDM, make_candidates, num_tokens, parse_image_size
 from benchmarks.check_candidates import check_candidates
 from benchmarks.measurement import DTYPES, describe_conditions, parse_positive, print_conditions, write_report
 
@@ -43,13 +43,8 @@ PRODUCTS = next(iter(PARTS))
 DEPTH = 40  # layers of the models whose blocks these are, whose depths only have to come out even
 
 
-def measure_tokens(candidates: list[Candidate], image_size: int, args: argparse.Namespace) -> list[dict]:
+def measure_times(pairs: dict[str, BlockPair], image_size: int, args: argparse.Namespace) -> list[dict]:
     """All blocks for images of one size: a row each, PIS-DM's first."""
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    pairs = {
-        candidate.name: BlockPair.build(candidate, image_size, args.batch_size, device, dtype)
-        for candidate in candidates
-    }
     seconds = median_seconds(pairs, args.repeats)
     rows = [
         {
@@ -59,7 +54,7 @@ def measure_tokens(candidates: list[Candidate], image_size: int, args: argparse.
             "median_seconds": seconds[name],
             "parameters": pair.parameters,
             "token_parameters": pair.token_parameters,
-            "memory_bytes": pair.peak_bytes(),
+            "memory_bytes": None,  # not yet
         }
         for name, pair in pairs.items()
     ]
@@ -113,8 +108,9 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         tokens = [row["tokens"] for row in own]
         pace = [1e9 * row["median_seconds"] / row["parameters"] for row in own]
         axes[0].plot(tokens, pace, "o-", label=f"{name} ({own[0]['parameters'] / 1e6:.1f}M)")
-        if own[0]["memory_bytes"] is not None:
-            axes[1].plot(tokens, [row["memory_bytes"] / 2**30 for row in own], "o-", label=name)
+        known = [(row["tokens"], row["memory_bytes"] / 2**30) for row in own if row["memory_bytes"] is not None]
+        if known:
+            axes[1].plot(*zip(*known), "o-", label=name)
     shown = [row for row in rows if row["model"] == PISDM]
     bottom = [0.0] * len(shown)
     for part in shown[0]["shares"]:
@@ -129,7 +125,8 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         axis.minorticks_off()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7)
+        if axis.has_data():
+            axis.legend(fontsize=7)
     figure.supxlabel("tokens", fontsize=10)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
@@ -147,11 +144,23 @@ def run_blocks(args: argparse.Namespace, conditions: dict) -> None:
         "rows": [],
     }
     title = f"Width {args.width}, batch {args.batch_size}, {args.dtype}, {conditions['device']}"
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
     for image_size in sorted(set(args.image_sizes)):
-        rows = measure_tokens(candidates, image_size, args)
-        gc.collect()
-        report["rows"] += [{**row, "load_average": os.getloadavg()[0]} for row in rows]
+        pairs = {
+            candidate.name: BlockPair.build(candidate, image_size, args.batch_size, device, dtype)
+            for candidate in candidates
+        }
+        rows = measure_times(pairs, image_size, args)
+        report["rows"] += rows
+        for row in rows:
+            row["load_average"] = os.getloadavg()[0]
         add_growth(report["rows"])
+        # Memory takes passes of its own, minutes at many tokens: what is timed should not be lost with them.
+        write_report(args.output_dir, "block", report, lambda path: plot(report["rows"], title, path))
+        for row in rows:
+            row["memory_bytes"] = pairs[row["model"]].peak_bytes()
+        del pairs
+        gc.collect()
         write_report(args.output_dir, "block", report, lambda path: plot(report["rows"], title, path))
     print_table(report["rows"])
     print(f"Wrote {args.output_dir / 'block.json'} and {args.output_dir / 'block.png'}.")

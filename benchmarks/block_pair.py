@@ -79,7 +79,10 @@ class BlockPair:
         return caught
 
     def peak_bytes(self) -> int | None:
-        """What the hungrier of the two blocks needs beside its weights, its input among it."""
+        """
+        What the hungrier of the two blocks needs beside its weights, its input among it. Both have run before, so that
+        workspaces that stay are not counted.
+        """
         needed = []
         for block, (given, named) in zip(self.blocks, self.arguments()):
 
@@ -87,7 +90,6 @@ class BlockPair:
                 with torch.no_grad():
                     block(*given, **named)
 
-            call()  # workspaces that stay are not a pass's own
             growth = measure_peak_growth(call, self.inputs[0].device)
             if growth is None:
                 return None
