@@ -1,5 +1,5 @@
 # make demo [CLASSES="fluent3d/animal-mammal 12 ..."] [STEPS=20]   sample the checkpoint: demo.png and demo_stages.png
-# make test [PYTEST_ARGS="tests/ops -k scan"]           run the tests
+# make test [PYTEST_ARGS="tests/ops -k scan"]           run the tests: all, by two processes, or those chosen, by one
 # make test-inception                                  compare with torch-fidelity's Inception v3 (gigabytes: see below)
 # make lint | make docs | make clean
 #
@@ -20,6 +20,8 @@ export CLASSES
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input -c constraints.txt
+# A file's tests stay in one process, as they share what they have trained.
+TWO_PROCESSES := --numprocesses 2 --dist loadfile
 INCEPTION_VENV := .venv-inception
 INCEPTION_PYTHON := $(INCEPTION_VENV)/bin/python
 DEMO_ARGS = --model checkpoints/pisdm-emoji64 --steps $(STEPS) --output demo.png --stages_output demo_stages.png
@@ -39,7 +41,7 @@ demo: $(VENV)/.installed
 	@$(VENV_PYTHON) examples/generate.py $(DEMO_ARGS) $${CLASSES:+--classes "$$CLASSES"}
 
 test: $(VENV)/.installed-test
-	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(VENV_PYTHON) -m pytest $(or $(PYTEST_ARGS),$(TWO_PROCESSES))
 
 test-inception: $(INCEPTION_VENV)/.installed
 	@$(INCEPTION_PYTHON) -m pytest tests/evaluation/test_inception_v3.py $(PYTEST_ARGS)

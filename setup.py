@@ -28,6 +28,7 @@ extras["test"] = [
     *extras["benchmarks"],
     "pytest>=8.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "tensorboard",
     *extras["lint"],
 ]

@@ -1,7 +1,14 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Test processes share the cores: threads of one would wait for those of another. Tests of threads set the number.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 REAL_IMAGES = Path(__file__).parent / "data" / "fluent3d"
