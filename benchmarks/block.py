@@ -156,7 +156,7 @@ def run_blocks(args: argparse.Namespace, conditions: dict) -> None:
             row["load_average"] = os.getloadavg()[0]
         add_growth(report["rows"])
         # Memory takes passes of its own, minutes at many tokens: what is timed should not be lost with them.
-        write_report(args.output_dir, "block", report, lambda path: plot(report["rows"], title, path))
+        write_report(args.output_dir, "block", report)
         for row in rows:
             row["memory_bytes"] = pairs[row["model"]].peak_bytes()
         del pairs

@@ -21,6 +21,11 @@ SMALL = {"width": 32, "tokens": 33}  # of the check
 TOLERANCE = 1e-4  # of the largest value
 
 
+def slow_name(name: str) -> str:
+    """What transformers calls a parameter of our mixer."""
+    return "dt_proj.bias" if name == "dt_bias" else name
+
+
 class SlowMixer(nn.Module):
     """transformers' `MambaMixer` without CUDA kernels, with the weights of one of ours."""
 
@@ -41,8 +46,7 @@ class SlowMixer(nn.Module):
             use_conv_bias=True,
         )
         self.mixer = MambaMixer(config, layer_idx=0).to(mixer.D.dtype)
-        weights = {"dt_proj.bias" if name == "dt_bias" else name: w for name, w in mixer.state_dict().items()}
-        self.mixer.load_state_dict(weights)
+        self.mixer.load_state_dict({slow_name(name): value for name, value in mixer.state_dict().items()})
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # transformers 4 dispatches to its CUDA kernels in `forward`; version 5 has the slow path there.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from benchmarks.candidates import cast_model
+from benchmarks.device_clock import now
 from diffusers_pisdm import PISDM_SIZES, PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.pipelines.pipeline_pisdm_cascade import TRANSFORMERS
 from diffusers_pisdm.training.recipes import Recipe
@@ -53,19 +53,14 @@ def sample(pipeline: PISDMCascadePipeline, steps: list[int], batch_size: int) ->
     seconds = [0.0] * pipeline.num_stages
     device = pipeline.device
 
-    def now() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
     def stamp(pipeline: PISDMCascadePipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         nonlocal last
-        end = now()
+        end = now(device)
         seconds[pipeline.stage - 1] += end - last
         last = end
         return tensors
 
-    last = now()
+    last = now(device)
     latents = pipeline(
         class_labels=[index % NUM_CLASSES for index in range(batch_size)],
         num_inference_steps=steps,

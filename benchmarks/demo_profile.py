@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import runpy
 import sys
 import time
@@ -31,6 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
 
+from benchmarks.device_clock import now
+from benchmarks.measurement import write_report
 from benchmarks.peak_memory import measure_peak_growth
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.training.machine import describe_machine
@@ -77,17 +78,12 @@ def watch_stages(pipe: PISDMCascadePipeline) -> Iterator[list[dict]]:
     device = pipe.device
     stages: list[dict] = []
 
-    def now() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
     def timed(function: Callable, part: str) -> Callable:
         @functools.wraps(function)  # the pipeline reads the signature of a scheduler's step
         def call(*args, **kwargs):
-            start = now()
+            start = now(device)
             out = function(*args, **kwargs)
-            stages[-1][part] += now() - start
+            stages[-1][part] += now(device) - start
             return out
 
         return call
@@ -112,11 +108,11 @@ def watch_stages(pipe: PISDMCascadePipeline) -> Iterator[list[dict]]:
     @contextmanager
     def timed_loop(**kwargs) -> Iterator:  # a stage's loop runs inside its progress bar
         stages.append({"forwards": 0.0, "scheduler": 0.0, "num_forwards": 0})
-        start = now()
+        start = now(device)
         with progress_bar(**kwargs) as bar:
             yield bar
         stage = stages[-1]
-        stage["seconds"] = now() - start
+        stage["seconds"] = now(device) - start
         stage["rest"] = stage["seconds"] - stage["forwards"] - stage["scheduler"]
 
     get_stage_schedulers, progress_bar = pipe.get_stage_schedulers, pipe.progress_bar
@@ -244,9 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     print(f"{report['images']} images, steps {report['steps']}; {report['machine']}")
     print(format_tables(report["rows"], report["sizes"]))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "demo_profile.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, args.output_dir / "demo_profile.png")
+    write_report(args.output_dir, "demo_profile", report, lambda path: draw(report, path))
     print(f"Wrote {args.output_dir / 'demo_profile.json'} and {args.output_dir / 'demo_profile.png'}.")
 
 

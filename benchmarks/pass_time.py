@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+
+from benchmarks.device_clock import now
 
 
 MIN_STACK = 4  # layers: the first of each half is a special case and needs one more beside it
@@ -39,22 +40,17 @@ def time_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...], by_layer: bool
     """
     device = inputs[0].device
 
-    def now() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
     stamps: list[float] = []
     hooks = []
     if by_layer:
         first, *_ = blocks = list(model.transformer_blocks)
-        hooks = [block.register_forward_hook(lambda *_: stamps.append(now())) for block in blocks]
-        hooks.append(first.register_forward_pre_hook(lambda *_: stamps.append(now())))
+        hooks = [block.register_forward_hook(lambda *_: stamps.append(now(device))) for block in blocks]
+        hooks.append(first.register_forward_pre_hook(lambda *_: stamps.append(now(device))))
     try:
         with torch.no_grad():
-            start = now()
+            start = now(device)
             model(*inputs, return_dict=False)
-            seconds = now() - start
+            seconds = now(device) - start
     finally:
         for hook in hooks:
             hook.remove()

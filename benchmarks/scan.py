@@ -18,9 +18,9 @@ all inputs and outputs once, with their gradients where there is a backward.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +28,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
+
+from benchmarks.measurement import write_report
 from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops.optional_backends import missing_backend
 
@@ -305,10 +309,8 @@ def main(arguments: list[str] | None = None) -> None:
         machine = {"gpu": torch.cuda.get_device_name(args.device), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print_table(rows)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine, "state_size": args.state_size, "repeats": args.repeats, "rows": rows}
-    (args.output_dir / "scan.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(rows, args.output_dir / "scan.png")
+    write_report(args.output_dir, "scan", report, lambda path: draw(rows, path))
     print(f"Wrote {args.output_dir / 'scan.json'} and {args.output_dir / 'scan.png'}.")
 
 

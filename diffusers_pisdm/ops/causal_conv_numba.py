@@ -10,7 +10,8 @@ import functools
 
 import torch
 
-from .numba_launch import LANES, ceil_div, channels_last, empty_channels_last, launch
+from .numba_launch import LANES, channels_last, launch
+from .sequence_layout import ceil_div, empty_channels_last
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from .numba_parallel import run_kernel
+from .sequence_layout import adjacent_channels, ceil_div
 
 
 LANES = 16
@@ -25,21 +26,9 @@ MIN_GROUPS = 4
 WORK_PER_THREAD = 1 << 13
 
 
-def ceil_div(a: int, b: int) -> int:
-    """`a / b` rounded up."""
-    return (a + b - 1) // b
-
-
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     """`x` (B, D, L) in float32 with adjacent channels: itself where it is so already."""
-    x = x.float()
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.mT.contiguous().mT
-
-
-def empty_channels_last(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """An empty tensor of the shape of `x` (B, D, L) with adjacent channels and no gaps."""
-    batch, channels, length = x.shape
-    return x.new_empty(batch, length, channels, dtype=dtype).mT
+    return adjacent_channels(x.float())
 
 
 def split_channels(batch: int, channels: int) -> tuple[int, int]:

@@ -10,7 +10,9 @@ import functools
 
 import torch
 
-from .numba_launch import LANES, ceil_div, channels_last, empty_channels_last, launch, split_channels
+from .numba_launch import LANES, channels_last, launch, split_channels
+from .selective_scan_autograd import register_scan_autograd
+from .sequence_layout import ceil_div, empty_channels_last
 
 
 CHUNK = 24  # steps between two states kept for the backward
@@ -132,36 +134,7 @@ def _scan_backward(
     ]
 
 
-@_scan_backward.register_fake
-def _(grad_out, kept, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    return [
-        empty_channels_last(u, u.dtype),
-        empty_channels_last(delta, delta.dtype),
-        A.new_empty(A.shape),
-        empty_channels_last(B, B.dtype),
-        empty_channels_last(C, C.dtype),
-        grad_out.new_empty(0) if D is None else D.new_empty(D.shape),
-        grad_out.new_empty(0) if z is None else empty_channels_last(z, z.dtype),
-        grad_out.new_empty(0) if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
-    ]
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, _ = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_out, grad_kept):
-    if grad_out is None:
-        return (None,) * 10
-    kept, *tensors = ctx.saved_tensors
-    gradients = _scan_backward(grad_out, kept, *tensors, ctx.delta_softplus)
-    return (*[None if x is None else gradient for gradient, x in zip(gradients, tensors)], None, None)
-
-
-_scan.register_autograd(_backward, setup_context=_setup_context)
+register_scan_autograd(_scan, _scan_backward)
 
 
 def _fill_fours(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,7 +22,8 @@ import functools
 
 import torch
 
-from .numba_launch import ceil_div, empty_channels_last
+from .selective_scan_autograd import register_scan_autograd
+from .sequence_layout import adjacent_channels, ceil_div, empty_channels_last
 
 
 CHANNELS = 32  # of a program: one a lane of a warp
@@ -55,11 +56,6 @@ def _check_device(x: torch.Tensor) -> None:
         )
 
 
-def _adjacent(x: torch.Tensor) -> torch.Tensor:
-    """`x` (B, D, L) with adjacent channels, as the lanes of a warp read them: itself where it is so already."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.mT.contiguous().mT
-
-
 def _strides(*sequences: torch.Tensor | None) -> list[int]:
     """Strides over batch and length, one sequence (B, D, L) after the other."""
     return [stride for x in sequences for stride in ((0, 0) if x is None else (x.stride(0), x.stride(2)))]
@@ -75,9 +71,9 @@ def split_length(batch: int, blocks: int, length: int) -> tuple[int, int]:
 class _Launch:
     """The sizes that all kernels of one scan share, and how they are started."""
 
-    def __init__(self, u: torch.Tensor, A: torch.Tensor, delta_softplus: bool):
+    def __init__(self, u: torch.Tensor, states: int, delta_softplus: bool):
         self.batch, self.channels, self.length = u.shape
-        self.states = A.shape[1]
+        self.states = states
         self.blocks = ceil_div(self.channels, CHANNELS)
         self.chunks, self.chunk_steps = split_length(self.batch, self.blocks, self.length)
         self.device = u.device
@@ -115,9 +111,9 @@ class _Launch:
 def _prepare(u, delta, A, B, C, D, z, delta_bias):
     """The inputs as the kernels take them."""
     _check_device(u)
-    u, delta, B, C = (_adjacent(x) for x in (u, delta, B, C))
+    u, delta, B, C = (adjacent_channels(x) for x in (u, delta, B, C))
     D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
-    return u, delta, A.float().t().contiguous(), B, C, D, None if z is None else _adjacent(z), delta_bias
+    return u, delta, A.float().t().contiguous(), B, C, D, None if z is None else adjacent_channels(z), delta_bias
 
 
 def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
@@ -149,7 +145,7 @@ def _scan(
     if out.numel() == 0:  # an empty grid cannot be launched
         return out, kept
     u, delta, A, B, C, D, z, delta_bias = _prepare(u, delta, A, B, C, D, z, delta_bias)
-    launch = _Launch(u, A.t(), delta_softplus)
+    launch = _Launch(u, A.shape[0], delta_softplus)
     entering = launch.enter(
         _kernels().chunk_state_kernel, u, delta, A, B, delta_bias, A=A, strides=_strides(u, delta, B), reverse=False
     )
@@ -187,9 +183,9 @@ def _scan_backward(
     grad_z = None if z is None else empty_channels_last(z, z.dtype)
     if grad_out.numel() == 0:
         return [grad_out.new_empty(0) if x is None else torch.zeros_like(x) for x in inputs]
-    grad_out = _adjacent(grad_out)
+    grad_out = adjacent_channels(grad_out)
     u, delta, A, B, C, D, z, delta_bias = _prepare(*inputs)
-    launch = _Launch(u, A.t(), delta_softplus)
+    launch = _Launch(u, A.shape[0], delta_softplus)
     # Each program writes its own partial sums; they are added below, in an order that is always the same.
     grad_A, grad_D, grad_bias = launch.chunk_sums(launch.states), launch.chunk_sums(), launch.chunk_sums()
     grad_B, grad_C = launch.empty(2, launch.blocks, launch.batch, launch.length, launch.states)
@@ -220,36 +216,7 @@ def _scan_backward(
     ]
 
 
-@_scan_backward.register_fake
-def _(grad_out, kept, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    return [
-        empty_channels_last(u, u.dtype),
-        empty_channels_last(delta, delta.dtype),
-        A.new_empty(A.shape),
-        empty_channels_last(B, B.dtype),
-        empty_channels_last(C, C.dtype),
-        grad_out.new_empty(0) if D is None else D.new_empty(D.shape),
-        grad_out.new_empty(0) if z is None else empty_channels_last(z, z.dtype),
-        grad_out.new_empty(0) if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
-    ]
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, _ = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_out, grad_kept):
-    if grad_out is None:
-        return (None,) * 10
-    kept, *tensors = ctx.saved_tensors
-    gradients = _scan_backward(grad_out, kept, *tensors, ctx.delta_softplus)
-    return (*[None if x is None else gradient for gradient, x in zip(gradients, tensors)], None, None)
-
-
-_scan.register_autograd(_backward, setup_context=_setup_context)
+register_scan_autograd(_scan, _scan_backward)
 
 
 def selective_scan_triton(

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from transformers import MambaConfig
-from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from benchmarks.block_training import SlowMixer, slow_name
 from diffusers_pisdm.models.transformer_pisdm import PISDMMambaMixer
 
 
@@ -20,29 +19,9 @@ def make_pair(hidden_size, state_size, conv_kernel, expand, rank, seed=0):
         parameter.data += torch.randn_like(parameter) * 0.3  # away from the regular values they start at
     for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj):
         linear.weight.data *= 4  # as they start, the skip `D` hides the scan
-    config = MambaConfig(
-        hidden_size=hidden_size,
-        state_size=state_size,
-        conv_kernel=conv_kernel,
-        expand=expand,
-        time_step_rank=rank,
-        num_hidden_layers=1,
-        use_bias=False,
-        use_conv_bias=True,
-    )
-    oracle = MambaMixer(config, layer_idx=0)
-    missing = oracle.load_state_dict({oracle_name(name): value for name, value in mixer.state_dict().items()})
-    assert missing.missing_keys == missing.unexpected_keys == []
+    oracle = SlowMixer(mixer)
+    assert {slow_name(name) for name in mixer.state_dict()} == oracle.mixer.state_dict().keys()
     return mixer, oracle
-
-
-def oracle_name(name):
-    return "dt_proj.bias" if name == "dt_bias" else name
-
-
-def run_oracle(oracle, tokens):
-    # transformers 4 dispatches to its CUDA kernels in `forward`; version 5 has the slow path there.
-    return getattr(oracle, "slow_forward", oracle)(tokens)
 
 
 def assert_near(ours, theirs, name):
@@ -59,14 +38,14 @@ def test_outputs_and_gradients_equal_the_oracles(shape):
     grad = torch.randn(batch, length, sizes[0])
     ours, theirs = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
 
-    out, expected = mixer(ours), run_oracle(oracle, theirs)
+    out, expected = mixer(ours), oracle(theirs)
     assert_near(out, expected, "output")
     out.backward(grad)
     expected.backward(grad)
     assert_near(ours.grad, theirs.grad, "input")
-    gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in oracle.mixer.named_parameters()}
     for name, parameter in mixer.named_parameters():
-        assert_near(parameter.grad, gradients[oracle_name(name)], name)
+        assert_near(parameter.grad, gradients[slow_name(name)], name)
 
 
 def test_step_bias_is_the_oracles_projection_bias():
@@ -76,9 +55,9 @@ def test_step_bias_is_the_oracles_projection_bias():
     before = mixer(tokens)
     mixer.dt_bias.data += 2.0
     assert (mixer(tokens) - before).norm() > 0.1 * before.norm()
-    assert (mixer(tokens) - run_oracle(oracle, tokens)).norm() > 0.1 * before.norm()
-    oracle.dt_proj.bias.data += 2.0
-    assert_near(mixer(tokens), run_oracle(oracle, tokens), "output")
+    assert (mixer(tokens) - oracle(tokens)).norm() > 0.1 * before.norm()
+    oracle.mixer.dt_proj.bias.data += 2.0
+    assert_near(mixer(tokens), oracle(tokens), "output")
 
 
 def test_is_causal():

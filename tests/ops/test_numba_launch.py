@@ -6,7 +6,6 @@ from diffusers_pisdm.ops.numba_launch import (
     MAX_GROUPS,
     WANTED_UNITS,
     channels_last,
-    empty_channels_last,
     split_channels,
 )
 
@@ -31,9 +30,3 @@ def test_channels_last_copies_only_what_it_must():
         assert channels_last(x).data_ptr() == x.data_ptr() and torch.equal(channels_last(x), x)
     for x in (rows, rows.mT.bfloat16(), rows.mT.flip(2).contiguous(), rows[..., :1].expand(2, 5, 6).mT):
         assert channels_last(x).stride(1) == 1 and torch.equal(channels_last(x), x.float())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_empty_channels_last(dtype):
-    x = empty_channels_last(torch.randn(2, 3, 5), dtype)
-    assert x.shape == (2, 3, 5) and x.mT.is_contiguous() and x.dtype == dtype
