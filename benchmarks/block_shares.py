@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.block_pair import BlockPair
@@ -53,11 +54,13 @@ def time_shares(pair: BlockPair, repeats: int) -> dict[str, float]:
     on_gpu = pair.inputs[0].device.type == "cuda"
     with torch.no_grad():
         run()
-        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
             for _ in range(repeats):
                 run()
     spent = dict.fromkeys((*PARTS, ELSEWHERE), 0.0)
     for event in trace.key_averages():
+        if event.device_type != DeviceType.CPU:  # a kernel, counted with the operator that launched it
+            continue
         spent[part_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     total = sum(spent.values())
     return {part: time / total for part, time in spent.items()}
