@@ -3,7 +3,7 @@ Sample a PIS-DM cascade into a labelled grid.
 
     python examples/generate.py --model checkpoints/pisdm-emoji64 --output grid.png
     python examples/generate.py --classes 207 fluent3d/animal-mammal --images_per_class 8 --seed 1
-    python examples/generate.py --scheduler DDIMScheduler --steps 50 20 20 20 --guidance_scale 2.0
+    python examples/generate.py --scheduler UniPCMultistepScheduler --steps 20 10 10 10 --guidance_scale 2.0
 """
 
 import argparse

@@ -553,7 +553,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
-        num_inference_steps: int | list[int] = 50,
+        num_inference_steps: int | list[int] = 20,
         timesteps: list[int] | list[list[int] | None] | None = None,
         sigmas: list[float] | list[list[float] | None] | None = None,
         guidance_scale: float | list[float] = 4.0,
@@ -585,7 +585,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             height, width (`int`, *optional*):
                 Pixels of the final images; the last stage's `sample_size` by default. Lower stages scale with it.
             num_images_per_prompt (`int`, defaults to 1): Images a label; those of one label are neighbours.
-            num_inference_steps (`int` or `list[int]`, defaults to 50): Denoising steps, per stage.
+            num_inference_steps (`int` or `list[int]`, defaults to 20):
+                Denoising steps, per stage. The paper takes 50; with DPM-Solver the published checkpoint gains nothing
+                beyond 10 (`benchmarks/sampling_efficiency.py`).
             timesteps (`list[int]`, or one list a stage, *optional*):
                 Own timesteps instead of `num_inference_steps`, for schedulers that take them; `None` in a list of
                 lists leaves a stage its `num_inference_steps`.

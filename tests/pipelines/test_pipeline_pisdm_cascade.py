@@ -42,7 +42,7 @@ def test_signature_is_as_in_the_design():
         "guidance_scale": 4.0,
         "return_dict": True,
     }
-    assert parameters["num_inference_steps"].default == 50
+    assert parameters["num_inference_steps"].default == 20  # from benchmarks/sampling_efficiency.py
     assert parameters["output_type"].default == "pil"
     assert list(parameters)[:2] == ["self", "class_labels"]
     assert {"generator", "latents", "eta", "callback_on_step_end", "height", "width"} <= set(parameters)
