@@ -19,7 +19,7 @@ def test_the_record_holds_what_makes_the_images(tmp_path):
     claim_folder(tmp_path, describe(pipe, num_samples=7, classes=[3, 1], noise_level=0.25), 0)
     record = read_sample_set(tmp_path)
     assert SampleSettings(**record["settings"]) == SampleSettings(
-        7, 0, [3, 1], 50, 4.0, guidance_start=0.0, guidance_stop=1.0, noise_level=0.25
+        7, 0, [3, 1], 20, 4.0, guidance_start=0.0, guidance_stop=1.0, noise_level=0.25
     )
     assert record["num_classes"] == 10
     assert record["model"]["pipeline"] == "PISDMCascadePipeline"

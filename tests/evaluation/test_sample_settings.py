@@ -38,7 +38,7 @@ def test_what_is_left_out_is_the_pipelines_default():
     settings = SampleSettings(5, guidance_scale=[1.0, 2.0]).resolve(make_cascade())
     assert settings == SampleSettings(
         num_samples=5,
-        num_inference_steps=50,
+        num_inference_steps=20,
         guidance_scale=[1.0, 2.0],
         guidance_start=0.0,
         guidance_stop=1.0,
