@@ -6,21 +6,24 @@ import torch
 
 from .causal_conv_numba import causal_conv_numba
 from .causal_conv_torch import causal_conv_torch
+from .causal_conv_triton import causal_conv_triton
 from .force_backends import forced_backend
 from .optional_backends import check_backend, missing_backend
 
 
-CAUSAL_CONV_BACKENDS = ("torch", "numba")
-_FUNCTIONS = {"torch": causal_conv_torch, "numba": causal_conv_numba}
+CAUSAL_CONV_BACKENDS = ("torch", "numba", "triton")
+_FUNCTIONS = {"torch": causal_conv_torch, "numba": causal_conv_numba, "triton": causal_conv_triton}
+_FASTEST = {"cpu": "numba", "cuda": "triton"}  # of each device
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import
 def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    """Numba where it can be used, else torch. A missing Numba is logged by the scan that follows, not twice."""
-    if device_type == "cpu" and all(dtype in _KERNEL_DTYPES for dtype in dtypes) and missing_backend("numba") is None:
-        return "numba"
-    return "torch"
+    """The device's kernels where they can be used, else torch. What is missing is logged by the scan that follows."""
+    fastest = _FASTEST.get(device_type)
+    if fastest is None or any(dtype not in _KERNEL_DTYPES for dtype in dtypes) or missing_backend(fastest) is not None:
+        return "torch"
+    return fastest
 
 
 def _check_inputs(x, weight, bias, activation) -> None:
@@ -64,7 +67,8 @@ def causal_conv(
         bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the activation.
         activation (`str`, *optional*, defaults to `"silu"`): `"silu"` or `None`.
         backend (`str`, defaults to `"auto"`):
-            `"torch"` (any device), `"numba"` (CPU), or `"auto"`: Numba on a CPU where it imports, else torch.
+            `"torch"` (any device), `"numba"` (CPU), `"triton"` (CUDA), or `"auto"`: Numba on a CPU and Triton on CUDA
+            where they import, else torch.
 
     Returns:
         `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and the memory order of `x`.
@@ -73,6 +77,7 @@ def causal_conv(
         ValueError: if shapes or devices do not fit together, or `activation` or `backend` is not one of the above.
         TypeError: if a tensor is not of a real floating point dtype.
         ImportError: if the backend asked for cannot be imported.
+        NotImplementedError: if the backend asked for does not compute on the device or in the dtypes.
     """
     _check_inputs(x, weight, bias, activation)
     if backend == "auto":

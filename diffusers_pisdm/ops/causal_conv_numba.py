@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from .causal_conv_autograd import register_conv_autograd
 from .numba_launch import LANES, channels_last, launch
 from .sequence_layout import ceil_div, empty_channels_last
 
@@ -43,11 +44,6 @@ def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, acti
     return out.to(x.dtype)
 
 
-@_conv.register_fake
-def _(x, weight, bias, activation):
-    return empty_channels_last(x, x.dtype)
-
-
 @torch.library.custom_op("diffusers_pisdm::causal_conv_numba_backward", mutates_args=(), device_types="cpu")
 def _conv_backward(
     grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
@@ -75,27 +71,7 @@ def _conv_backward(
     )
 
 
-@_conv_backward.register_fake
-def _(grad_out, x, weight, bias, activation):
-    return (
-        empty_channels_last(x, x.dtype),
-        weight.new_empty(weight.shape),
-        grad_out.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_out):
-    x, weight, bias = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = _conv_backward(grad_out, x, weight, bias, ctx.activation)
-    return grad_x, grad_weight, None if bias is None else grad_bias, None
-
-
-_conv.register_autograd(_backward, setup_context=_setup_context)
+register_conv_autograd(_conv, _conv_backward)
 
 
 def causal_conv_numba(

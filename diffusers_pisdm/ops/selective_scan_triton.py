@@ -24,9 +24,14 @@ import torch
 
 from .selective_scan_autograd import register_scan_autograd
 from .sequence_layout import adjacent_channels, ceil_div, empty_channels_last
+from .triton_launch import check_device, strides_of
 
 
-CHANNELS = 32  # of a program: one a lane of a warp
+# Channels of a program. With 128 the compiler gives each lane of a warp four channels with all their states: sums over
+# the states stay within a lane, and what a step costs beside its arithmetic is shared by four. That fills a GPU only
+# if there is enough to do; and the backward, which sums over channels and holds more, would spill registers.
+WIDE_CHANNELS = 128
+NARROW_CHANNELS = 32
 STEPS = 4  # unrolled; the backward holds as many states in registers, and with 8 would spill them
 KEPT_STEPS = 4 * STEPS  # between two states kept for the backward
 STATES_PER_WARP = 16  # more would spill too
@@ -44,21 +49,10 @@ def _kernels():
     return selective_scan_triton_kernels
 
 
-def _check_device(x: torch.Tensor) -> None:
-    if x.device.type != "cpu":
-        return
-    from triton.runtime.interpreter import InterpretedFunction
-
-    if not isinstance(_kernels().forward_kernel, InterpretedFunction):
-        raise NotImplementedError(
-            "The 'triton' backend computes on a GPU, and these tensors are on the CPU: use backend='auto', or set"
-            " TRITON_INTERPRET=1 before Python starts to run it, slowly, in Triton's interpreter."
-        )
-
-
-def _strides(*sequences: torch.Tensor | None) -> list[int]:
-    """Strides over batch and length, one sequence (B, D, L) after the other."""
-    return [stride for x in sequences for stride in ((0, 0) if x is None else (x.stride(0), x.stride(2)))]
+def choose_channels(batch: int, channels: int, length: int) -> int:
+    """The channels of a program that only walks a chunk: many where this still makes programs enough."""
+    programs = batch * ceil_div(channels, WIDE_CHANNELS) * max(1, length // MIN_CHUNK_STEPS)
+    return WIDE_CHANNELS if programs >= WANTED_PROGRAMS // 2 else NARROW_CHANNELS
 
 
 def split_length(batch: int, blocks: int, length: int) -> tuple[int, int]:
@@ -74,11 +68,11 @@ class _Launch:
     def __init__(self, u: torch.Tensor, states: int, delta_softplus: bool):
         self.batch, self.channels, self.length = u.shape
         self.states = states
-        self.blocks = ceil_div(self.channels, CHANNELS)
-        self.chunks, self.chunk_steps = split_length(self.batch, self.blocks, self.length)
+        self.lanes = choose_channels(self.batch, self.channels, self.length)
+        self.chunks, self.chunk_steps = split_length(self.batch, ceil_div(self.channels, self.lanes), self.length)
         self.device = u.device
         rows = 1 << (self.states - 1).bit_length()  # tiles have powers of two
-        self.tile = {"STATES": self.states, "STATE_ROWS": rows, "CHANNELS": CHANNELS}
+        self.tile = {"STATES": self.states, "STATE_ROWS": rows}
         self.tile |= {"num_warps": min(8, max(1, rows // STATES_PER_WARP)), "enable_fp_fusion": True}
         self.walk = {"SOFTPLUS": delta_softplus, "STEPS": STEPS}
 
@@ -89,11 +83,14 @@ class _Launch:
         """Space for one tensor (*shape, channels) a chunk."""
         return self.empty(self.batch, self.chunks, *shape, self.channels)
 
-    def start(self, kernel, *tensors, strides: list[int], **constants) -> None:
-        """One program for each batch row, block of channels and chunk."""
-        sizes = (self.channels, self.length, self.chunk_steps, self.blocks, *strides)
+    def start(self, kernel, *tensors, strides: list[int], lanes: int | None = None, **constants) -> None:
+        """One program for each batch row, block of `lanes` channels and chunk."""
+        lanes = lanes or self.lanes
+        blocks = ceil_div(self.channels, lanes)
+        sizes = (self.channels, self.length, self.chunk_steps, blocks, *strides)
+        constants |= {"CHANNELS": lanes, **self.walk, **self.tile}
         with torch.cuda.device_of(tensors[0]):
-            kernel[self.batch * self.blocks, self.chunks](*tensors, *sizes, **self.walk, **self.tile, **constants)
+            kernel[self.batch * blocks, self.chunks](*tensors, *sizes, **constants)
 
     def enter(self, kernel, *tensors, A: torch.Tensor, strides: list[int], reverse: bool) -> torch.Tensor | None:
         """What enters each chunk (B, chunks, N, D): the first two passes, by the first one's kernel."""
@@ -101,16 +98,18 @@ class _Launch:
             return None
         ends, totals, entering = self.chunk_sums(self.states), self.chunk_sums(), self.chunk_sums(self.states)
         self.start(kernel, *tensors, ends, totals, strides=strides)
+        blocks = ceil_div(self.channels, NARROW_CHANNELS)
+        constants = {"CHANNELS": NARROW_CHANNELS, "REVERSE": reverse, **self.tile}
         with torch.cuda.device_of(A):
-            _kernels().join_kernel[self.batch * self.blocks,](
-                A, ends, totals, entering, self.channels, self.chunks, self.blocks, REVERSE=reverse, **self.tile
+            _kernels().join_kernel[self.batch * blocks,](
+                *(A, ends, totals, entering, self.channels, self.chunks, blocks), **constants
             )
         return entering
 
 
 def _prepare(u, delta, A, B, C, D, z, delta_bias):
     """The inputs as the kernels take them."""
-    _check_device(u)
+    check_device(u, _kernels().forward_kernel)
     u, delta, B, C = (adjacent_channels(x) for x in (u, delta, B, C))
     D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
     return u, delta, A.float().t().contiguous(), B, C, D, None if z is None else adjacent_channels(z), delta_bias
@@ -147,12 +146,12 @@ def _scan(
     u, delta, A, B, C, D, z, delta_bias = _prepare(u, delta, A, B, C, D, z, delta_bias)
     launch = _Launch(u, A.shape[0], delta_softplus)
     entering = launch.enter(
-        _kernels().chunk_state_kernel, u, delta, A, B, delta_bias, A=A, strides=_strides(u, delta, B), reverse=False
+        _kernels().chunk_state_kernel, u, delta, A, B, delta_bias, A=A, strides=strides_of(u, delta, B), reverse=False
     )
     launch.start(
         _kernels().forward_kernel,
         *(u, delta, A, B, C, D, z, delta_bias, entering, out, kept if keep_states else None),
-        strides=_strides(u, delta, B, C, z),
+        strides=strides_of(u, delta, B, C, z),
         KEPT_STEPS=KEPT_STEPS,
     )
     return out, kept
@@ -188,19 +187,21 @@ def _scan_backward(
     launch = _Launch(u, A.shape[0], delta_softplus)
     # Each program writes its own partial sums; they are added below, in an order that is always the same.
     grad_A, grad_D, grad_bias = launch.chunk_sums(launch.states), launch.chunk_sums(), launch.chunk_sums()
-    grad_B, grad_C = launch.empty(2, launch.blocks, launch.batch, launch.length, launch.states)
+    blocks = ceil_div(launch.channels, NARROW_CHANNELS)
+    grad_B, grad_C = launch.empty(2, blocks, launch.batch, launch.length, launch.states)
     entering = launch.enter(
         _kernels().chunk_gradient_kernel,
         *(grad_out, delta, A, C, z, delta_bias),
         A=A,
-        strides=_strides(grad_out, delta, C, z),
+        strides=strides_of(grad_out, delta, C, z),
         reverse=True,
     )
     launch.start(
         _kernels().backward_kernel,
         *(grad_out, u, delta, A, B, C, D, z, delta_bias, kept, entering),
         *(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias),
-        strides=_strides(grad_out, u, delta, B, C, z),
+        strides=strides_of(grad_out, u, delta, B, C, z),
+        lanes=NARROW_CHANNELS,
         KEPT_STEPS=KEPT_STEPS,
     )
     _, _, A, B, C, D, z, delta_bias = inputs

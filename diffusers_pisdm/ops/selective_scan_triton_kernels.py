@@ -12,11 +12,9 @@ beside an infinity, theirs would be NaN.
 import triton
 import triton.language as tl
 
+from .triton_silu import LOG2E, silu_and_slope
 
-if not hasattr(tl, "tuple"):
-    raise ImportError(f"Triton 3.3 or later is needed, this is {triton.__version__}")
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -73,13 +71,6 @@ def _load_delta(row, step, stride, channel, mask, bias, SOFTPLUS: tl.constexpr):
     if SOFTPLUS:
         after = _softplus(before)
     return before, tl.where(mask, after, 0.0)
-
-
-@triton.jit
-def _gate(z):
-    """silu and its derivative."""
-    sigmoid = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
-    return z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
 @triton.jit
@@ -203,7 +194,7 @@ def chunk_gradient_kernel(
             _before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
             grad_y = _load(grad, step, grad_step, channel, is_valid)
             if z is not None:
-                gate, _slope = _gate(_load(z, step, z_step, channel, is_valid))
+                gate, _slope = silu_and_slope(_load(z, step, z_step, channel, is_valid))
                 grad_y *= gate
             C_ = _load(C, step, C_step, state, _existing(state, STATES, step, length))
             carried = tl.exp2(delta_[None, :] * rates) * (carried + C_[:, None] * grad_y[None, :])
@@ -316,7 +307,7 @@ def forward_kernel(
             if D is not None:
                 y += D_ * u_
             if z is not None:
-                gate, _slope = _gate(_load(z, step, z_step, channel, is_valid))
+                gate, _slope = silu_and_slope(_load(z, step, z_step, channel, is_valid))
                 y *= gate
             outputs = outputs + (y,)
         for index in tl.static_range(STEPS):
@@ -438,7 +429,7 @@ def backward_kernel(
             decay = tl.exp2(delta_[None, :] * rates)
             h = decay * states[STEPS - 1 - index] + B_[:, None] * x[None, :]
             if z is not None:
-                gate, slope = _gate(_load(z, step, z_step, channel, is_valid))
+                gate, slope = silu_and_slope(_load(z, step, z_step, channel, is_valid))
                 y = _sum_states(C_[:, None] * h, state, STATES)
                 if D is not None:
                     y += D_ * u_

@@ -15,6 +15,11 @@ BACKENDS = [
 ]
 
 
+def device_of(backend):
+    """Triton's kernels run on a GPU if there is one, else in Triton's interpreter (see `tests/conftest.py`)."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def make_inputs(batch=2, channels=19, length=37, kernel_size=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
@@ -39,12 +44,13 @@ def convolve_by_definition(x, weight, bias, activation):
     return y if activation is None else y * torch.sigmoid(y)
 
 
-def run(function, tensors, activation, dtype=None):
-    leaves = [None if tensor is None else tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+def run(function, tensors, activation, dtype, device="cpu"):
+    leaves = [None if tensor is None else tensor.detach().to(device, dtype).requires_grad_() for tensor in tensors]
     out = function(*leaves, activation)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     used = [leaf for leaf in leaves if leaf is not None]
-    return out.detach(), torch.autograd.grad((out * weights.to(out.dtype)).sum(), used)
+    gradients = torch.autograd.grad((out * weights.to(out)).sum(), used)
+    return out.detach().cpu(), [gradient.cpu() for gradient in gradients]
 
 
 def relative_error(value, wanted):
@@ -67,7 +73,9 @@ def test_equals_definition(backend, activation, with_bias, batch, channels, leng
         return causal_conv(x, weight, bias, activation, backend=backend)
 
     in_float64 = backend == "torch"
-    out, gradients = run(convolve, tensors, activation, torch.float64 if in_float64 else torch.float32)
+    out, gradients = run(
+        convolve, tensors, activation, torch.float64 if in_float64 else torch.float32, device_of(backend)
+    )
     assert relative_error(out, wanted) <= (1e-14 if in_float64 else 1e-6)
     for gradient, wanted_gradient in zip(gradients, wanted_gradients):
         assert gradient.shape == wanted_gradient.shape
@@ -91,7 +99,7 @@ def test_any_strides_and_the_memory_order_of_x(backend, split):
     def convolve(x, weight, bias, activation):
         return causal_conv(x, weight, bias, activation, backend=backend)
 
-    out, gradients = run(convolve, (x, weight, bias), "silu", torch.float32)
+    out, gradients = run(convolve, (x, weight, bias), "silu", torch.float32, device_of(backend))
     wanted, wanted_gradients = run(convolve_by_definition, (x, weight, bias), "silu", torch.float32)
     assert out.stride() == torch.empty_like(x).stride()
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
@@ -105,15 +113,15 @@ def test_half_precision(backend, dtype):
     x, weight, bias = make_inputs(length=100)
     x = x.to(dtype)
     weight, bias = weight.to(dtype).float(), bias.to(dtype).float()
-    out = causal_conv(x, weight, bias, backend=backend)
+    out = causal_conv(*(tensor.to(device_of(backend)) for tensor in (x, weight, bias)), backend=backend)
     assert out.dtype == dtype
     wanted = convolve_by_definition(x.double(), weight.double(), bias.double(), "silu")
-    assert relative_error(out, wanted) <= torch.finfo(dtype).eps
+    assert relative_error(out.cpu(), wanted) <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_output_never_sees_later_steps(backend):
-    x, weight, bias = (tensor.float() for tensor in make_inputs())
+    x, weight, bias = (tensor.to(device_of(backend), torch.float32) for tensor in make_inputs())
     clean = causal_conv(x, weight, bias, backend=backend)
     x[1, 4, 20] = float("nan")
     hit = torch.isnan(causal_conv(x, weight, bias, backend=backend))
@@ -123,7 +131,7 @@ def test_output_never_sees_later_steps(backend):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_compiles_as_one_graph(backend):
-    tensors = [tensor.float().requires_grad_() for tensor in make_inputs()]
+    tensors = [tensor.to(device_of(backend), torch.float32).requires_grad_() for tensor in make_inputs()]
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x, weight, bias: causal_conv(x, weight, bias, backend=backend), fullgraph=True, backend="aot_eager"
@@ -170,10 +178,13 @@ def test_meta_tensors_give_shapes():
         ("cpu", (torch.bfloat16, torch.float32), False, "numba"),
         ("cpu", (torch.float64,), False, "torch"),
         ("cpu", (torch.float32,), True, "torch"),
-        ("cuda", (torch.float32,), False, "torch"),
+        ("cuda", (torch.float32,), False, "triton"),
+        ("cuda", (torch.float64,), False, "torch"),
+        ("cuda", (torch.float32,), True, "torch"),
+        ("mps", (torch.float32,), False, "torch"),
     ],
 )
-def test_auto_takes_numba_where_it_can(device_type, dtypes, missing, wanted, monkeypatch):
+def test_auto_takes_the_kernels_of_the_device(device_type, dtypes, missing, wanted, monkeypatch):
     monkeypatch.setattr(dispatch, "missing_backend", lambda name: "gone" if missing else None)
     assert dispatch.choose_backend(device_type, dtypes) == wanted
 

@@ -43,7 +43,7 @@ def small_sizes(request, monkeypatch):
     """Small chunks and blocks: the interpreter takes a time in proportion to the number of steps and programs."""
     if "full_sizes" in request.fixturenames:
         return
-    sizes = {"CHANNELS": 4, "STEPS": 2, "KEPT_STEPS": 4, "MIN_CHUNK_STEPS": 4}
+    sizes = {"WIDE_CHANNELS": 8, "NARROW_CHANNELS": 4, "STEPS": 2, "KEPT_STEPS": 4, "MIN_CHUNK_STEPS": 4}
     for name, size in sizes.items():
         monkeypatch.setattr(scan_module, name, size)
 
@@ -99,6 +99,19 @@ def test_equals_reference_at_full_sizes(full_sizes, monkeypatch):
     monkeypatch.setattr(scan_module, "MIN_CHUNK_STEPS", scan_module.KEPT_STEPS)
     assert split_length(1, 2, 35) == (2, 32)
     assert_matches_reference(make_inputs(1, 33, 35, 5))
+
+
+@pytest.mark.parametrize("programs", [2, 4])
+def test_equals_reference_in_wide_programs(programs, monkeypatch):
+    # The backward has two blocks of channels where the walks have one; in one chunk, and in two.
+    monkeypatch.setattr(scan_module, "WANTED_PROGRAMS", programs)
+    assert scan_module.choose_channels(2, 7, 9) == 8 and split_length(2, 1, 9)[0] == programs // 2
+    assert_matches_reference(make_inputs(2, 7, 9, 5))
+
+
+def test_programs_are_wide_where_there_are_enough(full_sizes):
+    assert scan_module.choose_channels(2, 3072, 16384) == scan_module.choose_channels(64, 3072, 16) == 128
+    assert scan_module.choose_channels(1, 3072, 256) == scan_module.choose_channels(1, 40, 16384) == 32
 
 
 @pytest.mark.parametrize("programs", [1, 3])
