@@ -11,8 +11,9 @@ the largest value is not timed. Then the candidates take turns, so that a distur
 and the medians are reported with their ratio over mambapy. Written are a table, `scan.json` and `scan.png`.
 
 On CUDA the candidates are the blocked PyTorch, Triton and mamba_ssm, if it imports. Times are between two events on
-the GPU. Beside them stands how many times the floor they are: the time in which the memory's measured bandwidth moves
-all inputs and outputs once, with their gradients where there is a backward.
+the GPU, of CUDA graphs: the launches are not in them. Ratios are over mamba_ssm, and beside them stands how many times
+the floor a time is: that in which the memory's measured bandwidth moves all inputs and outputs once, with their
+gradients where there is a backward. `--dtype` is that of the sequences, all but A, D and the bias.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +33,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
 
-from benchmarks.measurement import write_report
+from benchmarks.cuda_graph import record_graph
+from benchmarks.measurement import DTYPES, write_report
 from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops.optional_backends import missing_backend
 
@@ -40,6 +43,9 @@ from diffusers_pisdm.ops.optional_backends import missing_backend
 # and is not run above this one.
 MAX_LOOP_LENGTH_BACKWARD = 256
 MODES = ("forward", "forward + backward")
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}  # of a result's largest value
+SEQUENCES = ("u", "delta", "B", "C", "z")
+PEERS = {"cpu": "mambapy", "cuda": "mamba_ssm"}  # that the ratios are over, by device
 COPY_ELEMENTS = 1 << 26  # float32, of the copy that shows the memory's bandwidth: more than any cache holds
 
 
@@ -60,6 +66,11 @@ def make_inputs(batch: int, channels: int, length: int, state_size: int) -> dict
         "z": randn(batch, length, channels),
         "delta_bias": randn(channels) - 3,
     }
+
+
+def with_adjacent_steps(sequence: torch.Tensor) -> torch.Tensor:
+    """The same (B, L, D) with time side by side in memory: mamba_ssm would copy any other, as part of its time."""
+    return sequence.mT.contiguous().mT
 
 
 def package_scan(backend: str) -> Callable[..., torch.Tensor]:
@@ -162,6 +173,11 @@ def measure_bandwidth(device: torch.device, elements: int = COPY_ELEMENTS, repea
     return 2 * source.nbytes / min(time_call(lambda: target.copy_(source), device) for _ in range(repeats))
 
 
+def make_timed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call itself, or on a GPU its CUDA graph."""
+    return record_graph(call, device) if device.type == "cuda" else call
+
+
 def bytes_moved(inputs: dict[str, torch.Tensor], mode: str) -> int:
     """Bytes of all inputs and of the output once; with a backward, of all their gradients too."""
     once = sum(tensor.nbytes for tensor in inputs.values()) + inputs["u"].nbytes
@@ -184,48 +200,58 @@ def check_oracle(inputs: dict[str, torch.Tensor]) -> None:
 
 def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]:
     """Errors and times of all candidates at one (batch, channels, length): a row for each candidate and mode."""
-    inputs = {name: tensor.to(args.device) for name, tensor in make_inputs(*shape, args.state_size).items()}
-    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1)).to(args.device)
+    dtype = DTYPES[args.dtype]
+    inputs = {
+        name: tensor.to(args.device, dtype if name in SEQUENCES else torch.float32)
+        for name, tensor in make_inputs(*shape, args.state_size).items()
+    }
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1)).to(args.device, dtype)
     check_oracle(inputs)
     wanted, wanted_gradients = run_backward(
         package_scan("torch"), {name: tensor.double() for name, tensor in inputs.items()}, grad.double()
     )
+    own = {name: with_adjacent_steps(tensor) if name in SEQUENCES else tensor for name, tensor in inputs.items()}
+    given = {"mamba_ssm": (own, with_adjacent_steps(grad))}
 
     runs, rows = {}, []
     for name, scan in make_candidates(args.device.type).items():
+        inputs_, grad_ = given.get(name, (inputs, grad))
         row = {"shape": list(shape), "candidate": name, "mode": MODES[0], "gradient_error": None}
-        row["output_error"] = relative_error(run_forward(scan, inputs), wanted)
+        row["output_error"] = relative_error(run_forward(scan, inputs_), wanted)
         rows.append(row)
-        runs[name, MODES[0]] = (row, lambda scan=scan: run_forward(scan, inputs))
+        runs[name, MODES[0]] = (row, partial(run_forward, scan, inputs_))
 
         row = row | {"mode": MODES[1], "skipped": None}
         if name == "Mamba's loop" and shape[2] > MAX_LOOP_LENGTH_BACKWARD:
             row["skipped"] = "quadratic"
             rows.append(row)
             continue
-        out, gradients = run_backward(scan, inputs, grad)
+        out, gradients = run_backward(scan, inputs_, grad_)
         row["output_error"] = relative_error(out, wanted)
         row["gradient_error"] = max(relative_error(*pair) for pair in zip(gradients, wanted_gradients))
         del out, gradients
         rows.append(row)
-        runs[name, MODES[1]] = (row, lambda scan=scan: run_backward(scan, inputs, grad))
+        runs[name, MODES[1]] = (row, partial(run_backward, scan, inputs_, grad_))
     del wanted, wanted_gradients
 
-    for row, _ in runs.values():
+    timed = []
+    for row, call in runs.values():
         errors = [error for error in (row["output_error"], row["gradient_error"]) if error is not None]
         # Written so that a NaN is a failure too.
         row["skipped"] = None if all(error <= args.tolerance for error in errors) else "wrong"
         row["milliseconds"] = []
+        if row["skipped"] is None:
+            timed.append((row, make_timed(call, args.device)))
     for _ in range(args.repeats):
-        for row, call in runs.values():
-            if row["skipped"] is None:
-                row["milliseconds"].append(time_call(call, args.device))
+        for row, call in timed:
+            row["milliseconds"].append(time_call(call, args.device))
     for row in rows:
         row["median"] = statistics.median(row["milliseconds"]) if row.get("milliseconds") else None
-    baseline = {row["mode"]: row["median"] for row in rows if row["candidate"] == "mambapy"}
+    peer = PEERS[args.device.type]
+    baseline = {row["mode"]: row["median"] for row in rows if row["candidate"] == peer}
     for row in rows:
         known = row["median"] is not None and baseline.get(row["mode"]) is not None
-        row["times_mambapy"] = baseline[row["mode"]] / row["median"] if known else None
+        row[f"times_{peer}"] = baseline[row["mode"]] / row["median"] if known else None
     if args.device.type == "cuda":
         bandwidth = measure_bandwidth(args.device)
         for row in rows:
@@ -236,15 +262,20 @@ def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> list
 
 def print_table(rows: list[dict]) -> None:
     on_cpu = "times_floor" not in rows[0]
+    columns = (
+        {"x mambapy": "times_mambapy"} if on_cpu else {"x mamba_ssm": "times_mamba_ssm", "x floor": "times_floor"}
+    )
     title = f"{'(batch, channels, length)':<26}{'mode':<20}{'candidate':<14}"
-    print(title + f"{'x mambapy' if on_cpu else 'x floor':>10}{'ms':>10}{'output err':>12}{'grad err':>10}")
+    heads = "".join(f"{head:>12}" for head in columns)
+    print(f"{title}{heads}{'ms':>10}{'output err':>12}{'grad err':>10}")
     for row in sorted(rows, key=lambda row: (row["shape"], MODES.index(row["mode"]))):
-        ratio = row["times_mambapy" if on_cpu else "times_floor"]
-        ratio = "" if ratio is None else f"{ratio:.1f}"
+        ratios = "".join(
+            f"{'' if row[key] is None else f'{row[key]:.{1 if on_cpu else 2}f}':>12}" for key in columns.values()
+        )
         median = row["skipped"] or f"{row['median']:.{1 if on_cpu else 3}f}"
         gradient_error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.0e}"
         print(
-            f"{tuple(row['shape'])!s:<26}{row['mode']:<20}{row['candidate']:<14}{ratio:>10}{median:>10}"
+            f"{tuple(row['shape'])!s:<26}{row['mode']:<20}{row['candidate']:<14}{ratios}{median:>10}"
             f"{row['output_error']:>12.0e}{gradient_error:>10}"
         )
 
@@ -296,17 +327,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=7, help="timed turns of each candidate, after the check's one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the kernels")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative error of a timed candidate")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the sequences")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="largest relative error of what is timed; default: 1e-4, more in half precision",
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
 
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
+    args.tolerance = args.tolerance or TOLERANCES[args.dtype]
     torch.set_num_threads(args.threads)
     rows = [row for shape in args.shapes for row in measure_shape(shape, args)]
     machine = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__}
     if args.device.type == "cuda":
         machine = {"gpu": torch.cuda.get_device_name(args.device), "torch": torch.__version__}
+        machine["bandwidth"] = f"{measure_bandwidth(args.device) / 1e9:.2f} TB/s"
+    machine["dtype"] = args.dtype
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print_table(rows)
     report = {"machine": machine, "state_size": args.state_size, "repeats": args.repeats, "rows": rows}

@@ -5,13 +5,15 @@ table 5. Class-conditional models on 8x latents in 2x2 patches, so that 256 px a
     python benchmarks/throughput.py
     python benchmarks/throughput.py --size H --layers 4
     python benchmarks/throughput.py --size H --device cuda --dtype bfloat16
+    python benchmarks/throughput.py --size H --device cuda --dtype bfloat16 --cuda-graph
     python benchmarks/throughput.py --cascade
     python benchmarks/throughput.py --cascade examples/recipes/imagenet256.json --steps 10
 
 The peers are in `benchmarks/peers/`; what is timed is first checked against float64. Then the models take turns, so
 that a disturbance of the machine hits all alike, and the medians are reported, ratios first. With `--layers` a stack
 of so few layers is timed, layer by layer, and whole models are extrapolated from it: for sizes that a machine cannot
-run whole in a reasonable time. Memory is what a pass needs beyond the weights.
+run whole in a reasonable time. With `--cuda-graph` each model's pass is recorded once and replayed: a GPU then does
+not wait for the launches of many small kernels, as it does at few tokens. Memory is what a pass needs beyond the weights.
 
 `--cascade` times something else: whole sampling with a cascade (by default four stages of size S on 256 px latents)
 against one stage at its final resolution.
@@ -40,6 +42,8 @@ from benchmarks.candidates import PISDM, Candidate, make_candidates, make_inputs
 from benchmarks.cascade_sampling import DEFAULT_RECIPE, describe_cascade, measure_cascade, plot_cascade
 from benchmarks.check_candidates import check_candidates
 from benchmarks.crossover import find_crossover
+from benchmarks.cuda_graph import record_graph
+from benchmarks.device_clock import now
 from benchmarks.measurement import DTYPES, describe_conditions, parse_positive, print_conditions, write_report
 from benchmarks.pass_time import MIN_STACK, time_pass, whole_seconds
 from benchmarks.peak_memory import measure_peak_growth
@@ -74,12 +78,36 @@ def measure_first_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tu
     return outputs[0], memory
 
 
+def make_timer(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], num_layers: int, args: argparse.Namespace
+) -> Callable[[], float]:
+    """What gives the seconds of one pass through a model of `num_layers` layers, of which `model` may have fewer."""
+    device = inputs[0].device
+    if args.cuda_graph:
+
+        def call() -> None:
+            with torch.no_grad():
+                model(*inputs, return_dict=False)
+
+        replay = record_graph(call, device)
+
+        def time_replay() -> float:
+            start = now(device)
+            replay()
+            return now(device) - start
+
+        return time_replay
+    if len(model.transformer_blocks) == num_layers:
+        return lambda: time_pass(model, inputs).seconds
+    return lambda: whole_seconds(time_pass(model, inputs, by_layer=True), num_layers)
+
+
 def measure_image_size(candidates: list[Candidate], image_size: int, args: argparse.Namespace) -> list[dict]:
     """Times and memory of all candidates for images of one size: a row each."""
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     inputs = make_inputs(args.batch_size, image_size, device, dtype)
     tokens = num_tokens(image_size)
-    models, rows = {}, {}
+    timers, rows = {}, {}
     for candidate in candidates:
         timed_layers = min(args.layers or candidate.num_layers, candidate.num_layers)
         with device:
@@ -89,7 +117,7 @@ def measure_image_size(candidates: list[Candidate], image_size: int, args: argpa
             raise RuntimeError(f"{candidate.name} gives values that are not finite at {image_size} px.")
         if memory is not None:
             memory += candidate.missing_skip_bytes(timed_layers, args.batch_size, image_size, dtype)
-        models[candidate.name] = model
+        timers[candidate.name] = make_timer(model, inputs, candidate.num_layers, args)
         rows[candidate.name] = {
             "image_size": image_size,
             "tokens": tokens,
@@ -104,10 +132,7 @@ def measure_image_size(candidates: list[Candidate], image_size: int, args: argpa
 
     for _ in range(args.repeats):
         for candidate in candidates:
-            row = rows[candidate.name]
-            is_stack = row["timed_layers"] < row["num_layers"]
-            pass_time = time_pass(models[candidate.name], inputs, by_layer=is_stack)
-            row["seconds"].append(whole_seconds(pass_time, row["num_layers"]) if is_stack else pass_time.seconds)
+            rows[candidate.name]["seconds"].append(timers[candidate.name]())
 
     own = rows[PISDM]["median_seconds"] = statistics.median(rows[PISDM]["seconds"])
     for row in rows.values():
@@ -221,6 +246,7 @@ def run_table(args: argparse.Namespace, conditions: dict) -> None:
         "batch_size": args.batch_size,
         "repeats": args.repeats,
         "steps": args.steps,
+        "cuda_graph": args.cuda_graph,
         "models": {
             candidate.name: {"config": candidate.config, "parameters": candidate.parameters}
             for candidate in candidates
@@ -245,6 +271,8 @@ def run_table(args: argparse.Namespace, conditions: dict) -> None:
     title = f"Size {args.size}, batch {args.batch_size}, {args.dtype}, {conditions['device']}"
     if args.layers is not None:
         title += f"; extrapolated in depth from {args.layers} layers"
+    if args.cuda_graph:
+        title += "; CUDA graphs"
     write_report(
         args.output_dir,
         "throughput",
@@ -287,9 +315,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=parse_positive, default=5, help="timed turns of each model, after a warm-up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay each pass as one CUDA graph")
     parser.add_argument("--threads", type=parse_positive, default=torch.get_num_threads())
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
+    if args.cuda_graph and (torch.device(args.device).type != "cuda" or args.layers or args.cascade is not None):
+        parser.error("--cuda-graph replays whole models on CUDA: leave out --layers and --cascade")
 
     torch.set_num_threads(args.threads)
     conditions = describe_conditions(args.device, args.dtype)

@@ -36,7 +36,7 @@ def test_reports_errors_times_and_ratios(tmp_path, capsys, monkeypatch):
 def test_the_loops_quadratic_backward_is_skipped(monkeypatch):
     monkeypatch.setattr(scan, "make_candidates", lambda device_type: {"Mamba's loop": scan.loop_scan})
     monkeypatch.setattr(scan, "MAX_LOOP_LENGTH_BACKWARD", 8)
-    args = argparse.Namespace(state_size=2, repeats=1, tolerance=1e-4, device=torch.device("cpu"))
+    args = argparse.Namespace(state_size=2, repeats=1, tolerance=1e-4, dtype="float32", device=torch.device("cpu"))
     forward, backward = scan.measure_shape((1, 3, 9), args)
     assert forward["median"] > 0 and backward["skipped"] == "quadratic" and backward["median"] is None
 
@@ -88,10 +88,12 @@ def test_bandwidth_is_that_of_a_read_and_a_write(monkeypatch):
 
 def test_a_table_of_a_gpu_has_times_over_the_floor(capsys):
     row = {"shape": [1, 2, 3], "candidate": "triton", "mode": "forward", "output_error": 1e-7, "gradient_error": None}
-    row |= {"skipped": None, "median": 0.0625, "times_mambapy": None, "times_floor": 2.5}
-    scan.print_table([row, row | {"candidate": "torch", "skipped": "wrong", "median": None, "times_floor": None}])
+    row |= {"skipped": None, "median": 0.0625, "times_mamba_ssm": 1.25, "times_floor": 2.5}
+    wrong = {"candidate": "torch", "skipped": "wrong", "median": None, "times_mamba_ssm": None, "times_floor": None}
+    scan.print_table([row, row | wrong])
     title, triton, torch_ = capsys.readouterr().out.splitlines()
-    assert "x floor" in title and triton.split()[-4:] == ["triton", "2.5", "0.062", "1e-07"]
+    assert title.split()[-9:-5] == ["x", "mamba_ssm", "x", "floor"]
+    assert triton.split()[-5:] == ["triton", "1.25", "2.50", "0.062", "1e-07"]
     assert torch_.split()[-3:] == ["torch", "wrong", "1e-07"]
 
 
@@ -102,8 +104,23 @@ def test_a_missing_gpu_is_said(capsys):
     assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
 
 
+def test_half_precision_is_compared_with_float64_on_the_same_inputs(monkeypatch):
+    monkeypatch.setattr(scan, "make_candidates", lambda device_type: {"torch": scan.package_scan("torch")})
+    args = argparse.Namespace(state_size=4, repeats=1, tolerance=2e-2, dtype="bfloat16", device=torch.device("cpu"))
+    for row in scan.measure_shape((2, 5, 33), args):
+        assert row["skipped"] is None and 1e-4 < row["output_error"] < 4e-3
+
+
+def test_steps_can_be_adjacent():
+    sequence = torch.randn(2, 3, 5)
+    turned = scan.with_adjacent_steps(sequence)
+    assert torch.equal(turned, sequence) and turned.stride() == (15, 1, 3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_runs_on_a_gpu(tmp_path):
-    scan.main(["--device", "cuda", "--shapes", "2x40x70", "--repeats", "2", "--output-dir", str(tmp_path)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_runs_on_a_gpu(dtype, tmp_path):
+    arguments = ["--shapes", "2x40x70", "--repeats", "2", "--dtype", dtype, "--output-dir", str(tmp_path)]
+    scan.main(["--device", "cuda", *arguments])
     report = json.loads((tmp_path / "scan.json").read_text())
     assert all(row["skipped"] is None and row["times_floor"] > 0 for row in report["rows"])
