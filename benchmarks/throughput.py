@@ -13,7 +13,8 @@ The peers are in `benchmarks/peers/`; what is timed is first checked against flo
 that a disturbance of the machine hits all alike, and the medians are reported, ratios first. With `--layers` a stack
 of so few layers is timed, layer by layer, and whole models are extrapolated from it: for sizes that a machine cannot
 run whole in a reasonable time. With `--cuda-graph` each model's pass is recorded once and replayed: a GPU then does
-not wait for the launches of many small kernels, as it does at few tokens. Memory is what a pass needs beyond the weights.
+not wait for the launches of many small kernels, as it does at few tokens. Memory is what a pass needs beyond the
+weights.
 
 `--cascade` times something else: whole sampling with a cascade (by default four stages of size S on 256 px latents)
 against one stage at its final resolution.

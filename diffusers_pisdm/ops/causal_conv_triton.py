@@ -16,7 +16,7 @@ from .triton_launch import check_device, strides_of
 
 
 CHANNELS = 64  # of a program, and of a tile
-STEPS = 32  # of a tile
+STEPS = 16  # of a tile
 BACKWARD_STEPS = 16  # a tile of the backward: it holds 2 * taps - 1 of them
 # A program of the backward walks several tiles, which make one partial sum, if as many programs are left as this.
 WANTED_PROGRAMS = 2048

@@ -101,11 +101,11 @@ def conv_backward_kernel(
     grad_x += row * length * channels
     bias_ = _load_parameter(bias, channel, is_channel)
     filters = ()
-    sums = ()  # of the taps' gradients
+    sums = ()  # of the taps' gradients, over tiles; over the steps of a tile only at the end
     for tap in tl.static_range(TAPS):
         filters = filters + (_load_parameter(weight + tap * channels, channel, is_channel),)
-        sums = sums + (tl.zeros([CHANNELS], tl.float32),)
-    sum_bias = tl.zeros([CHANNELS], tl.float32)
+        sums = sums + (tl.zeros([STEPS, CHANNELS], tl.float32),)
+    sum_bias = tl.zeros([STEPS, CHANNELS], tl.float32)
 
     for tile in range(tl.cdiv(tl.minimum(length - start, chunk_steps), STEPS)):
         step = start + tile * STEPS + tl.arange(0, STEPS)
@@ -129,12 +129,12 @@ def conv_backward_kernel(
                 added = ()
                 for tap in tl.static_range(TAPS):
                     # Steps past the end add nothing, though x before it may be infinite.
-                    added = added + (sums[tap] + tl.sum(tl.where(is_valid, inputs[tap] * grad_y, 0.0), 0),)
+                    added = added + (sums[tap] + tl.where(is_valid, inputs[tap] * grad_y, 0.0),)
                 sums = added
-                sum_bias += tl.sum(grad_y, 0)
+                sum_bias += grad_y
         is_valid = (step < length)[:, None] & is_channel[None, :]
         tl.store(grad_x + step[:, None] * channels + channel[None, :], grad_x_, mask=is_valid)
     for tap in tl.static_range(TAPS):
-        tl.store(grad_weight + (chunk * TAPS + tap) * channels + channel, sums[tap], mask=is_channel)
+        tl.store(grad_weight + (chunk * TAPS + tap) * channels + channel, tl.sum(sums[tap], 0), mask=is_channel)
     if bias is not None:
-        tl.store(grad_bias + chunk * channels + channel, sum_bias, mask=is_channel)
+        tl.store(grad_bias + chunk * channels + channel, tl.sum(sum_bias, 0), mask=is_channel)
