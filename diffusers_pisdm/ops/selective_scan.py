@@ -26,7 +26,7 @@ _FUNCTIONS = {
     "triton": selective_scan_triton,
     "mamba_ssm": selective_scan_mamba_ssm,
 }
-_FASTEST = {"cpu": ("numba",), "cuda": ("mamba_ssm", "triton")}  # of each device, in the order of preference
+_FASTEST = {"cpu": ("numba",), "cuda": ("triton", "mamba_ssm")}  # of each device, in the order of preference
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -123,7 +123,7 @@ def selective_scan(
         backend (`str`, defaults to `"auto"`):
             `"reference"` (a loop over time), `"torch"` (blocked, any device), `"numba"` (CPU), `"triton"` (CUDA),
             `"mamba_ssm"` (CUDA), or `"auto"`: the first that this machine has for the device and the dtypes, of Numba
-            on a CPU and of mamba_ssm and Triton on CUDA, else torch.
+            on a CPU and of Triton and mamba_ssm on CUDA, else torch.
 
     Returns:
         `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and the memory order of `u`: if `u` is a

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .selective_scan_torch import selective_scan_torch
+
 
 def selective_scan_mamba_ssm(
     u: torch.Tensor,
@@ -22,6 +24,8 @@ def selective_scan_mamba_ssm(
     Arguments and return value are those of [`~diffusers_pisdm.ops.selective_scan`]. The kernel wants one dtype for all
     sequences and float32 for the parameters, which mixed precision does not always give: they are cast here.
     """
+    if u.numel() == 0:  # which the kernel refuses
+        return selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     delta, B, C = (tensor.to(u.dtype) for tensor in (delta, B, C))

@@ -8,8 +8,7 @@ registers; a parallel scan within a chunk would move tiles of (steps, states, ch
 and channels fill a GPU there is one chunk and only the last pass. The backward does the same in the other direction,
 and recomputes states from those that the forward kept.
 
-The kernels are tested in Triton's interpreter and compile for GPUs. They have not run on one: the sizes below
-come from reckoning and from the compiler's counts of registers.
+The sizes below were the fastest of those tried on an H200 (`benchmarks/scan.py`).
 
 Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
 Kernels compute in float32 whatever the inputs' dtypes. Chunks depend on the shape alone, partial sums are added in a
@@ -27,18 +26,22 @@ from .sequence_layout import adjacent_channels, ceil_div, empty_channels_last
 from .triton_launch import check_device, strides_of
 
 
-# Channels of a program. With 128 the compiler gives each lane of a warp four channels with all their states: sums over
-# the states stay within a lane, and what a step costs beside its arithmetic is shared by four. That fills a GPU only
-# if there is enough to do; and the backward, which sums over channels and holds more, would spill registers.
-WIDE_CHANNELS = 128
-NARROW_CHANNELS = 32
-STEPS = 4  # unrolled; the backward holds as many states in registers, and with 8 would spill them
-KEPT_STEPS = 4 * STEPS  # between two states kept for the backward
+# Of a program that only walks a chunk: a lane of its warp has two channels with all their states, so that sums over
+# the states stay within the lane. The backward also sums over channels, and holds more: there a lane has four channels
+# with a quarter of the states.
+CHANNELS, LANE_CHANNELS = 64, 2
+BACKWARD_CHANNELS, BACKWARD_LANE_CHANNELS = 32, 4
+STEPS = 4  # unrolled, by both; the backward holds as many states in registers, and with 8 would spill them
+KEPT_STEPS = 2 * STEPS  # between two states kept for the backward
 STATES_PER_WARP = 16  # more would spill too
-# Chunks are made while there are fewer programs than this, several for each multiprocessor of a large GPU, and while a
-# chunk's steps outweigh the reading and writing of its state.
-WANTED_PROGRAMS = 1024
-MIN_CHUNK_STEPS = 4 * KEPT_STEPS
+JOINED = 8  # chunks whose states are loaded at once to be joined, by `JOIN_WARPS` warps
+JOIN_WARPS = 4
+# Chunks are made to fill a large GPU, on which so many programs run at once, while a chunk's steps outweigh the
+# reading and writing of its state. Chunks cost a pass more than one walk over the sequence.
+PROGRAMS_AT_ONCE = 1584
+MIN_CHUNK_STEPS = 2 * KEPT_STEPS
+COST_OF_CHUNKS = 1.75
+MAX_ROUNDS = 4
 
 
 @functools.cache
@@ -49,15 +52,17 @@ def _kernels():
     return selective_scan_triton_kernels
 
 
-def choose_channels(batch: int, channels: int, length: int) -> int:
-    """The channels of a program that only walks a chunk: many where this still makes programs enough."""
-    programs = batch * ceil_div(channels, WIDE_CHANNELS) * max(1, length // MIN_CHUNK_STEPS)
-    return WIDE_CHANNELS if programs >= WANTED_PROGRAMS // 2 else NARROW_CHANNELS
-
-
 def split_length(batch: int, blocks: int, length: int) -> tuple[int, int]:
-    """The number of chunks of a sequence and the steps of a chunk, a multiple of `KEPT_STEPS`."""
-    chunks = max(1, min(WANTED_PROGRAMS // (batch * blocks), length // MIN_CHUNK_STEPS))
+    """
+    The number of chunks of a sequence and the steps of a chunk, a multiple of `KEPT_STEPS`: those with which a GPU is
+    through soonest, if its programs run in rounds.
+    """
+    programs = batch * blocks
+    chunks, least = 1, ceil_div(programs, PROGRAMS_AT_ONCE)
+    for rounds in range(1, MAX_ROUNDS + 1):
+        candidate = min(rounds * PROGRAMS_AT_ONCE // programs, length // MIN_CHUNK_STEPS)
+        if candidate > 1 and COST_OF_CHUNKS * rounds / candidate < least:
+            chunks, least = candidate, COST_OF_CHUNKS * rounds / candidate
     steps = ceil_div(ceil_div(length, chunks), KEPT_STEPS) * KEPT_STEPS
     return ceil_div(length, steps), steps
 
@@ -68,13 +73,12 @@ class _Launch:
     def __init__(self, u: torch.Tensor, states: int, delta_softplus: bool):
         self.batch, self.channels, self.length = u.shape
         self.states = states
-        self.lanes = choose_channels(self.batch, self.channels, self.length)
-        self.chunks, self.chunk_steps = split_length(self.batch, ceil_div(self.channels, self.lanes), self.length)
+        self.chunks, self.chunk_steps = split_length(self.batch, ceil_div(self.channels, CHANNELS), self.length)
         self.device = u.device
         rows = 1 << (self.states - 1).bit_length()  # tiles have powers of two
-        self.tile = {"STATES": self.states, "STATE_ROWS": rows}
-        self.tile |= {"num_warps": min(8, max(1, rows // STATES_PER_WARP)), "enable_fp_fusion": True}
+        self.tile = {"STATES": self.states, "STATE_ROWS": rows, "enable_fp_fusion": True}
         self.walk = {"SOFTPLUS": delta_softplus, "STEPS": STEPS}
+        self.walk |= {"num_warps": min(8, max(1, rows // STATES_PER_WARP))}
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, device=self.device)
@@ -83,12 +87,19 @@ class _Launch:
         """Space for one tensor (*shape, channels) a chunk."""
         return self.empty(self.batch, self.chunks, *shape, self.channels)
 
-    def start(self, kernel, *tensors, strides: list[int], lanes: int | None = None, **constants) -> None:
-        """One program for each batch row, block of `lanes` channels and chunk."""
-        lanes = lanes or self.lanes
-        blocks = ceil_div(self.channels, lanes)
+    def start(
+        self,
+        kernel,
+        *tensors,
+        strides: list[int],
+        block: int = CHANNELS,
+        lane: int = LANE_CHANNELS,
+        **constants,
+    ) -> None:
+        """One program for each batch row, block of channels and chunk; `lane` channels are side by side in a lane."""
+        blocks = ceil_div(self.channels, block)
         sizes = (self.channels, self.length, self.chunk_steps, blocks, *strides)
-        constants |= {"CHANNELS": lanes, **self.walk, **self.tile}
+        constants |= {"CHANNELS": block, "LANE_CHANNELS": lane, **self.walk, **self.tile}
         with torch.cuda.device_of(tensors[0]):
             kernel[self.batch * blocks, self.chunks](*tensors, *sizes, **constants)
 
@@ -98,11 +109,14 @@ class _Launch:
             return None
         ends, totals, entering = self.chunk_sums(self.states), self.chunk_sums(), self.chunk_sums(self.states)
         self.start(kernel, *tensors, ends, totals, strides=strides)
-        blocks = ceil_div(self.channels, NARROW_CHANNELS)
-        constants = {"CHANNELS": NARROW_CHANNELS, "REVERSE": reverse, **self.tile}
+        blocks = ceil_div(self.channels, BACKWARD_CHANNELS)
+        constants = {"CHANNELS": BACKWARD_CHANNELS, "LANE_CHANNELS": 1, "JOINED": JOINED, "num_warps": JOIN_WARPS}
         with torch.cuda.device_of(A):
             _kernels().join_kernel[self.batch * blocks,](
-                *(A, ends, totals, entering, self.channels, self.chunks, blocks), **constants
+                *(A, ends, totals, entering, self.channels, self.chunks, blocks),
+                REVERSE=reverse,
+                **constants,
+                **self.tile,
             )
         return entering
 
@@ -187,7 +201,7 @@ def _scan_backward(
     launch = _Launch(u, A.shape[0], delta_softplus)
     # Each program writes its own partial sums; they are added below, in an order that is always the same.
     grad_A, grad_D, grad_bias = launch.chunk_sums(launch.states), launch.chunk_sums(), launch.chunk_sums()
-    blocks = ceil_div(launch.channels, NARROW_CHANNELS)
+    blocks = ceil_div(launch.channels, BACKWARD_CHANNELS)
     grad_B, grad_C = launch.empty(2, blocks, launch.batch, launch.length, launch.states)
     entering = launch.enter(
         _kernels().chunk_gradient_kernel,
@@ -201,7 +215,8 @@ def _scan_backward(
         *(grad_out, u, delta, A, B, C, D, z, delta_bias, kept, entering),
         *(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias),
         strides=strides_of(grad_out, u, delta, B, C, z),
-        lanes=NARROW_CHANNELS,
+        block=BACKWARD_CHANNELS,
+        lane=BACKWARD_LANE_CHANNELS,
         KEPT_STEPS=KEPT_STEPS,
     )
     _, _, A, B, C, D, z, delta_bias = inputs

@@ -74,10 +74,20 @@ def _load_delta(row, step, stride, channel, mask, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _place(blocks, channels, STATES: tl.constexpr, STATE_ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _place(
+    blocks,
+    channels,
+    STATES: tl.constexpr,
+    STATE_ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANE_CHANNELS: tl.constexpr,
+):
     """
     Where this program works: batch row, block of channels, indices of channels and states, which of them exist, and
     the offsets of its tile in a tensor (..., states, channels).
+
+    The compiler spreads a tile over the lanes of a warp so that each loads as many adjacent elements of the tensor as
+    it can at once, up to 16 bytes, and all states follow that layout. What it may take for adjacent is said here.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = (tl.program_id(0) % blocks).to(tl.int64)
@@ -85,7 +95,8 @@ def _place(blocks, channels, STATES: tl.constexpr, STATE_ROWS: tl.constexpr, CHA
     state = tl.arange(0, STATE_ROWS)
     is_channel = channel < channels
     is_real = (state[:, None] < STATES) & is_channel[None, :]
-    return row, block, channel, state, is_channel, is_real, state[:, None] * channels + channel[None, :]
+    tile = tl.max_contiguous(state[:, None] * channels + channel[None, :], [1, LANE_CHANNELS])
+    return row, block, channel, state, is_channel, is_real, tile
 
 
 @triton.jit
@@ -117,10 +128,13 @@ def chunk_state_kernel(
     STATES: tl.constexpr,
     STATE_ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LANE_CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """What a chunk makes of a state of zeros (`ends`), and the sum of its deltas (`totals`)."""
-    row, _, channel, state, is_channel, is_real, tile = _place(blocks, channels, STATES, STATE_ROWS, CHANNELS)
+    row, _, channel, state, is_channel, is_real, tile = _place(
+        blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS
+    )
     chunk = row * tl.num_programs(1) + tl.program_id(1)
     start = tl.program_id(1).to(tl.int64) * chunk_steps
     u += row * u_row
@@ -170,10 +184,13 @@ def chunk_gradient_kernel(
     STATES: tl.constexpr,
     STATE_ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LANE_CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """The gradient of the state before a chunk from the chunk's own outputs (`ends`), and the sum of its deltas."""
-    row, _, channel, state, is_channel, is_real, tile = _place(blocks, channels, STATES, STATE_ROWS, CHANNELS)
+    row, _, channel, state, is_channel, is_real, tile = _place(
+        blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS
+    )
     chunk = row * tl.num_programs(1) + tl.program_id(1)
     start = tl.program_id(1).to(tl.int64) * chunk_steps
     grad += row * grad_row
@@ -216,24 +233,33 @@ def join_kernel(
     STATES: tl.constexpr,
     STATE_ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LANE_CHANNELS: tl.constexpr,
+    JOINED: tl.constexpr,
 ):
     """
     What enters each chunk (`entering`) from what each makes of zeros (`ends`), in time's order or against it.
 
-    A chunk's decay is that of the sum of its deltas: an exponential of a sum, which nothing is divided by.
+    A chunk's decay is that of the sum of its deltas: an exponential of a sum, which nothing is divided by. Chunks are
+    taken `JOINED` at a time, and loaded before the first result is stored: a store would hold up the loads behind it.
     """
-    row, _, channel, _, is_channel, is_real, tile = _place(blocks, channels, STATES, STATE_ROWS, CHANNELS)
+    row, _, channel, _, _, is_real, tile = _place(blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS)
     rates = tl.load(A + tile, mask=is_real, other=0.0) * LOG2E
     state = tl.zeros([STATE_ROWS, CHANNELS], tl.float32)
-    for index in range(chunks):
-        chunk = row * chunks + index
-        if REVERSE:
-            chunk = row * chunks + chunks - 1 - index
-        offset = chunk * STATES * channels
-        tl.store(entering + offset + tile, state, mask=is_real)
-        total = tl.load(totals + chunk * channels + channel, mask=is_channel, other=0.0)
-        end = tl.load(ends + offset + tile, mask=is_real, other=0.0)
-        state = tl.exp2(total[None, :] * rates) * state + end
+    for group in range(tl.cdiv(chunks, JOINED)):
+        loaded = ()
+        for index in tl.static_range(JOINED):
+            turn = group * JOINED + index
+            chunk = row * chunks + turn
+            if REVERSE:
+                chunk = row * chunks + chunks - 1 - turn
+            is_valid = _existing(channel, channels, turn, chunks)
+            total = tl.load(totals + chunk * channels + channel, mask=is_valid, other=0.0)
+            end = tl.load(ends + chunk * STATES * channels + tile, mask=is_real & is_valid[None, :], other=0.0)
+            loaded = loaded + ((entering + chunk * STATES * channels, is_valid, total, end),)
+        for index in tl.static_range(JOINED):
+            entered, is_valid, total, end = loaded[index]
+            tl.store(entered + tile, state, mask=is_real & is_valid[None, :])
+            state = tl.exp2(total[None, :] * rates) * state + end
 
 
 @triton.jit
@@ -267,11 +293,14 @@ def forward_kernel(
     STATES: tl.constexpr,
     STATE_ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LANE_CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
     KEPT_STEPS: tl.constexpr,
 ):
     """The outputs of a chunk, and with `kept` the states that enter its steps 0, `KEPT_STEPS`, 2 `KEPT_STEPS`, ..."""
-    row, _, channel, state, is_channel, is_real, tile = _place(blocks, channels, STATES, STATE_ROWS, CHANNELS)
+    row, _, channel, state, is_channel, is_real, tile = _place(
+        blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS
+    )
     start = tl.program_id(1).to(tl.int64) * chunk_steps
     u += row * u_row
     delta += row * delta_row
@@ -356,6 +385,7 @@ def backward_kernel(
     STATES: tl.constexpr,
     STATE_ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    LANE_CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
     KEPT_STEPS: tl.constexpr,
 ):
@@ -367,7 +397,7 @@ def backward_kernel(
     (channels,).
     """
     row, block_of_channels, channel, state, is_channel, is_real, tile = _place(
-        blocks, channels, STATES, STATE_ROWS, CHANNELS
+        blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS
     )
     chunk = row * tl.num_programs(1) + tl.program_id(1)
     start = tl.program_id(1).to(tl.int64) * chunk_steps

@@ -26,6 +26,10 @@ BACKENDS = [
     for name in SELECTIVE_SCAN_BACKENDS
 ]
 FAST_BACKENDS = BACKENDS[1:]
+TRACEABLE_BACKENDS = [backend for backend in FAST_BACKENDS if backend.values != ("mamba_ssm",)]
+# mamba_ssm adds up gradients of B and C in the order in which its programs end.
+TOLERANCES = {"mamba_ssm": {"rtol": 1e-3, "atol": 1e-5}}
+EXACTLY = {"rtol": 0, "atol": 0}
 
 
 def make_inputs(batch=2, channels=19, length=37, state_size=16, optional=True, order="channels_last", seed=0):
@@ -268,7 +272,7 @@ def test_memory_is_linear_in_length(backend):
     assert long < 32 * 512 * 16  # less than all states
 
 
-@pytest.mark.parametrize("backend", [*FAST_BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*TRACEABLE_BACKENDS, "auto"])
 def test_compiles_as_one_graph(backend):
     inputs, device = make_inputs(), DEVICES.get(backend, "cpu")
     wanted, wanted_gradients = run(inputs, backend, torch.float32)
@@ -282,7 +286,7 @@ def test_compiles_as_one_graph(backend):
     tensors = {k: v for k, v in leaves.items() if k != "delta_softplus"}
     out = torch.compile(scan, fullgraph=True, backend="aot_eager")(**tensors)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
     gradients = torch.autograd.grad((out * weights).sum(), list(tensors.values()))
     for name, gradient in zip(tensors, gradients):
         torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-4)
@@ -297,7 +301,7 @@ class Scan(torch.nn.Module):
         return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, backend=self.backend)
 
 
-@pytest.mark.parametrize("backend", [*FAST_BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*TRACEABLE_BACKENDS, "auto"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports(backend, strict):
     device = DEVICES.get(backend, "cpu")
@@ -317,7 +321,7 @@ def test_checkpointing_changes_nothing(backend):
     wanted = torch.autograd.grad(Scan(backend)(*leaves).sum(), leaves)
     out = torch.utils.checkpoint.checkpoint(Scan(backend), *leaves, use_reentrant=False)
     for gradient, wanted_gradient in zip(torch.autograd.grad(out.sum(), leaves), wanted):
-        torch.testing.assert_close(gradient, wanted_gradient, rtol=0, atol=0)
+        torch.testing.assert_close(gradient, wanted_gradient, **TOLERANCES.get(backend, EXACTLY))
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -328,7 +332,7 @@ def test_autocast_does_not_touch_the_state(backend):
         out, gradients = run(inputs, backend)
     torch.testing.assert_close(out, wanted, rtol=0, atol=0)
     for name in gradients:
-        torch.testing.assert_close(gradients[name], wanted_gradients[name], rtol=0, atol=0)
+        torch.testing.assert_close(gradients[name], wanted_gradients[name], **TOLERANCES.get(backend, EXACTLY))
 
 
 def test_meta_tensors_give_shapes():
@@ -344,7 +348,7 @@ def test_meta_tensors_give_shapes():
         ("cpu", (torch.float16,), (), False, "numba"),
         ("cpu", (torch.float32, torch.float64), (), False, "torch"),
         ("cpu", (torch.float32,), ("numba",), False, "torch"),
-        ("cuda", (torch.bfloat16,), (), False, "mamba_ssm"),
+        ("cuda", (torch.bfloat16,), (), False, "triton"),
         ("cuda", (torch.bfloat16,), (), True, "triton"),
         ("cuda", (torch.bfloat16,), ("triton",), True, "torch"),
         ("cuda", (torch.float64,), (), False, "torch"),
@@ -387,10 +391,11 @@ def test_a_slow_choice_is_logged_once(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("missing", "compiling", "words"),
     [
-        (("mamba_ssm",), False, ["'triton'", "no mamba_ssm"]),
-        ((), True, ["'triton'", "compiled graph"]),
-        (("mamba_ssm", "triton"), False, ["'torch'", "no mamba_ssm; no triton"]),
-        ((), False, []),
+        (("triton",), False, ["'mamba_ssm'", "no triton"]),
+        (("triton",), True, ["'torch'", "no triton; ", "compiled graph"]),
+        (("mamba_ssm", "triton"), False, ["'torch'", "no triton; no mamba_ssm"]),
+        (("mamba_ssm",), False, []),
+        ((), True, []),
     ],
 )
 def test_the_log_says_why_each_faster_backend_was_not_taken(missing, compiling, words, monkeypatch, caplog):

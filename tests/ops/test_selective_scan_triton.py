@@ -43,7 +43,7 @@ def small_sizes(request, monkeypatch):
     """Small chunks and blocks: the interpreter takes a time in proportion to the number of steps and programs."""
     if "full_sizes" in request.fixturenames:
         return
-    sizes = {"WIDE_CHANNELS": 8, "NARROW_CHANNELS": 4, "STEPS": 2, "KEPT_STEPS": 4, "MIN_CHUNK_STEPS": 4}
+    sizes = {"CHANNELS": 8, "BACKWARD_CHANNELS": 4, "STEPS": 2, "KEPT_STEPS": 4, "MIN_CHUNK_STEPS": 4, "JOINED": 2}
     for name, size in sizes.items():
         monkeypatch.setattr(scan_module, name, size)
 
@@ -95,40 +95,34 @@ def test_equals_reference(batch, channels, length, state_size, optional):
 
 
 def test_equals_reference_at_full_sizes(full_sizes, monkeypatch):
-    # Two blocks of channels, two chunks; the last of each is not full. Only the chunks are shorter than they would be.
+    # Two blocks of channels, three chunks; the last of each is not full. Only the chunks are shorter than usual.
     monkeypatch.setattr(scan_module, "MIN_CHUNK_STEPS", scan_module.KEPT_STEPS)
-    assert split_length(1, 2, 35) == (2, 32)
-    assert_matches_reference(make_inputs(1, 33, 35, 5))
+    assert split_length(1, 2, 35) == (3, 16)
+    assert_matches_reference(make_inputs(1, 65, 35, 5))
 
 
-@pytest.mark.parametrize("programs", [2, 4])
-def test_equals_reference_in_wide_programs(programs, monkeypatch):
-    # The backward has two blocks of channels where the walks have one; in one chunk, and in two.
-    monkeypatch.setattr(scan_module, "WANTED_PROGRAMS", programs)
-    assert scan_module.choose_channels(2, 7, 9) == 8 and split_length(2, 1, 9)[0] == programs // 2
-    assert_matches_reference(make_inputs(2, 7, 9, 5))
-
-
-def test_programs_are_wide_where_there_are_enough(full_sizes):
-    assert scan_module.choose_channels(2, 3072, 16384) == scan_module.choose_channels(64, 3072, 16) == 128
-    assert scan_module.choose_channels(1, 3072, 256) == scan_module.choose_channels(1, 40, 16384) == 32
-
-
-@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("programs", [1, 3, 5])
 def test_equals_reference_in_one_chunk_and_in_long_ones(programs, monkeypatch):
-    # One walk over the sequence, and chunks of several kept states.
-    monkeypatch.setattr(scan_module, "WANTED_PROGRAMS", programs)
-    assert split_length(1, 1, 21) == {1: (1, 24), 3: (3, 8)}[programs]
+    # One walk over the sequence, chunks of several kept states, and a number that is not joined two by two.
+    monkeypatch.setattr(scan_module, "PROGRAMS_AT_ONCE", programs)
+    monkeypatch.setattr(scan_module, "MAX_ROUNDS", 1)
+    assert split_length(1, 1, 21) == {1: (1, 24), 3: (3, 8), 5: (3, 8)}[programs]
     assert_matches_reference(make_inputs(1, 3, 21, 5))
 
 
-def test_chunks_cover_the_sequence_and_follow_the_programs(full_sizes):
+def test_chunks_cover_the_sequence(full_sizes):
     for batch, blocks, length in itertools.product((1, 3, 700), (1, 8, 96), (1, 15, 16, 63, 64, 1000, 4097)):
         chunks, steps = split_length(batch, blocks, length)
         assert steps % scan_module.KEPT_STEPS == 0 and (chunks - 1) * steps < length <= chunks * steps
-        assert chunks == 1 or (steps >= scan_module.MIN_CHUNK_STEPS and batch * blocks * chunks <= 1024)
-    assert split_length(1, 96, 4096) == (10, 416)
-    assert split_length(64, 96, 4096) == (1, 4096)
+        assert chunks == 1 or steps >= scan_module.MIN_CHUNK_STEPS
+
+
+def test_chunks_fill_the_gpu_in_as_few_rounds_as_they_can(full_sizes, monkeypatch):
+    monkeypatch.setattr(scan_module, "PROGRAMS_AT_ONCE", 1000)
+    assert split_length(1, 100, 4000) == (10, 400)  # one full round
+    assert split_length(1, 400, 8000) == (5, 1600)  # two full rounds; with two chunks the GPU would be full by 80%
+    assert split_length(1, 600, 8000) == (1, 8000)  # what chunks cost is more than the idle 40%
+    assert split_length(1, 1, 4000) == (250, 16)  # no shorter ones
 
 
 @pytest.mark.parametrize("missing", list(itertools.product([False, True], repeat=3)), ids=str)
@@ -341,6 +335,7 @@ from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops import selective_scan_triton_kernels as kernels
 
 sizes = {"CHANNELS": 32, "STEPS": 2, "KEPT_STEPS": 4, "STATES": 5, "STATE_ROWS": 8, "SOFTPLUS": True, "REVERSE": True}
+sizes |= {"LANE_CHANNELS": 4, "JOINED": 2}
 integers = ("channels", "length", "chunk_steps", "blocks", "chunks")
 for name in ("chunk_state", "chunk_gradient", "join", "forward", "backward"):
     kernel = getattr(kernels, f"{name}_kernel")
