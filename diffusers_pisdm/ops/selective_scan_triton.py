@@ -87,16 +87,9 @@ class _Launch:
         """Space for one tensor (*shape, channels) a chunk."""
         return self.empty(self.batch, self.chunks, *shape, self.channels)
 
-    def start(
-        self,
-        kernel,
-        *tensors,
-        strides: list[int],
-        block: int = CHANNELS,
-        lane: int = LANE_CHANNELS,
-        **constants,
-    ) -> None:
-        """One program for each batch row, block of channels and chunk; `lane` channels are side by side in a lane."""
+    def start(self, kernel, *tensors, strides: list[int], layout: tuple[int, int] | None = None, **constants) -> None:
+        """One program for each batch row, block and chunk; `layout` is the channels of a block, and of a lane of it."""
+        block, lane = layout or (CHANNELS, LANE_CHANNELS)
         blocks = ceil_div(self.channels, block)
         sizes = (self.channels, self.length, self.chunk_steps, blocks, *strides)
         constants |= {"CHANNELS": block, "LANE_CHANNELS": lane, **self.walk, **self.tile}
@@ -215,8 +208,7 @@ def _scan_backward(
         *(grad_out, u, delta, A, B, C, D, z, delta_bias, kept, entering),
         *(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias),
         strides=strides_of(grad_out, u, delta, B, C, z),
-        block=BACKWARD_CHANNELS,
-        lane=BACKWARD_LANE_CHANNELS,
+        layout=(BACKWARD_CHANNELS, BACKWARD_LANE_CHANNELS),
         KEPT_STEPS=KEPT_STEPS,
     )
     _, _, A, B, C, D, z, delta_bias = inputs
