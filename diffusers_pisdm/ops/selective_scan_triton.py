@@ -88,7 +88,7 @@ class _Launch:
         return self.empty(self.batch, self.chunks, *shape, self.channels)
 
     def start(self, kernel, *tensors, strides: list[int], layout: tuple[int, int] | None = None, **constants) -> None:
-        """One program for each batch row, block and chunk; `layout` is the channels of a block, and of a lane of it."""
+        """One program for each batch row, block and chunk; `layout`: the channels of a block and of a lane."""
         block, lane = layout or (CHANNELS, LANE_CHANNELS)
         blocks = ceil_div(self.channels, block)
         sizes = (self.channels, self.length, self.chunk_steps, blocks, *strides)
