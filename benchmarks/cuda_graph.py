@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ def record_graph(call: Callable[[], object], device: torch.device) -> Callable[[
         device (`torch.device`): The GPU.
 
     Returns:
-        `Callable`: Replays the kernels; what they compute with stays allocated as long as it lives.
+        `Callable`: Replays the kernels. It keeps the call, and so whatever that computes with.
     """
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
@@ -31,4 +32,9 @@ def record_graph(call: Callable[[], object], device: torch.device) -> Callable[[
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-    return graph.replay
+    return partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Callable[[], object]) -> None:
+    """A graph has the addresses of its call's tensors only: were the call gone, so might they be."""
+    graph.replay()

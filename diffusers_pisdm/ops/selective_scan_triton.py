@@ -26,22 +26,23 @@ from .sequence_layout import adjacent_channels, ceil_div, empty_channels_last
 from .triton_launch import check_device, strides_of
 
 
-# Of a program that only walks a chunk: a lane of its warp has two channels with all their states, so that sums over
+# Of a program that only walks a chunk: a lane of its warp has four channels with all their states, so that sums over
 # the states stay within the lane. The backward also sums over channels, and holds more: there a lane has four channels
 # with a quarter of the states.
-CHANNELS, LANE_CHANNELS = 64, 2
+CHANNELS, LANE_CHANNELS = 128, 4
 BACKWARD_CHANNELS, BACKWARD_LANE_CHANNELS = 32, 4
 STEPS = 4  # unrolled, by both; the backward holds as many states in registers, and with 8 would spill them
 KEPT_STEPS = 2 * STEPS  # between two states kept for the backward
 STATES_PER_WARP = 16  # more would spill too
-JOINED = 8  # chunks whose states are loaded at once to be joined, by `JOIN_WARPS` warps
-JOIN_WARPS = 4
+JOINED = 8  # chunks whose states are loaded at once to be joined
+JOIN_ELEMENTS = 128  # of a state, that a program joins
 # Chunks are made to fill a large GPU, on which so many programs run at once, while a chunk's steps outweigh the
 # reading and writing of its state. Chunks cost a pass more than one walk over the sequence.
-PROGRAMS_AT_ONCE = 1584
+PROGRAMS_AT_ONCE = 1056
 MIN_CHUNK_STEPS = 2 * KEPT_STEPS
 COST_OF_CHUNKS = 1.75
 MAX_ROUNDS = 4
+WORTH = 0.9  # of the time with fewer chunks; more have to be joined
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def split_length(batch: int, blocks: int, length: int) -> tuple[int, int]:
     chunks, least = 1, ceil_div(programs, PROGRAMS_AT_ONCE)
     for rounds in range(1, MAX_ROUNDS + 1):
         candidate = min(rounds * PROGRAMS_AT_ONCE // programs, length // MIN_CHUNK_STEPS)
-        if candidate > 1 and COST_OF_CHUNKS * rounds / candidate < least:
+        if candidate > 1 and COST_OF_CHUNKS * rounds / candidate < WORTH * least:
             chunks, least = candidate, COST_OF_CHUNKS * rounds / candidate
     steps = ceil_div(ceil_div(length, chunks), KEPT_STEPS) * KEPT_STEPS
     return ceil_div(length, steps), steps
@@ -76,9 +77,8 @@ class _Launch:
         self.chunks, self.chunk_steps = split_length(self.batch, ceil_div(self.channels, CHANNELS), self.length)
         self.device = u.device
         rows = 1 << (self.states - 1).bit_length()  # tiles have powers of two
-        self.tile = {"STATES": self.states, "STATE_ROWS": rows, "enable_fp_fusion": True}
-        self.walk = {"SOFTPLUS": delta_softplus, "STEPS": STEPS}
-        self.walk |= {"num_warps": min(8, max(1, rows // STATES_PER_WARP))}
+        self.walk = {"STATES": self.states, "STATE_ROWS": rows, "SOFTPLUS": delta_softplus, "STEPS": STEPS}
+        self.walk |= {"num_warps": min(8, max(1, rows // STATES_PER_WARP)), "enable_fp_fusion": True}
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, device=self.device)
@@ -92,7 +92,7 @@ class _Launch:
         block, lane = layout or (CHANNELS, LANE_CHANNELS)
         blocks = ceil_div(self.channels, block)
         sizes = (self.channels, self.length, self.chunk_steps, blocks, *strides)
-        constants |= {"CHANNELS": block, "LANE_CHANNELS": lane, **self.walk, **self.tile}
+        constants |= {"CHANNELS": block, "LANE_CHANNELS": lane, **self.walk}
         with torch.cuda.device_of(tensors[0]):
             kernel[self.batch * blocks, self.chunks](*tensors, *sizes, **constants)
 
@@ -102,15 +102,12 @@ class _Launch:
             return None
         ends, totals, entering = self.chunk_sums(self.states), self.chunk_sums(), self.chunk_sums(self.states)
         self.start(kernel, *tensors, ends, totals, strides=strides)
-        blocks = ceil_div(self.channels, BACKWARD_CHANNELS)
-        constants = {"CHANNELS": BACKWARD_CHANNELS, "LANE_CHANNELS": 1, "JOINED": JOINED, "num_warps": JOIN_WARPS}
+        elements = self.states * self.channels
+        blocks = ceil_div(elements, JOIN_ELEMENTS)
+        sizes = (self.channels, self.chunks, elements, blocks)
+        constants = {"REVERSE": reverse, "ELEMENTS": JOIN_ELEMENTS, "JOINED": JOINED, "num_warps": 1}
         with torch.cuda.device_of(A):
-            _kernels().join_kernel[self.batch * blocks,](
-                *(A, ends, totals, entering, self.channels, self.chunks, blocks),
-                REVERSE=reverse,
-                **constants,
-                **self.tile,
-            )
+            _kernels().join_kernel[self.batch * blocks,](A, ends, totals, entering, *sizes, **constants)
         return entering
 
 

@@ -228,23 +228,23 @@ def join_kernel(
     entering,
     channels,
     chunks,
+    elements,
     blocks,
     REVERSE: tl.constexpr,
-    STATES: tl.constexpr,
-    STATE_ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    LANE_CHANNELS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
     JOINED: tl.constexpr,
 ):
     """
     What enters each chunk (`entering`) from what each makes of zeros (`ends`), in time's order or against it.
 
-    A chunk's decay is that of the sum of its deltas: an exponential of a sum, which nothing is divided by. Chunks are
-    taken `JOINED` at a time, and loaded before the first result is stored: a store would hold up the loads behind it.
+    A program has one batch row and a block of the `elements` of a state, which do not depend on each other. A chunk's
+    decay is that of the sum of its deltas: an exponential of a sum, which nothing is divided by. Chunks are taken
+    `JOINED` at a time, and loaded before the first result is stored: a store would hold up the loads behind it.
     """
-    row, _, channel, _, _, is_real, tile = _place(blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS)
-    rates = tl.load(A + tile, mask=is_real, other=0.0) * LOG2E
-    state = tl.zeros([STATE_ROWS, CHANNELS], tl.float32)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    element = (tl.program_id(0) % blocks) * ELEMENTS + tl.arange(0, ELEMENTS)
+    rates = tl.load(A + element, mask=element < elements, other=0.0) * LOG2E
+    state = tl.zeros([ELEMENTS], tl.float32)
     for group in range(tl.cdiv(chunks, JOINED)):
         loaded = ()
         for index in tl.static_range(JOINED):
@@ -252,14 +252,14 @@ def join_kernel(
             chunk = row * chunks + turn
             if REVERSE:
                 chunk = row * chunks + chunks - 1 - turn
-            is_valid = _existing(channel, channels, turn, chunks)
-            total = tl.load(totals + chunk * channels + channel, mask=is_valid, other=0.0)
-            end = tl.load(ends + chunk * STATES * channels + tile, mask=is_real & is_valid[None, :], other=0.0)
-            loaded = loaded + ((entering + chunk * STATES * channels, is_valid, total, end),)
+            is_valid = _existing(element, elements, turn, chunks)
+            total = tl.load(totals + chunk * channels + element % channels, mask=is_valid, other=0.0)
+            end = tl.load(ends + chunk * elements + element, mask=is_valid, other=0.0)
+            loaded = loaded + ((chunk * elements, is_valid, total, end),)
         for index in tl.static_range(JOINED):
-            entered, is_valid, total, end = loaded[index]
-            tl.store(entered + tile, state, mask=is_real & is_valid[None, :])
-            state = tl.exp2(total[None, :] * rates) * state + end
+            offset, is_valid, total, end = loaded[index]
+            tl.store(entering + offset + element, state, mask=is_valid)
+            state = tl.exp2(total * rates) * state + end
 
 
 @triton.jit

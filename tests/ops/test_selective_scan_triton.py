@@ -43,7 +43,8 @@ def small_sizes(request, monkeypatch):
     """Small chunks and blocks: the interpreter takes a time in proportion to the number of steps and programs."""
     if "full_sizes" in request.fixturenames:
         return
-    sizes = {"CHANNELS": 8, "BACKWARD_CHANNELS": 4, "STEPS": 2, "KEPT_STEPS": 4, "MIN_CHUNK_STEPS": 4, "JOINED": 2}
+    sizes = {"CHANNELS": 8, "BACKWARD_CHANNELS": 4, "STEPS": 2, "KEPT_STEPS": 4, "MIN_CHUNK_STEPS": 4}
+    sizes |= {"JOINED": 2, "JOIN_ELEMENTS": 8}
     for name, size in sizes.items():
         monkeypatch.setattr(scan_module, name, size)
 
@@ -98,7 +99,7 @@ def test_equals_reference_at_full_sizes(full_sizes, monkeypatch):
     # Two blocks of channels, three chunks; the last of each is not full. Only the chunks are shorter than usual.
     monkeypatch.setattr(scan_module, "MIN_CHUNK_STEPS", scan_module.KEPT_STEPS)
     assert split_length(1, 2, 35) == (3, 16)
-    assert_matches_reference(make_inputs(1, 65, 35, 5))
+    assert_matches_reference(make_inputs(1, 129, 35, 5))
 
 
 @pytest.mark.parametrize("programs", [1, 3, 5])
@@ -335,8 +336,8 @@ from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops import selective_scan_triton_kernels as kernels
 
 sizes = {"CHANNELS": 32, "STEPS": 2, "KEPT_STEPS": 4, "STATES": 5, "STATE_ROWS": 8, "SOFTPLUS": True, "REVERSE": True}
-sizes |= {"LANE_CHANNELS": 4, "JOINED": 2}
-integers = ("channels", "length", "chunk_steps", "blocks", "chunks")
+sizes |= {"LANE_CHANNELS": 4, "JOINED": 2, "ELEMENTS": 128}
+integers = ("channels", "length", "chunk_steps", "blocks", "chunks", "elements")
 for name in ("chunk_state", "chunk_gradient", "join", "forward", "backward"):
     kernel = getattr(kernels, f"{name}_kernel")
     signature = {x: "i32" if x in integers or x.endswith(("_row", "_step")) else "*fp32" for x in kernel.arg_names}
