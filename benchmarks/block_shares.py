@@ -17,7 +17,7 @@ PARTS = {
     "scan": ("diffusers_pisdm::selective_scan", "_scan_fwd"),
     "convolution": ("diffusers_pisdm::causal_conv",),
     "norm, modulation, gate": ("aten::native_layer_norm", "aten::addcmul", "aten::add", "aten::mul"),
-    "reordering": ("aten::index_select", "aten::cat", "aten::copy_"),
+    "reordering": ("aten::index_select", "aten::gather", "aten::cat", "aten::copy_"),
 }
 ELSEWHERE = "elsewhere"
 

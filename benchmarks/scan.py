@@ -11,7 +11,8 @@ the largest value is not timed. Then the candidates take turns, so that a distur
 and the medians are reported with their ratio over mambapy. Written are a table, `scan.json` and `scan.png`.
 
 On CUDA the candidates are the blocked PyTorch, Triton and mamba_ssm, if it imports. Times are between two events on
-the GPU, of CUDA graphs: the launches are not in them. Ratios are over mamba_ssm, and beside them stands how many times
+the GPU, of CUDA graphs: the launches are not in them. mamba_ssm is given sequences as its kernel wants them, time
+adjacent, and once more as a block of this package has them, which it copies. Ratios are over mamba_ssm, and beside them stands how many times
 the floor a time is: that in which the memory's measured bandwidth moves all inputs and outputs once, with their
 gradients where there is a backward. `--dtype` is that of the sequences, all but A, D and the bias.
 """
@@ -45,6 +46,7 @@ MAX_LOOP_LENGTH_BACKWARD = 256
 MODES = ("forward", "forward + backward")
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}  # of a result's largest value
 SEQUENCES = ("u", "delta", "B", "C", "z")
+COPYING_MAMBA = "mamba_ssm, copying"
 PEERS = {"cpu": "mambapy", "cuda": "mamba_ssm"}  # that the ratios are over, by device
 COPY_ELEMENTS = 1 << 26  # float32, of the copy that shows the memory's bandwidth: more than any cache holds
 
@@ -117,6 +119,8 @@ def make_candidates(device_type: str = "cpu") -> dict[str, Callable[..., torch.T
                 candidates[name] = package_scan(name)
             else:
                 print(f"Skipping {name}: {reason}")
+        if "mamba_ssm" in candidates:
+            candidates[COPYING_MAMBA] = candidates["mamba_ssm"]
         return candidates
     candidates = {"mambapy": mambapy_scan, "Mamba's loop": loop_scan, "torch": package_scan("torch")}
     reason = missing_backend("numba")
@@ -265,7 +269,7 @@ def print_table(rows: list[dict]) -> None:
     columns = (
         {"x mambapy": "times_mambapy"} if on_cpu else {"x mamba_ssm": "times_mamba_ssm", "x floor": "times_floor"}
     )
-    title = f"{'(batch, channels, length)':<26}{'mode':<20}{'candidate':<14}"
+    title = f"{'(batch, channels, length)':<26}{'mode':<20}{'candidate':<20}"
     heads = "".join(f"{head:>12}" for head in columns)
     print(f"{title}{heads}{'ms':>10}{'output err':>12}{'grad err':>10}")
     for row in sorted(rows, key=lambda row: (row["shape"], MODES.index(row["mode"]))):
@@ -275,7 +279,7 @@ def print_table(rows: list[dict]) -> None:
         median = row["skipped"] or f"{row['median']:.{1 if on_cpu else 3}f}"
         gradient_error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.0e}"
         print(
-            f"{tuple(row['shape'])!s:<26}{row['mode']:<20}{row['candidate']:<14}{ratios}{median:>10}"
+            f"{tuple(row['shape'])!s:<26}{row['mode']:<20}{row['candidate']:<20}{ratios}{median:>10}"
             f"{row['output_error']:>12.0e}{gradient_error:>10}"
         )
 

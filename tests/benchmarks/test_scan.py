@@ -61,7 +61,7 @@ def test_shapes_that_are_none(text):
 @pytest.mark.parametrize(
     ("missing", "names"),
     [
-        ((), ["torch", "triton", "mamba_ssm"]),
+        ((), ["torch", "triton", "mamba_ssm", "mamba_ssm, copying"]),
         (("mamba_ssm",), ["torch", "triton"]),
         (("triton", "mamba_ssm"), ["torch"]),
     ],
