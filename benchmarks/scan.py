@@ -12,9 +12,10 @@ and the medians are reported with their ratio over mambapy. Written are a table,
 
 On CUDA the candidates are the blocked PyTorch, Triton and mamba_ssm, if it imports. Times are between two events on
 the GPU, of CUDA graphs: the launches are not in them. mamba_ssm is given sequences as its kernel wants them, time
-adjacent, and once more as a block of this package has them, which it copies. Ratios are over mamba_ssm, and beside them stands how many times
-the floor a time is: that in which the memory's measured bandwidth moves all inputs and outputs once, with their
-gradients where there is a backward. `--dtype` is that of the sequences, all but A, D and the bias.
+adjacent, and once more as a block of this package has them, which it copies. Ratios are over mamba_ssm, and beside
+them stands how many times the floor a time is: that in which the memory's measured bandwidth moves all inputs and
+outputs once, with their gradients where there is a backward. `--dtype` is that of the sequences, all but A, D and the
+bias.
 """
 
 from __future__ import annotations
