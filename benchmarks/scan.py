@@ -306,9 +306,9 @@ def draw(rows: list[dict], path: Path) -> None:
             axis.set_xscale("log")
             axis.invert_yaxis()
             axis.margins(x=0.3)
-            axis.set_title(f"{mode}, {shape[0]} x {shape[1]} channels x {shape[2]} steps", fontsize=10)
+            axis.set_title(f"{mode}, {shape[0]} x {shape[1]:,} x {shape[2]:,}", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("milliseconds, median (less is better)")
+    figure.supxlabel("milliseconds, median (less is better), of batch x channels x steps", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
