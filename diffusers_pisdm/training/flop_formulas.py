@@ -33,11 +33,11 @@ def _register_flop_formulas() -> None:
     register_flop_formula(ops.selective_scan_torch)(scan(SCAN_FORWARD_FLOPS, 0, 2, 0))
     register_flop_formula(ops.selective_scan_torch_backward)(scan(SCAN_BACKWARD_FLOPS, 1, 3, 0))
 
-    @register_flop_formula(ops.causal_conv_numba)
+    @register_flop_formula([ops.causal_conv_numba, ops.causal_conv_triton])
     def conv(x, weight, bias, activation, out_shape):
         return 2 * math.prod(x) * weight[1]
 
-    @register_flop_formula(ops.causal_conv_numba_backward)
+    @register_flop_formula([ops.causal_conv_numba_backward, ops.causal_conv_triton_backward])
     def conv_backward(grad, x, weight, bias, activation, out_shape):
         return 3 * 2 * math.prod(x) * weight[1]  # what lies before the activation again, x and the weight
 

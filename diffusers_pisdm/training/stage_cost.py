@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..ops.causal_conv import choose_backend as choose_conv_backend
 from ..ops.force_backends import force_backends
-from ..ops.selective_scan import choose_backend as choose_scan_backend
+from ..ops.selective_scan import choose_backend
 from .batch_shares import stage_batch_size
 from .cost_settings import CostSettings
 from .step_trace import StepTrace
@@ -77,16 +76,14 @@ class StageCost:
 @contextlib.contextmanager
 def _fake_training(settings: CostSettings) -> Iterator[None]:
     """Tensors made in here have shapes but no data, and `auto` chooses the kernels of `settings.device_type`."""
-    dtypes = (torch.float32,)
     fused_scan = settings.fused_scan
     if fused_scan is None:
-        fused_scan = choose_scan_backend(settings.device_type, dtypes, compiling=False) != "torch"
-    # Numba's kernel stands in for all fused ones, since mamba_ssm's does not run on fake tensors. They keep nearly the
-    # same: their inputs, and either a state in 24 steps (Numba) or 16 (Triton), or the output before the gate
-    # (mamba_ssm).
-    scan = "numba" if fused_scan else "torch"
-    conv = choose_conv_backend(settings.device_type, dtypes)
-    with FakeTensorMode(), force_backends(selective_scan=scan, causal_conv=conv):
+        fused_scan = choose_backend(settings.device_type, (torch.float32,), compiling=False) != "torch"
+    # On GPUs Triton's kernels stand in for mamba_ssm's, which does not run on fake tensors. It keeps less: its inputs
+    # and the output before the gate, where Triton's keep a state in 8 steps.
+    kernels = "numba" if settings.device_type == "cpu" else "triton"
+    backend = kernels if fused_scan else "torch"
+    with FakeTensorMode(), force_backends(selective_scan=backend, causal_conv=backend):
         yield
 
 

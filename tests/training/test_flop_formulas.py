@@ -57,13 +57,15 @@ def test_every_scan_and_convolution_of_the_package_has_a_formula():
     assert [name for name in ours if getattr(torch.ops.diffusers_pisdm, name) not in flop_registry] == []
 
 
-def test_tritons_scan_counts_as_numbas():
+def test_tritons_operators_count_as_numbas():
     ops = torch.ops.diffusers_pisdm
     sequence, states, rates = torch.empty(2, 5, 7), torch.empty(2, 3, 7), torch.empty(5, 3)
     inputs = (sequence, sequence, rates, states, states, None, None, None, False)
     for operator, arguments, flops in (
         (ops.selective_scan_triton, (*inputs, True), 7),
         (ops.selective_scan_triton_backward, (sequence, states, *inputs), 20),
+        (ops.causal_conv_triton, (sequence, rates, None, "silu"), 2),
+        (ops.causal_conv_triton_backward, (sequence, sequence, rates, None, "silu"), 6),
     ):
         assert FLOP_FORMULAS[operator](*arguments, out_val=None) == flops * 2 * 5 * 7 * 3
 
