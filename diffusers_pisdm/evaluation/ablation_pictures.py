@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 from PIL import Image
 
@@ -18,7 +19,8 @@ SHOWN_SAMPLES = 16
 
 def plot_ablation(summary: list[dict], distance_name: str, picture: str | Path) -> None:
     """
-    Draws our distances (each run a point, then mean and standard deviation) beside the paper's, a line a row.
+    Draws how far the rows are from the complete model, ours (each seed a point, then mean and standard deviation)
+    beside the paper's, in percent, a line a row.
 
     Args:
         summary (`list[dict]`): Of [`summarize_ablation`].
@@ -33,14 +35,18 @@ def plot_ablation(summary: list[dict], distance_name: str, picture: str | Path) 
     height = 1.5 + 0.4 * len(summary)
     figure, (ours, paper) = plt.subplots(1, 2, figsize=(10, height), sharey=True, constrained_layout=True)
     for position, row in enumerate(summary):
-        paper.plot(row["paper_fid"], position, "D", color="C1")
-        if not row["seeds"]:
+        paper.plot(100 * row["paper_relative_difference"], position, "D", color="C1")
+        percents = [100 * difference for difference in row["relative_differences"]]
+        if not percents:
             ours.text(0.5, position, MISSING, ha="center", va="center", transform=ours.get_yaxis_transform())
             continue
-        ours.plot(row["distances"], [position] * len(row["distances"]), "o", color="C0", alpha=0.4)
-        ours.errorbar(row["mean"], position, xerr=row["spread"], fmt="D", color="C0", capsize=4)
-    for axis, title, label in ((ours, "ours", distance_name), (paper, "the paper", "FID, ImageNet 256 px")):
-        axis.set(title=title, xlabel=label, ylim=(len(summary) - 0.5, -0.5))
+        ours.plot(percents, [position] * len(percents), "o", color="C0", alpha=0.4)
+        spread = stdev(percents) if len(percents) > 1 else None
+        ours.errorbar(mean(percents), position, xerr=spread, fmt="D", color="C0", capsize=4)
+    names = ((ours, "ours", distance_name), (paper, "the paper", "FID, ImageNet 256 px"))
+    for axis, title, name in names:
+        axis.set(title=title, xlabel=f"% more {name}", ylim=(len(summary) - 0.5, -0.5))
+        axis.axvline(0, color="grey", linewidth=0.8)
         axis.grid(axis="x", alpha=0.3)
     ours.set_yticks(range(len(summary)), [row["label"] for row in summary])
     figure.savefig(picture, dpi=120, format="png")

@@ -58,5 +58,6 @@ def _common_settings(conditions: dict, result: dict, distance: str) -> list[str]
         " scale-invariant loss.",
         f"{distance} of {result['num_samples']:,} samples a run ({conditions['num_inference_steps']} denoising steps"
         f" in each stage, guidance {conditions['guidance_scale']:g}) to {result['num_reference']:,} held-out images; ±"
-        " is the standard deviation over the seeds.",
+        " is the standard deviation over the seeds. Differences are those of each seed, whose batches and noise are"
+        " the same in every row.",
     ]

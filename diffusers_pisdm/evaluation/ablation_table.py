@@ -15,6 +15,9 @@ def summarize_ablation(rows: Sequence[AblationRow], results: list[dict]) -> list
     """
     Means over the seeds, and differences to the complete model, ours and the paper's.
 
+    Runs of one seed see the same batches and noise in every row, so that ours are the differences of each seed: what
+    seeds have in common, and rows of unlike seeds, drop out.
+
     Args:
         rows (`Sequence[AblationRow]`): Of the table, in its order.
         results (`list[dict]`):
@@ -23,21 +26,26 @@ def summarize_ablation(rows: Sequence[AblationRow], results: list[dict]) -> list
 
     Returns:
         `list[dict]`: One a row: `name`, `label`, `marks`, `seeds`, `distances` (one a seed), `mean`, `spread`
-        (standard deviation over the seeds, `None` of one seed), `difference` to the complete model and
-        `relative_difference`, `paper_fid`, `paper_difference` and `paper_relative_difference`, `parameters` and
-        `training_flops`. What a row without runs does not have is `None`.
+        (standard deviation over the seeds, `None` of one seed), `differences` to the complete model of each seed that
+        both have and `relative_differences`, their means `difference` and `relative_difference` and the standard
+        deviation `difference_spread`, `paper_fid`, `paper_difference` and `paper_relative_difference`, `parameters`
+        and `training_flops`. What a row without runs does not have is `None`.
     """
     own = {row.variant: [result for result in results if result["variant"] == row.variant] for row in rows}
-    means = {
-        variant: mean(result["scores"]["frechet_distance"] for result in runs) for variant, runs in own.items() if runs
-    }
+    complete = {result["seed"]: result["scores"]["frechet_distance"] for result in own.get(FULL, [])}
     paper = {row.variant: row.paper_fid for row in rows}
     summary = []
     for row in rows:
         runs = sorted(own[row.variant], key=lambda result: result["seed"])
         distances = [result["scores"]["frechet_distance"] for result in runs]
-        difference, relative = _difference(means, row.variant)
-        paper_difference, paper_relative = _difference(paper, row.variant)
+        pairs = [
+            (result["scores"]["frechet_distance"], complete[result["seed"]])
+            for result in runs
+            if result["seed"] in complete
+        ]
+        differences = [distance - of_complete for distance, of_complete in pairs]
+        relative = [distance / of_complete - 1 for distance, of_complete in pairs]
+        paper_difference = row.paper_fid - paper[FULL]
         summary.append(
             {
                 "name": row.name,
@@ -45,13 +53,16 @@ def summarize_ablation(rows: Sequence[AblationRow], results: list[dict]) -> list
                 "marks": row.marks,
                 "seeds": [result["seed"] for result in runs],
                 "distances": distances,
-                "mean": means.get(row.variant),
+                "mean": mean(distances) if distances else None,
                 "spread": stdev(distances) if len(distances) > 1 else None,
-                "difference": difference,
-                "relative_difference": relative,
+                "differences": differences,
+                "relative_differences": relative,
+                "difference": mean(differences) if differences else None,
+                "difference_spread": stdev(differences) if len(differences) > 1 else None,
+                "relative_difference": mean(relative) if relative else None,
                 "paper_fid": row.paper_fid,
                 "paper_difference": paper_difference,
-                "paper_relative_difference": paper_relative,
+                "paper_relative_difference": paper_difference / paper[FULL],
                 "parameters": runs[0]["parameters"] if runs else None,
                 "training_flops": runs[0]["training_flops"] if runs else None,
             }
@@ -78,7 +89,7 @@ def format_ablation_table(summary: list[dict], distance_name: str) -> str:
             spread = "" if row["spread"] is None else f" ± {row['spread']:.2g}"
             ours = [
                 f"{row['mean']:.4g}{spread}",
-                _format_difference(row["difference"], row["relative_difference"]),
+                _format_difference(row["difference"], row["relative_difference"], row["difference_spread"]),
                 f"{row['parameters'] / 1e6:.3f}M",
                 f"{row['training_flops'] / 1e9:.3g}",
                 ", ".join(map(str, row["seeds"])),
@@ -92,12 +103,7 @@ def format_ablation_table(summary: list[dict], distance_name: str) -> str:
     return "\n".join(lines)
 
 
-def _difference(values: dict[str, float], variant: str) -> tuple[float | None, float | None]:
-    if variant not in values or FULL not in values:
-        return None, None
-    difference = values[variant] - values[FULL]
-    return difference, difference / values[FULL]
-
-
-def _format_difference(difference: float | None, relative: float | None) -> str:
-    return f"{difference:+.3g} ({relative:+.0%})" if difference else ""  # nothing for the complete model either
+def _format_difference(difference: float | None, relative: float | None, spread: float | None = None) -> str:
+    if not difference:  # nothing for the complete model either
+        return ""
+    return f"{difference:+.3g}{'' if spread is None else f' ± {spread:.2g}'} ({relative:+.0%})"

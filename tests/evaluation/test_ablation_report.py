@@ -77,5 +77,6 @@ def test_the_plot_shows_every_run_and_the_paper(folder, tmp_path):
     two = colours()[0]
     assert two > 0
     add_run(folder, "full", 1, 30.0, "red")
+    add_run(folder, "3_directions", 1, 40.0, "red")
     write_ablation_report(folder, 2)
     assert colours()[0] > two and colours()[1] == orange
