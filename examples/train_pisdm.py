@@ -235,7 +235,12 @@ def make_pipeline(
     class_names: list[str],
 ) -> PISDMCascadePipeline:
     numbers = ["", "_2", "_3", "_4"][: len(stages)]
-    samplers = [DPMSolverMultistepScheduler.from_config(scheduler.config) for scheduler in schedulers]
+    # From the noisiest timestep on, with steps that meet in every scheduler, so that `from_config` can swap them: in
+    # DPM-Solver's default, "linspace", DDIM leaves noise behind.
+    samplers = [
+        DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+        for scheduler in schedulers
+    ]
     if all(scheduler is schedulers[0] for scheduler in schedulers):
         samplers = samplers[:1]  # the others copy it
     return PISDMCascadePipeline(

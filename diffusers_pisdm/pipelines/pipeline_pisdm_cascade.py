@@ -18,13 +18,15 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
+    DDIMParallelScheduler,
+    DDIMScheduler,
     DiffusionPipeline,
     PNDMScheduler,
     SchedulerMixin,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from typing_extensions import Self
 
@@ -34,6 +36,8 @@ from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
 from .lora_loading import PISDMLoraLoaderMixin
 
+
+logger = logging.get_logger(__name__)
 
 # Numbered components are the one container of stages that diffusers saves, loads, offloads and shards.
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_3", "transformer_4")
@@ -424,6 +428,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one.")
         if timesteps is None and sigmas is None:
             scheduler.set_timesteps(num_inference_steps, device="cpu")
+            _warn_of_uneven_steps(scheduler, num_inference_steps)
         else:
             name, schedule = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
             if name not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -468,9 +473,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     def prepare_extra_step_kwargs(
         self, scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float
     ) -> dict[str, Any]:
-        """Returns those of `generator` and `eta` (DDIM's) that the scheduler's `step` takes."""
+        """Returns those of `generator` and DDIM's arguments that the scheduler's `step` takes."""
         accepted = inspect.signature(scheduler.step).parameters
-        extra = {"generator": generator, "eta": eta}
+        # A clipped image with the noise of the unclipped one, as DDIM takes it by default, leaves noise behind. Where
+        # nothing is clipped, this changes nothing.
+        extra = {"generator": generator, "eta": eta, "use_clipped_model_output": True}
         return {name: value for name, value in extra.items() if name in accepted}
 
     def prepare_condition(
@@ -841,6 +848,22 @@ def _check_scheduler(name: str, scheduler: SchedulerMixin | None) -> None:
             f"`{name}` is a flow-matching scheduler ({type(scheduler).__name__}), but PIS-DM's models are trained to"
             " predict noise or velocity. Pass a diffusion scheduler such as `DPMSolverMultistepScheduler`, with"
             " `use_flow_sigmas=False`."
+        )
+
+
+def _warn_of_uneven_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    # These denoise by T // N timesteps, wherever the next one is.
+    has_fixed_stride = isinstance(scheduler, (DDIMScheduler, DDIMParallelScheduler, PNDMScheduler))
+    if not has_fixed_stride or scheduler.config.timestep_spacing != "linspace":
+        return
+    stride = scheduler.config.num_train_timesteps // num_inference_steps
+    distance = (scheduler.config.num_train_timesteps - 1) / max(num_inference_steps - 1, 1)
+    if stride != distance:
+        name = type(scheduler).__name__
+        logger.warning(
+            f"{name} denoises {stride} timesteps at a time, but the `timestep_spacing` 'linspace' puts its"
+            f" {num_inference_steps} steps {distance:.1f} apart, which leaves noise in the images. Use"
+            f" `{name}.from_config(scheduler.config, timestep_spacing='trailing')`."
         )
 
 

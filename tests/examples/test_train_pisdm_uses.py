@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
@@ -152,6 +152,8 @@ def test_without_a_recipe_the_pretrained_cascade_says_what_to_train(tmp_path, tr
     pipe = PISDMCascadePipeline.from_pretrained(tmp_path / "run")
     assert [stage.config.sample_size for stage in pipe.stages] == [4, 8]
     assert pipe.scheduler.config.prediction_type == "v_prediction"
+    swapped = DDIMScheduler.from_config(pipe.scheduler.config)
+    assert swapped.config.timestep_spacing == "trailing"  # with DPM-Solver's own, DDIM's steps do not meet
 
 
 def test_lora_adapters_load_back_into_the_pipeline(train, tmp_path, new_class_dir):

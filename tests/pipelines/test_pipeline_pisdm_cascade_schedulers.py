@@ -95,6 +95,50 @@ def test_deterministic_schedulers_map_noise_to_data(name, prediction_type):
     torch.testing.assert_close(sample(pipe, latents=noise), MEAN + STD * noise, rtol=0, atol=DETERMINISTIC[name])
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_ddim_takes_the_noise_of_the_clipped_image(prediction_type):
+    """DDIM is DPM-Solver++ of first order, whose noise always is that of the clipped image."""
+    noise = 3 * make_noise()  # reaches beyond [-1, 1]
+
+    def almost_done(name, **options) -> torch.Tensor:
+        """The latents before the last step: after it, both are the clipped image itself."""
+        scheduler = make_scheduler(name, prediction_type, timestep_spacing="trailing", **options)
+        pipe = make_pipeline(scheduler, prediction_type=prediction_type)
+        kept = []
+
+        def keep(pipe, step, timestep, callback_kwargs):
+            kept.append(callback_kwargs["latents"])
+            return callback_kwargs
+
+        sample(pipe, 20, latents=noise, callback_on_step_end=keep)
+        return kept[-2]
+
+    ddim = almost_done("DDIMScheduler", thresholding=True)
+    assert (ddim - almost_done("DDIMScheduler")).abs().max() > 0.1  # something was clipped
+    expected = almost_done("DPMSolverMultistepScheduler", thresholding=True, solver_order=1)
+    torch.testing.assert_close(ddim, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"])
+def test_uneven_steps_are_warned_of(name, caplog):
+    def messages(spacing: str, steps: int) -> list[str]:
+        caplog.clear()
+        sample(make_pipeline(make_scheduler(name, timestep_spacing=spacing)), steps)
+        return [record.getMessage() for record in caplog.records]
+
+    (message,) = messages("linspace", 20)
+    assert message.startswith(f"{name} denoises 50 timesteps at a time")
+    assert "puts its 20 steps 52.6 apart" in message
+    assert f"`{name}.from_config(scheduler.config, timestep_spacing='trailing')`" in message
+    assert messages("trailing", 20) == messages("leading", 20) == []
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"])
+def test_schedulers_that_step_to_the_next_timestep_are_not_warned_of(name, caplog):
+    sample(make_pipeline(make_scheduler(name, timestep_spacing="linspace")), 20)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("name", "options", "eta"), STOCHASTIC)
 def test_stochastic_schedulers_give_the_data_distribution(name, options, eta, prediction_type):
