@@ -103,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     loss.add_argument("--train_stages", type=int, nargs="+", help="Stages to train, from 1; the others stay.")
     loss.add_argument("--batch_shares", type=float, nargs="+", help="Share of the batch for each stage.")
     loss.add_argument("--stage_loss_weights", type=float, nargs="+", help="Weight of each stage's denoising loss.")
+    loss.add_argument("--prediction_types", nargs="+", help="Of each stage, instead of the recipe's scheduler's.")
     loss.add_argument("--noise_shifts", type=float, nargs="+", help="Shift of each stage's noise schedule.")
 
     optim = parser.add_argument_group("optimisation")
@@ -226,6 +227,25 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator, configs: list[di
 
 def stage_config(stage: PISDMTransformer2DModel) -> dict:
     return {key: value for key, value in stage.config.items() if not key.startswith("_") and key != "num_classes"}
+
+
+def make_schedulers(scheduler: DDPMScheduler, num_stages: int, args: argparse.Namespace) -> list[DDPMScheduler]:
+    """Each stage's noise schedule and prediction type; the same object where they are the same."""
+    shifts = args.noise_shifts or [1.0] * num_stages
+    prediction_types = args.prediction_types or [scheduler.config.prediction_type] * num_stages
+    for name, values in (("noise_shifts", shifts), ("prediction_types", prediction_types)):
+        if len(values) != num_stages:
+            raise ValueError(f"--{name} must name one for each of the {num_stages} stages, got {values}.")
+    return [
+        shift_noise_schedule(_with_prediction_type(scheduler, prediction_type), shift)
+        for shift, prediction_type in zip(shifts, prediction_types)
+    ]
+
+
+def _with_prediction_type(scheduler: DDPMScheduler, prediction_type: str) -> DDPMScheduler:
+    if prediction_type == scheduler.config.prediction_type:
+        return scheduler
+    return DDPMScheduler.from_config(scheduler.config, prediction_type=prediction_type)
 
 
 def make_pipeline(
@@ -411,10 +431,7 @@ def main(argv: list[str] | None = None) -> None:
             vae = load_vae(vae_name, channels).to(device)
         elif pretrained is not None and pretrained.vae is not None:
             vae = pretrained.vae.to(device).eval().requires_grad_(False)
-    shifts = args.noise_shifts or [1.0] * len(configs)
-    if len(shifts) != len(configs):
-        raise ValueError(f"--noise_shifts must name one shift for each of the {len(configs)} stages, got {shifts}.")
-    schedulers = [shift_noise_schedule(scheduler, shift) for shift in shifts]
+    schedulers = make_schedulers(scheduler, len(configs), args)
 
     # Data
     rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,27 @@ PISDM_SIZES = {
 NUM_PREFIX_TOKENS = 2  # timestep and class
 TIME_FREQUENCIES = 256  # width of the sinusoidal embedding, as in DDPM, DiT and DiM
 NOISE_LEVEL_SCALE = 1000.0  # noise levels in [0, 1) share the timesteps' range of sinusoids
+
+
+def check_class_factors(class_factors: Sequence[Sequence[int]], num_classes: int) -> list[int]:
+    """
+    Returns how many ids each factor has.
+
+    Raises:
+        ValueError: There is not one row a class, a row is of another length, or an id is negative.
+    """
+    if len(class_factors) != num_classes:
+        raise ValueError(
+            f"`class_factors` must hold one row for each of the {num_classes} classes (`num_classes`), got"
+            f" {len(class_factors)}."
+        )
+    lengths = {len(row) for row in class_factors}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"`class_factors` must give every class the same number of ids, got rows of {lengths}.")
+    for index, row in enumerate(class_factors):
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in row):
+            raise ValueError(f"`class_factors` must hold ids (`int` from 0 on), but class {index} has {row}.")
+    return [max(column) + 1 for column in zip(*class_factors)]
 
 
 @dataclass
@@ -91,6 +113,29 @@ class PISDMLocalEnhancement(nn.Conv2d):
     def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         grid = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # (B, D, h, w)
         return hidden_states + super().forward(grid).flatten(2).transpose(1, 2)  # (B, hw, D)
+
+
+class PISDMPixelHead(nn.Module):
+    """
+    Local structure enhancement at pixel level: small convolutions that correct the prediction where tokens cannot see,
+    across the borders of their patches. The last one starts at zero: at first the head changes nothing.
+    """
+
+    def __init__(self, in_channels: int, channels: int, out_channels: int, hidden_size: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1)
+        self.modulation = nn.Linear(hidden_size, 2 * channels)
+        self.conv_mid = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(channels, out_channels, kernel_size=3, padding=1)
+        for layer in (self.modulation, self.conv_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, prediction: torch.Tensor, inputs: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(torch.cat([prediction, inputs], dim=1))  # (B, K, H, W)
+        shift, scale = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)  # (B, K, 1, 1) each
+        hidden_states = F.silu(torch.addcmul(shift, hidden_states, 1 + scale))  # (B, K, H, W)
+        return prediction + self.conv_out(F.silu(self.conv_mid(hidden_states)))  # (B, C, H, W)
 
 
 class PISDMMambaMixer(nn.Module):
@@ -213,6 +258,20 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         local_enhancement (`bool`, defaults to `True`):
             Whether 3x3 depthwise convolutions follow the patch embedding and precede the output.
         long_skips (`bool`, defaults to `True`): Whether skips join the two halves of the layers, as in U-ViT.
+        overlapping_patches (`bool`, defaults to `False`):
+            Whether a token reads and writes a square of twice the patch's side, so that neighbours share their
+            borders, instead of the patch alone. `patch_size` has to be even. Ours, not the paper's.
+        pixel_head_channels (`int`, *optional*):
+            Channels of small convolutions over prediction, noisy input and condition that end the model
+            ([`PISDMPixelHead`]); without them the tokens' prediction is the output. Ours, not the paper's.
+        residual_scale (`float`, *optional*):
+            Makes a higher stage diffuse what the upsampled lower image lacks, `(image - upsampled) / residual_scale`,
+            instead of the image. It should be that difference's standard deviation over the data. The model itself is
+            the same: objective and pipeline read it here. Ours, not the paper's.
+        class_factors (`tuple[tuple[int, ...], ...]`, *optional*):
+            Factors that classes share (a style and a subject, say): for each of the `num_classes` classes its id in
+            every factor. A class is then embedded as the sum of its factors, each of which has a null label of its
+            own, instead of by a row for itself. Ours, not the paper's.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
@@ -222,7 +281,14 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
     _no_split_modules = ["PISDMBlock", "PISDMSkipBlock"]
     _repeated_blocks = ["PISDMBlock", "PISDMSkipBlock"]
     _keep_in_fp32_modules = ["A_log", "D", "dt_bias"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "class_embedding", "norm", "modulation", "proj_out"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embed",
+        "class_embedding",
+        "norm",
+        "modulation",
+        "proj_out",
+        "pixel_head",
+    ]
 
     @register_to_config
     def __init__(
@@ -244,6 +310,10 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         num_padding_tokens: int = 1,
         local_enhancement: bool = True,
         long_skips: bool = True,
+        overlapping_patches: bool = False,
+        pixel_head_channels: int | None = None,
+        residual_scale: float | None = None,
+        class_factors: tuple[tuple[int, ...], ...] | None = None,
     ):
         super().__init__()
         if hidden_size % 4 != 0:
@@ -260,16 +330,30 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             raise ValueError(f"`scan_directions` must name at least one of {', '.join(SCAN_DIRECTIONS)}.")
         for direction in scan_directions:
             check_scan_direction(direction)
-
+        if overlapping_patches and patch_size % 2 != 0:
+            raise ValueError(f"`overlapping_patches` needs an even `patch_size`, got {patch_size}.")
+        if pixel_head_channels is not None and pixel_head_channels < 1:
+            raise ValueError(f"`pixel_head_channels` must be None or at least 1, got {pixel_head_channels}.")
+        if residual_scale is not None and low_res_channels is None:
+            raise ValueError(
+                "`residual_scale` makes a higher stage diffuse what its condition lacks, but this is a first stage"
+                " (`low_res_channels` is None). Pass `residual_scale=None`, or `low_res_channels`."
+            )
+        if residual_scale is not None and not 0 < residual_scale < math.inf:
+            raise ValueError(f"`residual_scale` must be None or a positive number, got {residual_scale}.")
         time_step_rank = time_step_rank or math.ceil(hidden_size / 16)
-        num_outputs = patch_size**2 * (out_channels or in_channels)
+        num_outputs = out_channels or in_channels
         num_inputs = in_channels + (low_res_channels or 0)
         # Layer i of the second half scans as its mirror image in the first.
         self.layer_directions = tuple(
             scan_directions[min(i, num_layers - 1 - i) % len(scan_directions)] for i in range(num_layers)
         )
 
-        self.patch_embed = nn.Conv2d(num_inputs, hidden_size, patch_size, stride=patch_size)
+        # Twice the side: half a patch more on every side.
+        patches = {"kernel_size": patch_size, "stride": patch_size}
+        if overlapping_patches:
+            patches = {"kernel_size": 2 * patch_size, "stride": patch_size, "padding": patch_size // 2}
+        self.patch_embed = nn.Conv2d(num_inputs, hidden_size, **patches)
         self.local_in = PISDMLocalEnhancement(hidden_size) if local_enhancement else None
         self.padding_tokens = None
         if num_padding_tokens > 0:
@@ -277,7 +361,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
 
         self.time_proj = Timesteps(TIME_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(TIME_FREQUENCIES, hidden_size)
-        self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.class_embedding = nn.Embedding(self.set_class_factors(class_factors, num_classes), hidden_size)
         self.noise_level_embedding = None
         if low_res_channels is not None:
             self.noise_level_embedding = TimestepEmbedding(TIME_FREQUENCIES, hidden_size)
@@ -292,7 +376,13 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         self.local_out = PISDMLocalEnhancement(hidden_size) if local_enhancement else None
         self.norm_out = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj_out = nn.Linear(hidden_size, num_outputs)
+        if overlapping_patches:
+            self.proj_out = nn.ConvTranspose2d(hidden_size, num_outputs, **patches)
+        else:
+            self.proj_out = nn.Linear(hidden_size, patch_size**2 * num_outputs)
+        self.pixel_head = None
+        if pixel_head_channels is not None:
+            self.pixel_head = PISDMPixelHead(num_outputs + num_inputs, pixel_head_channels, num_outputs, hidden_size)
 
         self._initialize_weights()
         self.gradient_checkpointing = False
@@ -329,7 +419,9 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             hidden_states (`torch.Tensor` of shape `(B, in_channels, H, W)`):
                 The noisy image or latent; `H` and `W` divisible by `patch_size`.
             timestep (`torch.Tensor` of shape `(B,)` or a scalar): Diffusion timestep, embedded in float32.
-            class_labels (`torch.Tensor` of shape `(B,)`, int64): In `0..num_classes`; `num_classes` means no class.
+            class_labels (`torch.Tensor` of shape `(B,)` or `(B, F)`, int64):
+                In `0..num_classes`; `num_classes` means no class. A model with `class_factors` also takes the ids of
+                its F factors, each of which has its null label after its last id.
             low_res (`torch.Tensor` of shape `(B, low_res_channels, H, W)`, *optional*):
                 A higher stage's condition, upsampled to the input's size and noised to `noise_level`
                 ([`~ops.conditioning_augmentation.augment_low_res`]). Required exactly when the model has
@@ -363,14 +455,15 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         if low_res is not None:
             sinusoids = self._sinusoids(noise_level, hidden_states, scale=NOISE_LEVEL_SCALE)  # (B, TIME_FREQUENCIES)
             time_token = time_token + self.noise_level_embedding(sinusoids)  # (B, D)
-        class_token = self.class_embedding(class_labels).to(dtype)  # (B, D)
+        class_token = self._embed_classes(class_labels).to(dtype)  # (B, D)
         condition = F.silu(time_token + class_token)  # (B, D)
         modulation = self.modulation(condition).unflatten(1, (3, -1))  # (B, 3, D)
 
         # 2. Tokens: prefix, image in raster order, padding tokens to be spread over the line ends
-        if low_res is not None:
-            hidden_states = torch.cat([hidden_states, low_res], dim=1)  # (B, in + low_res, H, W)
-        tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, hw, D)
+        inputs = (
+            hidden_states if low_res is None else torch.cat([hidden_states, low_res], dim=1)
+        )  # (B, in + low, H, W)
+        tokens = self.patch_embed(inputs).flatten(2).transpose(1, 2)  # (B, hw, D)
         positions = sincos_position_embedding(
             rows, columns, tokens.shape[-1], self.config.sample_size // patch_size, device=tokens.device
         )
@@ -397,13 +490,13 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         for i, (block, move) in enumerate(zip(self.transformer_blocks, moves)):
             if move is not None:
                 hidden_states = move_tokens(hidden_states, move)  # (B, L, D)
-            inputs = (hidden_states, modulation)
+            block_inputs = (hidden_states, modulation)
             if self.config.long_skips and i >= num_layers - num_layers // 2:
-                inputs = (*inputs, skips.pop())
+                block_inputs = (*block_inputs, skips.pop())
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, *inputs)
+                hidden_states = self._gradient_checkpointing_func(block, *block_inputs)
             else:
-                hidden_states = block(*inputs)  # (B, L, D)
+                hidden_states = block(*block_inputs)  # (B, L, D)
             if self.config.long_skips and i < num_layers // 2:
                 # A view: the middle layer gets this tensor twice, and torch.compile would compile it anew for that.
                 skips.append(hidden_states[:])
@@ -418,13 +511,37 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             hidden_states = self.local_out(hidden_states, rows, columns)
         shift, scale = self.modulation_out(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)  # (B, hw, D)
-        hidden_states = self.proj_out(hidden_states)  # (B, hw, p*p*C)
-        hidden_states = hidden_states.unflatten(1, (rows, columns)).unflatten(3, (patch_size, patch_size, -1))
-        sample = hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+        hidden_states = hidden_states.unflatten(1, (rows, columns))  # (B, h, w, D)
+        if self.config.overlapping_patches:
+            sample = self.proj_out(hidden_states.permute(0, 3, 1, 2))  # (B, C, H, W)
+        else:
+            patches = self.proj_out(hidden_states).unflatten(3, (patch_size, patch_size, -1))  # (B, h, w, p, p, C)
+            sample = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+        if self.pixel_head is not None:
+            sample = self.pixel_head(sample, inputs, condition)  # (B, C, H, W)
 
         if not return_dict:
             return (sample, features)
         return PISDMTransformer2DModelOutput(sample=sample, features=features)
+
+    def set_class_factors(self, class_factors: Sequence[Sequence[int]] | None, num_classes: int) -> int:
+        """Sets which rows of the class embedding make a class, and returns how many rows there have to be."""
+        ids, starts, num_rows = None, None, num_classes + 1
+        if class_factors is not None:
+            sizes = check_class_factors(class_factors, num_classes)
+            ids = torch.tensor([*class_factors, sizes], dtype=torch.int64)  # (num_classes + 1, F); last: no class
+            # The tables of all factors lie in one embedding, one after another, each with its null label at its end.
+            starts = torch.tensor([0, *(size + 1 for size in sizes[:-1])]).cumsum(0)  # (F,)
+            num_rows = sum(size + 1 for size in sizes)
+        self.register_buffer("class_factor_ids", ids, persistent=False)
+        self.register_buffer("class_factor_starts", starts, persistent=False)
+        return num_rows
+
+    def _embed_classes(self, class_labels: torch.Tensor) -> torch.Tensor:
+        if self.class_factor_ids is None:
+            return self.class_embedding(class_labels)  # (B, D)
+        factors = self.class_factor_ids[class_labels] if class_labels.ndim == 1 else class_labels  # (B, F)
+        return self.class_embedding(factors + self.class_factor_starts).sum(dim=1)  # (B, D)
 
     def _sinusoids(
         self, values: torch.Tensor | int | float, hidden_states: torch.Tensor, scale: float = 1.0

@@ -1,7 +1,7 @@
 """Functions of tensors, without parameters: scans, scan paths, the causal convolution, conditioning augmentation."""
 
 from .causal_conv import CAUSAL_CONV_BACKENDS, causal_conv
-from .conditioning_augmentation import augment_low_res, upsample_low_res
+from .conditioning_augmentation import augment_low_res, image_to_residual, residual_to_image, upsample_low_res
 from .draw_scan_paths import draw_scan_paths
 from .move_tokens import move_tokens
 from .scan_paths import SCAN_DIRECTIONS, TokenMove, invert_scan_path, scan_path, scan_transitions
@@ -14,6 +14,7 @@ __all__ = [
     "SELECTIVE_SCAN_BACKENDS",
     "TokenMove",
     "augment_low_res",
+    "image_to_residual",
     "causal_conv",
     "draw_scan_paths",
     "invert_scan_path",
@@ -21,5 +22,6 @@ __all__ = [
     "scan_path",
     "scan_transitions",
     "selective_scan",
+    "residual_to_image",
     "upsample_low_res",
 ]

@@ -6,18 +6,37 @@ import torch
 import torch.nn.functional as F
 
 
-def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def upsample_low_res(
+    low_res: torch.Tensor, size: tuple[int, int], residual_scale: float | None = None
+) -> torch.Tensor:
     """
-    Upsamples the low-resolution image (or latent) bilinearly.
+    Upsamples the low-resolution image (or latent): bilinearly, as RDM and the paper's cascade, or bicubically and
+    antialiased where the stage diffuses residuals, which are the smaller the better the upsampling is.
 
     Args:
         low_res (`torch.Tensor` of shape `(B, C, h, w)`): The lower stage's output.
         size (`tuple[int, int]`): Height and width `(H, W)` of the higher stage.
+        residual_scale (`float`, *optional*): The higher stage's.
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`.
     """
-    return F.interpolate(low_res, size=size, mode="bilinear", align_corners=False)
+    if residual_scale is None:
+        return F.interpolate(low_res, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(low_res, size=size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def image_to_residual(image: torch.Tensor, upsampled: torch.Tensor, residual_scale: float) -> torch.Tensor:
+    """
+    What a residual stage diffuses: the image less its mean, the upsampled lower image without any noise, at about unit
+    variance. All shapes are `(B, C, H, W)`.
+    """
+    return (image - upsampled) / residual_scale
+
+
+def residual_to_image(residual: torch.Tensor, upsampled: torch.Tensor, residual_scale: float) -> torch.Tensor:
+    """The inverse of [`image_to_residual`]."""
+    return torch.add(upsampled, residual, alpha=residual_scale)
 
 
 def augment_low_res(low_res: torch.Tensor, noise: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:

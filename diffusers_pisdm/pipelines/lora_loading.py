@@ -14,7 +14,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.utils import USE_PEFT_BACKEND, _get_model_file
 from safetensors import SafetensorError, safe_open
 
-from ..models.class_embedding import set_class_embedding
+from ..models.class_embedding import get_class_embedding, set_class_embedding
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from .lora_fit import CLASS_EMBEDDING, check_adapter_fits, quote
 
@@ -25,6 +25,7 @@ class FormerClasses:
 
     adapter_name: str
     embeddings: dict[str, torch.Tensor]
+    class_factors: dict[str, Any]
     id2label: dict[int, str] | None
 
 
@@ -177,11 +178,12 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             self._restore_classes([adapter_name])
         if embeddings:
             former = {name: transformer.class_embedding.weight for name, transformer in transformers.items()}
-            former_classes = FormerClasses(adapter_name, former, self.config.id2label)
+            factors = {name: transformer.config.class_factors for name, transformer in transformers.items()}
+            former_classes = FormerClasses(adapter_name, former, factors, self.config.id2label)
             id2label = metadata.get("pipeline", {}).get("id2label")
             if id2label is not None:
                 id2label = {int(i): name for i, name in id2label.items()}  # JSON made the ids strings
-            self._set_classes(embeddings, id2label)
+            self._set_classes(embeddings, dict.fromkeys(embeddings), id2label)
             self._former_classes = former_classes
         try:
             for name, layers in weights.items():
@@ -237,7 +239,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
                 state_dict.update(self.pack_weights(layers, name))
                 metadata.update(self.pack_weights(transformer.peft_config[adapter_name].to_dict(), name))
             if save_class_embeddings:
-                weight = transformer.class_embedding.weight.detach()
+                weight = get_class_embedding(transformer).detach()
                 state_dict.update(self.pack_weights({CLASS_EMBEDDING: weight}, name))
         if save_class_embeddings:
             metadata.update(self.pack_weights({"id2label": self.config.id2label}, "pipeline"))
@@ -339,9 +341,11 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
                 f" `delete_adapters({adapter_name!r})` first."
             )
 
-    def _set_classes(self, embeddings: dict[str, torch.Tensor], id2label: dict[int, str] | None) -> None:
+    def _set_classes(
+        self, embeddings: dict[str, torch.Tensor], class_factors: dict[str, Any], id2label: dict[int, str] | None
+    ) -> None:
         for name, transformer in self._get_lora_transformers().items():
-            set_class_embedding(transformer, embeddings[name])
+            set_class_embedding(transformer, embeddings[name], class_factors[name])
         self.register_to_config(id2label=id2label)
 
     def _restore_classes(self, removed_adapters: list[str]) -> None:
@@ -350,7 +354,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             return
         modules = itertools.chain(*(transformer.modules() for transformer in self._get_lora_transformers().values()))
         if not any(former.adapter_name in getattr(module, "merged_adapters", ()) for module in modules):
-            self._set_classes(former.embeddings, former.id2label)
+            self._set_classes(former.embeddings, former.class_factors, former.id2label)
         self._former_classes = None
 
 

@@ -33,7 +33,7 @@ from typing_extensions import Self
 from ..models.latents import decode_latents, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
-from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
+from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
 from .lora_loading import PISDMLoraLoaderMixin
 
 
@@ -83,6 +83,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             Makes all stages work on its latents. Without it they work on pixels in [-1, 1].
         id2label (`dict[int, str]` or `list[str]`, *optional*):
             Class names by id, saved with the pipeline. A name may list synonyms separated by commas.
+        default_guidance_scale (`float` or `list[float]`, defaults to 4.0),
+        default_num_inference_steps (`int` or `list[int]`, defaults to 20),
+        default_noise_level (`float` or `list[float]`, defaults to 0.1):
+            What a call takes where it is not told otherwise, in the forms of its arguments: what a checkpoint was
+            found best with. Saved with the pipeline. Of a list, a shortened cascade takes the first values.
 
     Raises:
         ValueError: The stages have a gap or do not fit each other, or a scheduler is a flow-matching one.
@@ -106,6 +111,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         scheduler_4: SchedulerMixin | None = None,
         vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None = None,
         id2label: dict | list | None = None,
+        default_guidance_scale: float | list[float] = 4.0,
+        default_num_inference_steps: int | list[int] = 20,
+        default_noise_level: float | list[float] = 0.1,
     ):
         super().__init__()
         self.register_modules(
@@ -123,7 +131,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             id2label = dict(enumerate(id2label))
         if id2label is not None:
             id2label = {int(i): name for i, name in id2label.items()}  # JSON made the ids strings
-        self.register_to_config(id2label=id2label)
+        self.register_to_config(
+            id2label=id2label,
+            default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=default_num_inference_steps,
+            default_noise_level=default_noise_level,
+        )
         self.image_processor = VaeImageProcessor(do_resize=False)
         self.check_stages()
 
@@ -256,8 +269,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 f" has {self.transformer.config.in_channels} (`in_channels`). Pass the autoencoder that the"
                 " transformers were trained with."
             )
-        for name in SCHEDULERS[: self.num_stages]:
+        for name, transformer in zip(SCHEDULERS, self.stages):
             _check_scheduler(name, getattr(self, name))
+            if transformer.config.get("residual_scale") is not None:
+                _check_residual_scheduler(name, getattr(self, name) or self.scheduler)
 
     def _check_transformer(
         self, name: str, transformer: PISDMTransformer2DModel, lower: PISDMTransformer2DModel | None
@@ -560,13 +575,13 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
-        num_inference_steps: int | list[int] = 20,
+        num_inference_steps: int | list[int] | None = None,
         timesteps: list[int] | list[list[int] | None] | None = None,
         sigmas: list[float] | list[list[float] | None] | None = None,
-        guidance_scale: float | list[float] = 4.0,
+        guidance_scale: float | list[float] | None = None,
         guidance_start: float | list[float] = 0.0,
         guidance_stop: float | list[float] = 1.0,
-        noise_level: float | list[float] = 0.1,
+        noise_level: float | list[float] | None = None,
         relay_strength: float | list[float | None] | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -592,21 +607,23 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             height, width (`int`, *optional*):
                 Pixels of the final images; the last stage's `sample_size` by default. Lower stages scale with it.
             num_images_per_prompt (`int`, defaults to 1): Images a label; those of one label are neighbours.
-            num_inference_steps (`int` or `list[int]`, defaults to 20):
-                Denoising steps, per stage. The paper takes 50; with DPM-Solver the published checkpoint gains nothing
-                beyond 10 (`benchmarks/sampling_efficiency.py`).
+            num_inference_steps (`int` or `list[int]`, *optional*):
+                Denoising steps, per stage; `config.default_num_inference_steps` if not given. The paper takes 50; with
+                DPM-Solver the published checkpoint gains nothing beyond 10 (`benchmarks/sampling_efficiency.py`).
             timesteps (`list[int]`, or one list a stage, *optional*):
                 Own timesteps instead of `num_inference_steps`, for schedulers that take them; `None` in a list of
                 lists leaves a stage its `num_inference_steps`.
             sigmas (`list[float]`, or one list a stage, *optional*): Likewise, as noise levels.
-            guidance_scale (`float` or `list[float]`, defaults to 4.0):
-                Weight w of classifier-free guidance, `eps_u + w (eps_c - eps_u)` on all channels, per stage. As in
+            guidance_scale (`float` or `list[float]`, *optional*):
+                Weight w of classifier-free guidance, `eps_u + w (eps_c - eps_u)` on all channels, per stage;
+                `config.default_guidance_scale` if not given. As in
                 diffusers, guidance is off (and half of the work is saved) where w <= 1. The paper's value is 4.0.
             guidance_start, guidance_stop (`float` or `list[float]`, default to 0.0 and 1.0):
                 The share of a stage's steps, from the noisy end, in which guidance is on, per stage. Steps outside of
                 `[start, stop)` skip the unconditional half.
-            noise_level (`float` or `list[float]`, defaults to 0.1):
-                Noise on the low-resolution condition in [0, 1), per higher stage. A little hides what distinguishes a
+            noise_level (`float` or `list[float]`, *optional*):
+                Noise on the low-resolution condition in [0, 1), per higher stage; `config.default_noise_level` if not
+                given. A little hides what distinguishes a
                 generated condition from the real ones of training; much makes a stage ignore it.
             relay_strength (`float` or `list[float | None]`, *optional*):
                 Relay start, per higher stage: begin from the upsampled lower image, noised to this share in (0, 1] of
@@ -628,7 +645,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 in it take effect. Setting `pipe._interrupt` ends the run with the image of the running stage.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 What `callback_kwargs` holds: `"latents"`, `"low_res"` (the noised condition; `None` in the first
-                stage), `"class_labels"` and `"stage"` (from 1). At a stage's last step, `latents` is its image.
+                stage), `"class_labels"` and `"stage"` (from 1). At a stage's last step, `latents` is its image;
+                before, in a stage with `residual_scale`, the noisy residual.
 
         Returns:
             [`PISDMCascadePipelineOutput`], or a tuple of its values if `return_dict` is `False`.
@@ -654,6 +672,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         # 1. Bring arguments to one value a stage and check them
         self.check_stages()
         num_stages = self.num_stages
+        if num_inference_steps is None:
+            num_inference_steps = _first_values(self.config.default_num_inference_steps, num_stages)
+        if guidance_scale is None:
+            guidance_scale = _first_values(self.config.default_guidance_scale, num_stages)
+        if noise_level is None:
+            noise_level = _first_values(self.config.default_noise_level, num_stages - 1)
         num_inference_steps = _per_stage("num_inference_steps", num_inference_steps, num_stages)
         timesteps = _per_stage("timesteps", timesteps, num_stages, value_is_list=True)
         sigmas = _per_stage("sigmas", sigmas, num_stages, value_is_list=True)
@@ -710,6 +734,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         low_res = None
         for index, (transformer, scheduler, schedule) in enumerate(zip(self.stages, schedulers, schedules)):
             stage, shape = index + 1, shapes[index]
+            residual_scale = transformer.config.get("residual_scale")
             self._stage = stage
             if index == 0 or isinstance(guidance_scale, (list, tuple)):
                 # A single scale is set once: what a callback makes of it lasts.
@@ -717,7 +742,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
             # 4.1 Condition on the stage before. The noise is drawn even at level 0, for levels to be comparable.
             if index > 0:
-                upsampled = upsample_low_res(latents, shape[2:])  # (B, C, H, W)
+                upsampled = upsample_low_res(latents, shape[2:], residual_scale)  # (B, C, H, W)
                 noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
                 level = torch.full((1,), noise_level[index], device=device)
                 low_res = augment_low_res(upsampled, noise, level)  # (B, C, H, W)
@@ -730,7 +755,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             if relay_strength[index] is None:
                 latents = noise * scheduler.init_noise_sigma  # (B, C, H, W)
             else:
-                latents = scheduler.add_noise(upsampled, noise, schedule[:1].expand(batch_size))  # (B, C, H, W)
+                # A residual stage's upsampled image is a residual of zero.
+                image = upsampled if residual_scale is None else torch.zeros_like(upsampled)
+                latents = scheduler.add_noise(image, noise, schedule[:1].expand(batch_size))  # (B, C, H, W)
 
             # 4.3 Denoise. Nothing here may wait for the device: the next steps are queued while it works.
             conditions: dict[bool, dict[str, torch.Tensor]] = {}  # by whether the step is guided
@@ -741,6 +768,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 self._describe(progress_bar, shape)
                 for i, (scheduler_t, t) in enumerate(zip(schedule, device_schedule)):
                     if self.interrupt:
+                        if residual_scale is not None:
+                            latents = residual_to_image(latents, upsampled, residual_scale)
                         break
                     self._current_timestep = t
                     in_interval = guidance_start[index] <= i / len(schedule) < guidance_stop[index]
@@ -754,6 +783,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     (latents, *_) = scheduler.step(
                         prediction, scheduler_t, latents, **extra_step_kwargs, return_dict=False
                     )
+                    if residual_scale is not None and i == len(schedule) - 1:
+                        latents = residual_to_image(latents, upsampled, residual_scale)
 
                     if callback_on_step_end is not None:
                         available = {
@@ -827,6 +858,11 @@ def _per_stage(name: str, value: Any, num_values: int, unit: str = "stage", valu
     return list(value)
 
 
+def _first_values(value: Any, num_values: int) -> Any:
+    # The default of a cascade that may have been shortened since.
+    return value[:num_values] if isinstance(value, (list, tuple)) else value
+
+
 def _is_positive_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
 
@@ -848,6 +884,17 @@ def _check_scheduler(name: str, scheduler: SchedulerMixin | None) -> None:
             f"`{name}` is a flow-matching scheduler ({type(scheduler).__name__}), but PIS-DM's models are trained to"
             " predict noise or velocity. Pass a diffusion scheduler such as `DPMSolverMultistepScheduler`, with"
             " `use_flow_sigmas=False`."
+        )
+
+
+def _check_residual_scheduler(name: str, scheduler: SchedulerMixin) -> None:
+    # Both bound what is predicted to the range of images; residuals have unit variance and no bounds.
+    bounds = [option for option in ("clip_sample", "thresholding") if scheduler.config.get(option)]
+    if bounds:
+        raise ValueError(
+            f"`{name}` bounds its samples (`{bounds[0]}=True`), but its stage diffuses residuals (`residual_scale`),"
+            f" which have no bounds. Pass `{type(scheduler).__name__}.from_config(scheduler.config,"
+            f" {', '.join(f'{option}=False' for option in bounds)})`."
         )
 
 

@@ -10,7 +10,7 @@ import torch.nn as nn
 from diffusers import DDPMScheduler
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
-from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
+from ..ops.conditioning_augmentation import augment_low_res, image_to_residual, upsample_low_res
 from .batch_shares import stage_batch_size
 from .denoising_loss import denoising_target, denoising_weights
 from .row_noise import RowNoise
@@ -43,9 +43,13 @@ class CascadeObjective(nn.Module):
     Args:
         transformers (`list[PISDMTransformer2DModel]`): The stages, low resolution first.
         schedulers (`list[DDPMScheduler]`): The noise schedule and the prediction type of each stage.
-        loss_weighting (`str`, defaults to `"uniform"`): See [`denoising_weights`].
+        loss_weighting (`str` or `list[str]`, defaults to `"uniform"`):
+            See [`denoising_weights`]; for all stages, or one for each.
         min_snr_gamma (`float`, defaults to 5.0): The gamma of `min_snr`.
         label_dropout (`float`, defaults to 0.1): Share of images whose label is replaced by the null label.
+        factor_dropout (`float`, defaults to 0.0):
+            Beside that, the share of images in which a factor of the class is replaced by its null label, drawn for
+            each factor by itself. For models with `class_factors`.
         max_noise_level (`float`, defaults to 0.5):
             Conditioning augmentation draws its level from [0, max_noise_level).
         sil_weight (`float`, defaults to 1.0): Weight of the scale-invariant loss; 0 removes it and its heads.
@@ -69,9 +73,10 @@ class CascadeObjective(nn.Module):
         self,
         transformers: list[PISDMTransformer2DModel],
         schedulers: list[DDPMScheduler],
-        loss_weighting: str = "uniform",
+        loss_weighting: str | list[str] = "uniform",
         min_snr_gamma: float = 5.0,
         label_dropout: float = 0.1,
+        factor_dropout: float = 0.0,
         max_noise_level: float = 0.5,
         sil_weight: float = 1.0,
         sil_temperature: float = 0.1,
@@ -87,8 +92,15 @@ class CascadeObjective(nn.Module):
         batch_shares = [1.0] * count if batch_shares is None else batch_shares
         stage_loss_weights = [1.0] * count if stage_loss_weights is None else stage_loss_weights
         train_stages = list(range(1, count + 1)) if train_stages is None else train_stages
+        loss_weighting = [loss_weighting] * count if isinstance(loss_weighting, str) else loss_weighting
         if len(schedulers) != count:
             raise ValueError(f"`schedulers` must hold one scheduler for each of the {count} stages.")
+        if len(loss_weighting) != count:
+            raise ValueError(
+                f"`loss_weighting` must be one name, or one for each of the {count} stages, got {loss_weighting}."
+            )
+        if factor_dropout > 0 and any(stage.config.get("class_factors") is None for stage in transformers):
+            raise ValueError("`factor_dropout` drops factors of classes, but a stage has no `class_factors`.")
         if len(batch_shares) != count or not all(0 < share <= 1 for share in batch_shares):
             raise ValueError(
                 f"`batch_shares` must hold one share in (0, 1] for each of the {count} stages, got {batch_shares}."
@@ -110,6 +122,7 @@ class CascadeObjective(nn.Module):
         self.stages = nn.ModuleList(transformers)
         self.schedulers = schedulers
         self.label_dropout = label_dropout
+        self.factor_dropout = factor_dropout
         self.max_noise_level = max_noise_level
         self.sil_weight = sil_weight
         self.stages_trained = sorted(stage - 1 for stage in train_stages)
@@ -120,7 +133,7 @@ class CascadeObjective(nn.Module):
         for index, (stage, scheduler) in enumerate(zip(transformers, schedulers)):
             if index not in self.stages_trained:
                 stage.requires_grad_(False)
-            weights = denoising_weights(scheduler, loss_weighting, min_snr_gamma)
+            weights = denoising_weights(scheduler, loss_weighting[index], min_snr_gamma)
             self.register_buffer(f"loss_weights_{index}", weights, persistent=False)
         self.scale_invariant_loss = None
         compared = [index for index in self.stages_trained if index > 0]
@@ -136,7 +149,9 @@ class CascadeObjective(nn.Module):
             {*self.stages_trained, *(index - 1 for index in compared if self.scale_invariant_loss is not None)}
         )
 
-    def forward(self, pyramid: list[torch.Tensor], class_labels: torch.Tensor, seed: int) -> CascadeLosses:
+    def forward(
+        self, pyramid: list[torch.Tensor], class_labels: torch.Tensor, seed: int | torch.Generator
+    ) -> CascadeLosses:
         """
         In evaluation mode every stage sees the whole batch, no label is dropped, and nothing depends on other
         processes.
@@ -145,7 +160,7 @@ class CascadeObjective(nn.Module):
             pyramid (`list[torch.Tensor]` of shapes `(B, C, H_s, W_s)`):
                 The images (in [-1, 1]) or latents of every stage, see [`image_pyramid`].
             class_labels (`torch.Tensor` of shape `(B,)`, int64): Their classes.
-            seed (`int`): All noise follows from it.
+            seed (`int` or `torch.Generator`): All noise follows from it.
 
         Returns:
             [`CascadeLosses`].
@@ -157,6 +172,10 @@ class CascadeObjective(nn.Module):
         if self.training:
             dropped = noise.uniform(batch_size) < self.label_dropout
             labels = torch.where(dropped, self.stages[0].config.num_classes, class_labels)
+            if self.factor_dropout > 0:
+                factors = self.stages[0].class_factor_ids  # (num_classes + 1, F), the null labels last
+                dropped = noise.uniform(batch_size, factors.shape[1]) < self.factor_dropout
+                labels = torch.where(dropped, factors[-1], factors[labels])  # (B, F)
 
         denoising, features = [], {}
         total = torch.zeros((), device=device)
@@ -186,14 +205,16 @@ class CascadeObjective(nn.Module):
         labels: torch.Tensor,
         draw: RowNoise,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scheduler = self.schedulers[index]
+        scheduler, residual_scale = self.schedulers[index], self.stages[index].config.get("residual_scale")
         noise = draw.normal(*clean.shape)
-        noisy = scheduler.add_noise(clean, noise, timesteps)  # (B, C, H, W)
         noise_level = None
         if low_res is not None:
             noise_level = draw.uniform(len(clean)) * self.max_noise_level
-            low_res = upsample_low_res(low_res, clean.shape[-2:])
-            low_res = augment_low_res(low_res, draw.normal(*low_res.shape), noise_level)
+            upsampled = upsample_low_res(low_res, clean.shape[-2:], residual_scale)
+            low_res = augment_low_res(upsampled, draw.normal(*upsampled.shape), noise_level)
+            if residual_scale is not None:  # to the image without noise: what is noised, the stage cannot take away
+                clean = image_to_residual(clean, upsampled, residual_scale)
+        noisy = scheduler.add_noise(clean, noise, timesteps)  # (B, C, H, W)
         prediction, features = self.stages[index](
             noisy, timesteps, labels, low_res=low_res, noise_level=noise_level, return_dict=False
         )

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 
-from ..models.class_embedding import set_class_embedding
+from ..models.class_embedding import get_class_embedding, set_class_embedding
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 
 
@@ -26,7 +26,8 @@ def resize_class_embedding(
     """
     Exchanges the classes of a model, in place; `config.num_classes` follows. Call it before the optimizer is made.
 
-    A class in both lists keeps its embedding, wherever it stands in them. A new class starts with the null label's,
+    A class in both lists keeps its embedding, wherever it stands in them (of a model with `class_factors`, the sum of
+    its factors', which are a row of its own from then on). A new class starts with the null label's,
     which the model knows as "any class": at first, its images are those the model makes without guidance. A random
     embedding would instead be an input that no layer has ever seen.
 
@@ -56,7 +57,7 @@ def resize_class_embedding(
     null_label = len(old)
     old_ids = {name: i for i, name in enumerate(old)}
     rows = [*(old_ids.get(name, null_label) for name in new), null_label]
-    set_class_embedding(transformer, transformer.class_embedding.weight[rows])
+    set_class_embedding(transformer, get_class_embedding(transformer)[rows])
 
 
 def start_cascade(
@@ -153,7 +154,7 @@ def _get_class_names(pretrained: DiffusionPipeline) -> list[str]:
 
 def _check_config(stage: int, config: dict[str, Any], transformer: PISDMTransformer2DModel) -> None:
     parameters = inspect.signature(PISDMTransformer2DModel).parameters.values()
-    wanted = {parameter.name: parameter.default for parameter in parameters if parameter.name != "num_classes"}
+    wanted = {p.name: p.default for p in parameters if p.name not in ("num_classes", "class_factors")}
     wanted.update(config)
     differences = [
         f"`{key}` is {value!r} instead of {transformer.config.get(key)!r}"

@@ -24,6 +24,7 @@ class ImageData:
         num_rows (`int` or `None`): `None` if a stream does not say.
         image_column, label_column (`str`): The columns that are used.
         class_ids (`dict`): The label in a row to the class, an index of `class_names`.
+        flip_column (`str`, *optional*): A column that says which images may be mirrored; all may without it.
     """
 
     dataset: Dataset | IterableDataset
@@ -32,6 +33,7 @@ class ImageData:
     image_column: str
     label_column: str
     class_ids: dict[int | str, int]
+    flip_column: str | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -56,6 +58,10 @@ class ImageData:
             raise DataError(_unknown_labels([label], self.class_names, self.place(row, position)))
         return self.class_ids[label]
 
+    def may_flip(self, row: dict) -> bool:
+        """Whether the image of a row shows the same thing in the mirror."""
+        return self.flip_column is None or bool(row[self.flip_column])
+
     def place(self, row: dict, position: int) -> str:
         """Where a row comes from, for messages: its number and, where known, the file."""
         path = (row[self.image_column] or {}).get("path")
@@ -73,6 +79,7 @@ def load_image_data(
     label_column: str = "label",
     class_names: list[str] | None = None,
     cache_dir: str | Path | None = None,
+    flip_column: str | None = None,
 ) -> ImageData:
     """
     Loads a labelled image data set by `datasets.load_dataset`: a folder of images with one folder a class, a folder of
@@ -91,6 +98,7 @@ def load_image_data(
             indices. Needed for a stream whose labels are no `ClassLabel`, and to give a held-out split the classes of
             the training split.
         cache_dir (`str` or `Path`, *optional*): Where `datasets` keeps what it prepared.
+        flip_column (`str`, *optional*): A column of truth values: which images may be mirrored.
 
     Returns:
         [`ImageData`].
@@ -106,8 +114,9 @@ def load_image_data(
             f"A stream of {name_or_path} does not say which columns it has: load it without --streaming, or convert it"
             " to parquet."
         )
-    for name, column in (("image", image_column), ("label", label_column)):
-        if column not in features:
+    columns = {"image": image_column, "label": label_column, "flip": flip_column}
+    for name, column in columns.items():
+        if column is not None and column not in features:
             hint = " Images in folders have labels if there is one folder a class, and two or more."
             raise DataError(
                 f"{name_or_path} has no column {column!r}, only {', '.join(features)}: name the right one with"
@@ -117,7 +126,12 @@ def load_image_data(
     if not (isinstance(kind, Image) or (isinstance(kind, Value) and kind.dtype.endswith(("string", "binary")))):
         raise DataError(f"Column {image_column!r} of {name_or_path} holds {kind}, not images: see --image_column.")
 
-    kept = [column for column in (image_column, label_column, "__url__") if column in features]
+    if flip_column is not None and features[flip_column] != Value("bool"):
+        raise DataError(
+            f"Column {flip_column!r} of {name_or_path} holds {features[flip_column]}, not truth values: see"
+            " --flip_column."
+        )
+    kept = [column for column in (*columns.values(), "__url__") if column in features]
     dataset = dataset.select_columns(kept).cast_column(image_column, Image(decode=False))
     num_rows, labels = None, None
     if not streaming:
@@ -128,7 +142,7 @@ def load_image_data(
     unknown = [label for label in labels or [] if label not in class_ids]
     if unknown:
         raise DataError(_unknown_labels(unknown, class_names, f"column {label_column!r} of split {split!r}"))
-    return ImageData(dataset, class_names, num_rows, image_column, label_column, class_ids)
+    return ImageData(dataset, class_names, num_rows, image_column, label_column, class_ids, flip_column)
 
 
 def read_class_names(path: str | Path) -> list[str]:

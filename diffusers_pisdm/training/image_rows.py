@@ -102,7 +102,8 @@ class ImageRows:
             if self.on_bad_image == "stop":
                 message += ". Mend or remove it, or pass --on_bad_image skip."
             raise BadImageError(message) from error
-        return self.transform(image, np.random.default_rng((seed, epoch, position))), label
+        random = np.random.default_rng((seed, epoch, position))
+        return self.transform(image, random, self.data.may_flip(fields)), label
 
 
 def all_bad(count: int, last: str) -> BadImageError:

@@ -64,11 +64,12 @@ class ImageTransform:
     random_crop: bool = False
     random_flip: bool = False
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> torch.Tensor:
+    def __call__(self, image: Image.Image, random: np.random.Generator, may_flip: bool = True) -> torch.Tensor:
         """
         Args:
             image (`PIL.Image.Image`): In mode RGB, of any size.
             random (`np.random.Generator`): Draws crop and flip.
+            may_flip (`bool`, defaults to `True`): Whether this image may be mirrored; letters, say, may not.
 
         Returns:
             `torch.Tensor` of shape `(3, size, size)`, uint8.
@@ -80,7 +81,7 @@ class ImageTransform:
         free = image.width - self.size, image.height - self.size
         left, top = (int(random.integers(n + 1)) if self.random_crop else n // 2 for n in free)
         image = image.crop((left, top, left + self.size, top + self.size))
-        if self.random_flip and random.random() < 0.5:
+        if self.random_flip and random.random() < 0.5 and may_flip:
             image = ImageOps.mirror(image)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return pixels.view(self.size, self.size, 3).permute(2, 0, 1).contiguous()  # (3, H, W)

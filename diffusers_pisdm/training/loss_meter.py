@@ -29,7 +29,7 @@ class LossMeter:
         if objective.scale_invariant_loss is not None:
             self.names += [f"scale_invariant_{s}_{s + 1}" for s in objective.scale_invariant_loss.stages]
         self.stages = [index + 1 for index in objective.stages_trained]
-        self.reset()
+        self.totals = torch.zeros(2, len(self.names), device=self.device)  # sums and counts
 
     def _level_name(self, stage: int, level: int) -> str:
         edges = [self.num_timesteps * i // NOISE_LEVELS for i in (level, level + 1)]
@@ -37,7 +37,7 @@ class LossMeter:
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.sums, self.counts = torch.zeros(2, len(self.names), device=self.device)
+        self.totals.zero_()
 
     def add(self, losses: CascadeLosses, weight: float = 1.0) -> None:
         """Adds a batch's losses; a weight of 0 ignores it."""
@@ -45,12 +45,13 @@ class LossMeter:
         for errors in losses.denoising:
             level = losses.timesteps[: len(errors)] * NOISE_LEVELS // self.num_timesteps  # (B_s,)
             sums.append(torch.zeros(NOISE_LEVELS, device=errors.device).index_add(0, level, errors.float()))
-            counts.append(torch.bincount(level, minlength=NOISE_LEVELS).float())
+            # bincount would wait for the device.
+            counts.append(torch.zeros_like(sums[-1]).index_add(0, level, torch.ones_like(errors, dtype=torch.float32)))
         batch_size = len(losses.timesteps)
         sums.append(losses.scale_invariant.float() * batch_size)
         counts.append(torch.full_like(sums[-1], batch_size))
-        self.sums = self.sums + torch.cat(sums) * weight
-        self.counts = self.counts + torch.cat(counts) * weight
+        # In place: what a recorded CUDA graph adds to is read here afterwards.
+        self.totals += torch.stack([torch.cat(sums), torch.cat(counts)]) * weight
 
     def means(
         self, prefix: str, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
@@ -66,7 +67,7 @@ class LossMeter:
             `dict[str, float]`: `denoising_S` for every trained stage, `denoising_S_tA-B` for its timesteps from A to
             B, `scale_invariant_S_S+1` for every compared pair; without those that nothing was added to.
         """
-        sums, counts = reduce(torch.stack([self.sums, self.counts])).cpu().double()
+        sums, counts = reduce(self.totals.clone()).cpu().double()
         values = {}
         for position, stage in enumerate(self.stages):
             levels = slice(position * NOISE_LEVELS, (position + 1) * NOISE_LEVELS)

@@ -49,7 +49,12 @@ def learning_rate_factor(step: int, warmup_steps: int, cooldown_steps: int, tota
 
 
 def make_optimizer(
-    parameters: list[dict], learning_rate: float, betas: tuple[float, float], epsilon: float, use_8bit: bool = False
+    parameters: list[dict],
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    use_8bit: bool = False,
+    capturable: bool = False,
 ) -> torch.optim.Optimizer:
     """
     AdamW over [`parameter_groups`].
@@ -58,6 +63,8 @@ def make_optimizer(
         parameters (`list[dict]`): Parameter groups with their weight decay.
         learning_rate (`float`), betas (`tuple[float, float]`), epsilon (`float`): AdamW's.
         use_8bit (`bool`, defaults to `False`): Keep both moments in 8 bits, by bitsandbytes.
+        capturable (`bool`, defaults to `False`):
+            Whether a CUDA graph may record its steps: the learning rate is then a tensor on the parameters' device.
 
     Returns:
         `torch.optim.Optimizer`.
@@ -71,4 +78,6 @@ def make_optimizer(
         except ImportError as error:
             raise ImportError("8-bit Adam is bitsandbytes': `pip install bitsandbytes`.") from error
         return AdamW8bit(parameters, lr=learning_rate, betas=betas, eps=epsilon)
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+    if capturable:
+        learning_rate = torch.tensor(learning_rate, device=parameters[0]["params"][0].device)
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=epsilon, fused=True, capturable=capturable)

@@ -14,13 +14,16 @@ class RowNoise:
     with the whole batch, and a resumed run draws what an uninterrupted one would have drawn.
 
     Args:
-        seed (`int`): The seed of the step.
+        seed (`int` or `torch.Generator`): The seed of the step; or a generator that has it, for a recorded CUDA graph.
         device (`torch.device`): Where to draw.
         process_index (`int`, defaults to 0), num_processes (`int`, defaults to 1): Which rows are this process's.
     """
 
-    def __init__(self, seed: int, device: torch.device, process_index: int = 0, num_processes: int = 1):
-        self.generator = torch.Generator(device).manual_seed(seed)
+    def __init__(
+        self, seed: int | torch.Generator, device: torch.device, process_index: int = 0, num_processes: int = 1
+    ):
+        is_seeded = isinstance(seed, torch.Generator)
+        self.generator = seed if is_seeded else torch.Generator(device).manual_seed(seed)
         self.process_index = process_index
         self.num_processes = num_processes
 

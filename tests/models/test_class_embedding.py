@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from diffusers_pisdm.models.class_embedding import set_class_embedding
+from diffusers_pisdm.models.class_embedding import (
+    class_factors_from_names,
+    get_class_embedding,
+    set_class_embedding,
+)
 from tests.models.tiny_model import make_inputs, make_model
 
 
@@ -33,6 +37,35 @@ def test_saved_and_loaded(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.config.num_classes == 1
     assert torch.equal(run(loaded, 0), run(model, 0))
+
+
+def test_factors_become_rows_and_rows_factors(tmp_path):
+    factors = tuple((i % 2, i // 2) for i in range(10))
+    model = make_model(class_factors=factors)
+    expected, weight = [run(model, label) for label in (3, 10)], model.class_embedding.weight.clone()
+    rows = get_class_embedding(model)
+    assert rows.shape == (11, 32)
+    set_class_embedding(model, rows[[3, 10]])
+    assert (model.config.num_classes, model.config.class_factors) == (1, None)
+    for label in (0, 1):
+        torch.testing.assert_close(run(model, label), expected[label])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(type(model).from_pretrained(tmp_path), 0), run(model, 0))
+
+    set_class_embedding(model, weight, factors)
+    assert (model.config.num_classes, model.config.class_factors) == (10, factors)
+    assert [torch.equal(run(model, label), image) for label, image in zip((3, 10), expected)] == [True, True]
+
+
+def test_factors_are_read_off_names():
+    names = ["noto/animal", "fluent/face", "noto/face", "twemoji/animal"]
+    assert class_factors_from_names(names, "/") == ((1, 0), (0, 1), (1, 1), (2, 0))
+    assert class_factors_from_names(["b", "a"], "/") == ((1,), (0,))
+
+
+def test_names_with_another_number_of_parts_are_refused():
+    with pytest.raises(ValueError, match=r"Class 'face' has 1 parts between '/', but 'noto/animal' has 2"):
+        class_factors_from_names(["noto/animal", "face"], "/")
 
 
 @pytest.mark.parametrize("trains", [False, True])

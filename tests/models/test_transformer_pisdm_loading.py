@@ -45,7 +45,7 @@ def test_config_keeps_every_argument(tmp_path):
     """Other values than the defaults, through JSON, where tuples become lists."""
     arguments = {
         "sample_size": 12,
-        "patch_size": 3,
+        "patch_size": 4,
         "in_channels": 2,
         "out_channels": 5,
         "num_layers": 3,
@@ -61,14 +61,22 @@ def test_config_keeps_every_argument(tmp_path):
         "num_padding_tokens": 2,
         "local_enhancement": False,
         "long_skips": False,
+        "overlapping_patches": True,
+        "pixel_head_channels": 3,
+        "residual_scale": 0.25,
+        "class_factors": ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)),
     }
     PISDMTransformer2DModel(**arguments).save_pretrained(tmp_path)
     loaded = PISDMTransformer2DModel.from_pretrained(tmp_path)
     config = {name: value for name, value in loaded.config.items() if not name.startswith("_")}
-    assert config == {**arguments, "scan_directions": list(arguments["scan_directions"])}
+    as_lists = {
+        "scan_directions": list(arguments["scan_directions"]),
+        "class_factors": [list(ids) for ids in arguments["class_factors"]],
+    }
+    assert config == {**arguments, **as_lists}
     assert loaded.layer_directions == ("column_top_left", "row_bottom_left", "column_top_left")
-    inputs = make_inputs(loaded, height=6, width=9)
-    assert loaded(**inputs).sample.shape == (2, 5, 6, 9)
+    inputs = make_inputs(loaded, height=8, width=12)
+    assert loaded(**inputs).sample.shape == (2, 5, 8, 12)
 
 
 def test_variant(tmp_path):

@@ -14,7 +14,8 @@ BETA_SCHEDULE = "squaredcos_cap_v2"
 class GaussianDenoiser(ModelMixin, ConfigMixin):
     r"""
     Predicts exactly what data `x_0 ~ N(mean of the class, std^2)`, independent in every pixel, ask for. As a higher
-    stage, the mean is the low-resolution condition plus the class's mean.
+    stage, the mean is the low-resolution condition plus the class's mean; with `residual_scale` the data are
+    residuals, which know nothing of the condition.
 
     With `x_t = a x_0 + s eps`: `E[x_0 | x_t] = m + a std^2 / (a^2 std^2 + s^2) (x_t - a m)` and
     `E[eps | x_t] = s / (a^2 std^2 + s^2) (x_t - a m)`. Guidance between classes of one std moves the mean:
@@ -35,6 +36,7 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         out_channels: int | None = None,
         num_classes: int = 2,
         low_res_channels: int | None = None,
+        residual_scale: float | None = None,
     ):
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))  # gives the model a dtype and a device
@@ -50,7 +52,7 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         a, s = 1 / (sigma**2 + 1).sqrt(), sigma / (sigma**2 + 1).sqrt()
         means = torch.tensor([*self.config.means, self.config.null_mean], dtype=torch.float64)
         mean = means[class_labels][:, None, None, None]  # (B, 1, 1, 1)
-        if low_res is not None:
+        if low_res is not None and self.config.residual_scale is None:
             mean = mean + low_res.double()  # (B, C, H, W)
 
         centred = hidden_states.double() - a * mean

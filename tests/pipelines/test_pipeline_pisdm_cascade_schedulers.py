@@ -264,6 +264,100 @@ def test_relay_starts_from_the_noised_lower_image(name):
     torch.testing.assert_close(high, expected, rtol=0, atol=atol)
 
 
+# --- Residual stages: `image = up(low) + s (m + std z)`, whatever noise the condition has ----------------------------
+
+RESIDUAL_SCALE = 0.3
+
+
+def make_residual_pipeline(name, prediction_type="sample", **options):
+    higher = GaussianDenoiser(
+        (0.0, 0.2),
+        prediction_type=prediction_type,
+        low_res_channels=1,
+        residual_scale=RESIDUAL_SCALE,
+    )
+    scheduler = make_scheduler(name, prediction_type, **options)
+    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"), higher)
+    pipe.scheduler_2 = scheduler
+    return pipe
+
+
+def sample_stages(pipe, steps, **arguments):
+    """The first stage's image, upsampled as residual stages do, and the second's."""
+    defaults = {"guidance_scale": 1.0, "num_inference_steps": [10, steps], "generator": generators(0)}
+    output = pipe(1, **{**defaults, "output_type": "latent", "output_stages": True, **arguments})
+    low, high = output.stage_images
+    return upsample_low_res(low, (64, 64), RESIDUAL_SCALE), high
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.5])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_residual_stages_add_what_they_drew_to_the_clean_upsampled_image(name, noise_level):
+    noise, prediction_type = make_noise(), "epsilon" if name in NO_SAMPLE_PREDICTION else "sample"
+    pipe = make_residual_pipeline(name, prediction_type)
+    upsampled, high = sample_stages(pipe, 50, latents=[None, noise], noise_level=noise_level)
+    expected = upsampled + RESIDUAL_SCALE * (0.2 + STD * noise)
+    torch.testing.assert_close(high, expected, rtol=0, atol=RESIDUAL_SCALE * DETERMINISTIC[name])
+
+
+@pytest.mark.parametrize(("name", "options", "eta"), STOCHASTIC)
+def test_residual_stages_with_stochastic_schedulers(name, options, eta):
+    prediction_type = "v_prediction" if "Ancestral" in name else "sample"  # diffusers has no other there
+    pipe = make_residual_pipeline(name, prediction_type, **options)
+    upsampled, high = sample_stages(pipe, 200, eta=eta)
+    residual = (high - upsampled) / RESIDUAL_SCALE
+    assert residual.mean().item() == pytest.approx(0.2, abs=4 * STD / 64)
+    assert residual.std().item() == pytest.approx(STD, rel=0.08)
+
+
+@pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name != "PNDMScheduler"])
+def test_relay_of_a_residual_stage_starts_from_the_upsampled_image(name):
+    r"""That is a residual of zero: from `z_t = s z`, one reaches `m + std (z_t - a m) / sqrt(a^2 std^2 + s^2)`."""
+    noise, prediction_type = make_noise(), "epsilon" if name in NO_SAMPLE_PREDICTION else "sample"
+    pipe = make_residual_pipeline(name, prediction_type)
+    upsampled, high = sample_stages(pipe, 50, latents=[None, noise], relay_strength=0.5)
+    first = pipe.transformer_2.calls[0]["timestep"].item()
+    assert 450 < first < 550
+    sigma = np.exp(np.interp(first, np.arange(1000), pipe.transformer_2.log_sigmas)).item()
+    a, s = 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
+    atol = max(DETERMINISTIC[name], 0.045 if name == "LMSDiscreteScheduler" else 0)  # LMS starts with too low an order
+    expected = upsampled + RESIDUAL_SCALE * (0.2 + STD * (s * noise - a * 0.2) / math.sqrt((a * STD) ** 2 + s**2))
+    torch.testing.assert_close(high, expected, rtol=0, atol=RESIDUAL_SCALE * atol)
+
+
+def test_callbacks_see_the_residual_and_at_the_last_step_the_image():
+    seen = []
+
+    def keep(pipe, step, timestep, callback_kwargs):
+        seen.append(callback_kwargs["latents"])
+        return callback_kwargs
+
+    pipe, noise = make_residual_pipeline("DPMSolverMultistepScheduler"), make_noise()
+    arguments = {"latents": [None, noise], "callback_on_step_end": keep}
+    upsampled, high = sample_stages(pipe, 5, **arguments)
+    assert torch.equal(seen[-1], high)
+    assert (seen[-2] - high).std() > 0.1  # a residual, around zero
+
+    def interrupt(pipe, step, timestep, callback_kwargs):
+        pipe._interrupt = step == 12
+        return keep(pipe, step, timestep, callback_kwargs)
+
+    _, stopped = sample_stages(pipe, 5, latents=[None, noise], callback_on_step_end=interrupt)
+    torch.testing.assert_close(stopped, upsampled + RESIDUAL_SCALE * seen[-1])  # as far as the third step got
+
+
+@pytest.mark.parametrize("bound", ["clip_sample", "thresholding"])
+def test_schedulers_that_bound_residuals_are_refused(bound):
+    scheduler = DDIMScheduler(beta_schedule=BETA_SCHEDULE, **{"clip_sample": False, bound: True})
+    higher = GaussianDenoiser(low_res_channels=1, residual_scale=RESIDUAL_SCALE)
+    first = GaussianDenoiser(sample_size=32)
+    free = DDIMScheduler.from_config(scheduler.config, **{bound: False})
+    PISDMCascadePipeline(first, scheduler, higher, scheduler_2=free)  # the first stage may be bounded
+    for schedulers in ({"scheduler": scheduler}, {"scheduler": free, "scheduler_2": scheduler}):
+        with pytest.raises(ValueError, match=rf"`scheduler_2` .*`{bound}=True`.*`residual_scale`.*{bound}=False\)"):
+            PISDMCascadePipeline(first, transformer_2=higher, **schedulers)
+
+
 def test_relay_can_differ_by_stage():
     pipe = make_cascade(3)
     timesteps = []

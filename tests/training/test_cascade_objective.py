@@ -76,6 +76,75 @@ def test_the_loss_is_equation_17_for_what_the_stages_were_given(batch):
     torch.testing.assert_close(losses.total.detach(), expected_total)
 
 
+def test_residual_stages_learn_what_the_clean_upsampled_image_lacks(batch):
+    """Each stage has its scale, prediction type and weighting; only the condition has augmentation noise."""
+    pyramid, labels, seed = batch
+    stages = make_stages()
+    stages[1].register_to_config(residual_scale=0.3)
+    stages[2].register_to_config(residual_scale=0.2)
+    types = ("epsilon", "sample", "v_prediction")
+    schedulers = [DDPMScheduler(prediction_type=kind) for kind in types]
+    objective = CascadeObjective(
+        stages, schedulers, loss_weighting=["vlb", "min_snr", "uniform"], min_snr_gamma=2.0, sil_weight=0.0
+    )
+    recorder = Recorder(objective)
+    losses = objective(pyramid, labels, seed)
+    for index, scale in ((1, 0.3), (2, 0.2)):
+        noisy, timesteps, _, low_res, level, prediction = recorder.calls[index]
+        size = pyramid[index].shape[-2:]
+        upsampled = torch.nn.functional.interpolate(
+            pyramid[index - 1], size, mode="bicubic", align_corners=False, antialias=True
+        )
+        residual = (pyramid[index] - upsampled) / scale
+        alpha_bar = schedulers[index].alphas_cumprod[timesteps]
+        signal, sigma = (x.sqrt()[:, None, None, None] for x in (alpha_bar, 1 - alpha_bar))
+        noise = (noisy - signal * residual) / sigma
+        assert abs(noise.std() - 1) < 0.1
+        target = residual if index == 1 else signal * noise - sigma * residual
+        weight = (alpha_bar / (1 - alpha_bar)).clamp(max=2.0) if index == 1 else 1.0
+        expected = weight * (prediction - target).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(losses.denoising[index], expected, rtol=2e-3, atol=0)
+        added = low_res - (1 - level**2).sqrt()[:, None, None, None] * upsampled
+        torch.testing.assert_close(added.flatten(1).std(dim=1), level, rtol=0.35, atol=0.01)
+
+
+def test_factors_are_dropped_one_by_one_beside_the_whole_label(real_images):
+    factors = ((0, 0), (0, 1), (1, 0), (1, 1))
+    torch.manual_seed(0)
+    config = {"sample_size": 4, "in_channels": 3, "num_layers": 1, "hidden_size": 8, "num_classes": NUM_CLASSES}
+    stage = PISDMTransformer2DModel(**config, class_factors=factors)
+    objective = CascadeObjective([stage], [DDPMScheduler()], label_dropout=0.2, factor_dropout=0.3)
+    recorder = Recorder(objective)
+    labels = torch.arange(4000) % NUM_CLASSES
+    pyramid = [torch.zeros(4000, 3, 4, 4)]
+    objective(pyramid, labels, 5)
+    seen, true = recorder.calls[0][2], torch.tensor(factors)[labels]
+    dropped = seen == 2  # the null label of both factors
+    assert torch.equal(seen[~dropped], true[~dropped])
+    both, first = dropped.all(dim=1).float().mean(), dropped[:, 0].float().mean()
+    assert abs(both - (0.2 + 0.8 * 0.3**2)) < 0.025
+    assert abs(first - (0.2 + 0.8 * 0.3)) < 0.025
+    objective.eval()(pyramid, labels, 5)
+    assert torch.equal(recorder.calls[1][2], labels)
+
+
+def test_factor_dropout_needs_factors():
+    with pytest.raises(ValueError, match=r"`factor_dropout` .* `class_factors`"):
+        make_objective(factor_dropout=0.1)
+
+
+def test_one_weighting_for_each_stage():
+    with pytest.raises(ValueError, match="`loss_weighting` must be one name, or one for each of the 3 stages"):
+        make_objective(loss_weighting=["uniform", "vlb"])
+
+
+def test_a_seeded_generator_is_as_good_as_the_seed(batch):
+    pyramid, labels, seed = batch
+    objective = make_objective()
+    generator = torch.Generator().manual_seed(seed)
+    assert torch.equal(objective(pyramid, labels, generator).total, objective(*batch).total)
+
+
 def test_stages_share_timestep_and_label_and_see_the_stage_below(batch):
     pyramid, labels, seed = batch
     objective = make_objective(label_dropout=0.5, max_noise_level=0.3)

@@ -50,7 +50,7 @@ def test_a_reduction_over_processes_weighs_by_images(meter):
     meter.add(losses([1.0], [1.0], [5], [1.0]))
     other = LossMeter(make_objective(sizes=(4, 8)))
     other.add(losses([4.0, 4.0], [4.0], [5, 6], [4.0]))
-    means = meter.means("train", reduce=lambda tensor: tensor + torch.stack([other.sums, other.counts]))
+    means = meter.means("train", reduce=lambda tensor: tensor + other.totals)
     assert means["train/denoising_1"] == 3.0 and means["train/denoising_2"] == 2.5
 
 

@@ -1,0 +1,138 @@
+"""A training step that never waits for its device: one CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch.nn.utils import clip_grad_norm_
+
+from .cascade_objective import CascadeObjective
+from .device_images import LabelledImages, augment_images
+from .image_pyramid import image_pyramid
+from .loss_meter import LossMeter
+from .row_noise import RowNoise
+
+
+WARM_UP_STEPS = 3  # steps before the recording: kernels are compiled and tables are made in them
+
+
+class DeviceStep:
+    """
+    Everything a training step does, on images that lie on the device: batch, augmentation, loss, gradient, AdamW and
+    averaged weights. The host only says which rows, which seed and which learning rate.
+
+    A model of a few million parameters keeps a GPU busy for less time than the host needs to launch its kernels one by
+    one: on a GPU, the step is recorded once as a CUDA graph and launched as a whole from then on. Noise follows from
+    the seed of each step alone, recorded or not.
+
+    A step whose gradient is not finite changes no weight; `skipped_steps` counts it.
+
+    Args:
+        accelerator (`Accelerator`): Of one process; its mixed precision holds.
+        objective ([`CascadeObjective`]): Prepared by `accelerator`, on the device.
+        optimizer (`torch.optim.AdamW`):
+            Fused, prepared by `accelerator`; on a GPU `capturable`, with a tensor as its learning rate.
+        average (`EMAModel`): Of the parameters that train.
+        data ([`LabelledImages`]): On the device.
+        batch_size (`int`): Images a step.
+        max_grad_norm (`float`): Gradients are scaled down to this norm.
+        random_flip (`bool`): Whether images that may be mirrored are, every other time.
+        max_shift (`int`): Pixels that images are moved by at most.
+        record (`bool`, defaults to `False`): Whether to record a CUDA graph; needs a GPU.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: CascadeObjective,
+        optimizer: torch.optim.Optimizer,
+        average: EMAModel,
+        data: LabelledImages,
+        batch_size: int,
+        max_grad_norm: float,
+        random_flip: bool = False,
+        max_shift: int = 0,
+        record: bool = False,
+    ):
+        device = data.images.device
+        self.accelerator = accelerator
+        self.objective = objective
+        self.optimizer = optimizer
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.average = average
+        self.data = data
+        self.max_grad_norm = max_grad_norm
+        self.random_flip = random_flip
+        self.max_shift = max_shift
+        self.sizes = [stage.config.sample_size for stage in objective.stages]
+        self.meter = LossMeter(objective)
+        self.record = record
+        self.graph, self.steps = None, 0
+
+        # What a recorded step reads and writes.
+        self.generator = torch.Generator(device)
+        self.rows = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.average_weight = torch.zeros((), device=device)
+        self.skipped_steps = torch.zeros((), device=device)
+
+    def __call__(self, rows: np.ndarray, seed: int, learning_rate: float) -> None:
+        """
+        Trains on a batch.
+
+        Args:
+            rows (`np.ndarray` of shape `(batch_size,)`): Which images.
+            seed (`int`): All noise follows from it.
+            learning_rate (`float`): AdamW's.
+        """
+        self.rows.copy_(torch.from_numpy(rows), non_blocking=True)
+        self.generator.manual_seed(seed)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"] = group["lr"].to(self.rows.device)  # a checkpoint's is elsewhere
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        self.average.optimization_step += 1
+        self.average_weight.fill_(1 - self.average.get_decay(self.average.optimization_step))
+
+        if self.graph is None and self.record and self.steps >= WARM_UP_STEPS:
+            self._record()
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.record:
+            # Warm-up on another stream, as recording does: the memory of the two would mix otherwise.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            self._run()
+        self.steps += 1
+
+    def _record(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)  # for the recorded gradients to be written, not added to
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.generator)
+        with torch.cuda.graph(self.graph):
+            self._run()
+
+    def _run(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        images, labels = self.data.images[self.rows], self.data.labels[self.rows]  # (B, 3, H, W), (B,)
+        may_flip = self.data.may_flip[self.rows] if self.random_flip else None
+        images = augment_images(images, RowNoise(self.generator, images.device), may_flip, self.max_shift)
+        losses = self.objective(image_pyramid(images.float() / 127.5 - 1.0, self.sizes), labels, self.generator)
+        self.accelerator.backward(losses.total)
+        norm = clip_grad_norm_(self.parameters, self.max_grad_norm)
+        # What GradScaler tells fused optimizers: nothing is to be changed. Asking the norm would wait for the device.
+        is_bad = norm.isfinite().logical_not().float()
+        self.optimizer.optimizer.found_inf = is_bad
+        self.optimizer.step()
+        self.skipped_steps += is_bad
+        differences = torch._foreach_sub(self.parameters, self.average.shadow_params)
+        torch._foreach_mul_(differences, self.average_weight)
+        torch._foreach_add_(self.average.shadow_params, differences)
+        self.meter.add(losses)
