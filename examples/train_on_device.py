@@ -26,7 +26,6 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from train_pisdm import make_pipeline, make_schedulers
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.models.class_embedding import class_factors_from_names
@@ -40,6 +39,7 @@ from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform
 from diffusers_pisdm.training.machine import describe_machine, peak_memory_gib
 from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
+from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
 from diffusers_pisdm.training.replace_files import save_in_place
@@ -340,14 +340,18 @@ def main(argv: list[str] | None = None) -> None:
         if complete:
             prefix, weights = f"{number - 1}.", load_file(complete[-1] / "ema.safetensors")
             stage.load_state_dict({name.removeprefix(prefix): weight for name, weight in weights.items()})
-    schedulers = make_schedulers(DDPMScheduler(**recipe.scheduler), len(stages), args)
+    schedulers = stage_noise_schedules(
+        DDPMScheduler(**recipe.scheduler), len(stages), args.noise_shifts, args.prediction_types
+    )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     config = {"arguments": {k: str(v) for k, v in vars(args).items()}, "hardware": describe_machine(device)}
     (args.output_dir / "training_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def save(step: int, number: int) -> None:
         """The pipeline, and samples of all stages up to this one."""
-        pipeline = make_pipeline(stages, schedulers, None, class_names)
+        pipeline = PISDMCascadePipeline.from_stages(
+            stages, sampling_schedulers(schedulers), id2label=dict(enumerate(class_names))
+        )
         save_in_place(partial(pipeline.save_pretrained, max_shard_size="15MB"), args.output_dir)
         count = min(args.validation_classes, len(class_names))
         classes = [i * len(class_names) // count for i in range(count)]

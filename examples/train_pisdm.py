@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDPMScheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from PIL import Image
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.models.latents import encode_latents, load_vae, vae_scale_factor
-from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid, shift_noise_schedule
+from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
 from diffusers_pisdm.training.checkpoints import (
     CheckpointError,
     find_checkpoints,
@@ -52,6 +52,7 @@ from diffusers_pisdm.training.latent_cache import LatentCache
 from diffusers_pisdm.training.loss_curves import plot_loss_curves
 from diffusers_pisdm.training.machine import describe_machine, peak_memory_gib
 from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
+from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.training.publishing import publish_cascade
 from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
@@ -229,48 +230,6 @@ def stage_config(stage: PISDMTransformer2DModel) -> dict:
     return {key: value for key, value in stage.config.items() if not key.startswith("_") and key != "num_classes"}
 
 
-def make_schedulers(scheduler: DDPMScheduler, num_stages: int, args: argparse.Namespace) -> list[DDPMScheduler]:
-    """Each stage's noise schedule and prediction type; the same object where they are the same."""
-    shifts = args.noise_shifts or [1.0] * num_stages
-    prediction_types = args.prediction_types or [scheduler.config.prediction_type] * num_stages
-    for name, values in (("noise_shifts", shifts), ("prediction_types", prediction_types)):
-        if len(values) != num_stages:
-            raise ValueError(f"--{name} must name one for each of the {num_stages} stages, got {values}.")
-    return [
-        shift_noise_schedule(_with_prediction_type(scheduler, prediction_type), shift)
-        for shift, prediction_type in zip(shifts, prediction_types)
-    ]
-
-
-def _with_prediction_type(scheduler: DDPMScheduler, prediction_type: str) -> DDPMScheduler:
-    if prediction_type == scheduler.config.prediction_type:
-        return scheduler
-    return DDPMScheduler.from_config(scheduler.config, prediction_type=prediction_type)
-
-
-def make_pipeline(
-    stages: list[PISDMTransformer2DModel],
-    schedulers: list[DDPMScheduler],
-    vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None,
-    class_names: list[str],
-) -> PISDMCascadePipeline:
-    numbers = ["", "_2", "_3", "_4"][: len(stages)]
-    # From the noisiest timestep on, with steps that meet in every scheduler, so that `from_config` can swap them: in
-    # DPM-Solver's default, "linspace", DDIM leaves noise behind.
-    samplers = [
-        DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-        for scheduler in schedulers
-    ]
-    if all(scheduler is schedulers[0] for scheduler in schedulers):
-        samplers = samplers[:1]  # the others copy it
-    return PISDMCascadePipeline(
-        **{f"transformer{number}": stage for number, stage in zip(numbers, stages)},
-        **{f"scheduler{number}": sampler for number, sampler in zip(numbers, samplers)},
-        vae=vae,
-        id2label=dict(enumerate(class_names)),
-    )
-
-
 def make_pyramid(
     images: torch.Tensor | list[torch.Tensor],
     sizes: list[int],
@@ -431,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
             vae = load_vae(vae_name, channels).to(device)
         elif pretrained is not None and pretrained.vae is not None:
             vae = pretrained.vae.to(device).eval().requires_grad_(False)
-    schedulers = make_schedulers(scheduler, len(configs), args)
+    schedulers = stage_noise_schedules(scheduler, len(configs), args.noise_shifts, args.prediction_types)
 
     # Data
     rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae))
@@ -548,14 +507,15 @@ def main(argv: list[str] | None = None) -> None:
         decoder = vae
         if args.latent_cache is not None:
             decoder = load_vae(vae_name, channels).to(device)
-        pipeline = make_pipeline(list(bare.stages), schedulers, decoder, class_names)
+        samplers, id2label = sampling_schedulers(schedulers), dict(enumerate(class_names))
+        pipeline = PISDMCascadePipeline.from_stages(list(bare.stages), samplers, vae=decoder, id2label=id2label)
         images, labels = sample(pipeline, args)
         whole = whole_stages(accelerator, objective, bare)
         if accelerator.is_main_process:
             grid = save_sample_sheets(output_dir / "samples", step, images, labels)
             log_picture(accelerator, grid, step)
             if args.lora_rank is None:
-                pipeline = make_pipeline(whole, schedulers, decoder, class_names)
+                pipeline = PISDMCascadePipeline.from_stages(whole, samplers, vae=decoder, id2label=id2label)
                 save_in_place(pipeline.save_pretrained, output_dir)
             else:
                 save = partial(pipeline.save_lora_weights, save_class_embeddings=new_classes)

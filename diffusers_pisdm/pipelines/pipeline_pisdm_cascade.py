@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -139,6 +139,34 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         )
         self.image_processor = VaeImageProcessor(do_resize=False)
         self.check_stages()
+
+    @classmethod
+    def from_stages(
+        cls,
+        transformers: Sequence[PISDMTransformer2DModel],
+        schedulers: SchedulerMixin | Sequence[SchedulerMixin],
+        **kwargs,
+    ) -> Self:
+        r"""
+        Makes a pipeline of lists of stages.
+
+        Args:
+            transformers (`Sequence[PISDMTransformer2DModel]`): One to four, first stage first.
+            schedulers ([`SchedulerMixin`] or a sequence):
+                One for each stage, or one that the higher stages copy. Equal ones are kept once.
+            kwargs (*optional*): Other arguments of the class: `vae`, `id2label`, ...
+
+        Raises:
+            ValueError: There are too many stages, or more or fewer schedulers; or the stages do not fit.
+        """
+        schedulers = [schedulers] if isinstance(schedulers, SchedulerMixin) else list(schedulers)
+        if all(scheduler.config == schedulers[0].config for scheduler in schedulers):
+            schedulers = schedulers[:1]
+        elif len(schedulers) != len(transformers):
+            raise ValueError(f"`schedulers` has {len(schedulers)} schedulers for {len(transformers)} `transformers`.")
+        if not 1 <= len(transformers) <= len(TRANSFORMERS):
+            raise ValueError(f"`transformers` has {len(transformers)} stages, but a cascade has 1 to 4.")
+        return cls(**dict(zip(TRANSFORMERS, transformers)), **dict(zip(SCHEDULERS, schedulers)), **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:

@@ -1,8 +1,10 @@
-"""Noise schedules that suit a stage's resolution."""
+"""The stages' noise schedules, in training and for sampling."""
 
 from __future__ import annotations
 
-from diffusers import DDPMScheduler
+from collections.abc import Sequence
+
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 
 def shift_noise_schedule(scheduler: DDPMScheduler, shift: float) -> DDPMScheduler:
@@ -35,3 +37,50 @@ def shift_noise_schedule(scheduler: DDPMScheduler, shift: float) -> DDPMSchedule
     alphas = abar.clone()
     alphas[1:] = abar[1:] / abar[:-1]
     return DDPMScheduler.from_config(scheduler.config, trained_betas=(1 - alphas).tolist())
+
+
+def stage_noise_schedules(
+    scheduler: DDPMScheduler,
+    num_stages: int,
+    shifts: Sequence[float] | None = None,
+    prediction_types: Sequence[str] | None = None,
+) -> list[DDPMScheduler]:
+    """
+    Makes each stage's noise schedule of one.
+
+    Args:
+        scheduler (`DDPMScheduler`): The schedule to start from.
+        num_stages (`int`): How many to make; `scheduler` itself where nothing changes.
+        shifts (`Sequence[float]`, *optional*): See [`shift_noise_schedule`]; one for each stage.
+        prediction_types (`Sequence[str]`, *optional*): What each stage predicts, instead of the scheduler's.
+
+    Returns:
+        `list[DDPMScheduler]`: One for each stage.
+
+    Raises:
+        ValueError: There are more or fewer shifts or prediction types than stages, or a shift is not positive.
+    """
+    shifts = [1.0] * num_stages if shifts is None else shifts
+    prediction_types = (
+        [scheduler.config.prediction_type] * num_stages if prediction_types is None else prediction_types
+    )
+    for name, values in (("shifts", shifts), ("prediction_types", prediction_types)):
+        if len(values) != num_stages:
+            raise ValueError(f"`{name}` must name one for each of the {num_stages} stages, got {list(values)}.")
+    schedulers = []
+    for shift, prediction_type in zip(shifts, prediction_types):
+        own = scheduler
+        if prediction_type != scheduler.config.prediction_type:
+            own = DDPMScheduler.from_config(scheduler.config, prediction_type=prediction_type)
+        schedulers.append(shift_noise_schedule(own, shift))
+    return schedulers
+
+
+def sampling_schedulers(schedulers: Sequence[DDPMScheduler]) -> list[DPMSolverMultistepScheduler]:
+    """
+    The schedulers that a trained cascade is saved with: DPM-Solver, as in the paper.
+
+    They start from the noisiest timestep and their steps meet in every scheduler, so that `from_config` can swap them:
+    in DPM-Solver's default spacing, "linspace", DDIM leaves noise behind.
+    """
+    return [DPMSolverMultistepScheduler.from_config(s.config, timestep_spacing="trailing") for s in schedulers]
