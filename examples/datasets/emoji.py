@@ -92,7 +92,7 @@ SOURCES = (
 )
 
 # The second edition, for any resolution: SVG wherever there is some. Fluent's 3D pictures exist as pixels only.
-# Icon sets under CC-BY-SA (OpenMoji, the first EmojiOne) are left out: it would bind those who pass a set on.
+# Icon sets under CC-BY-SA (OpenMoji, the first EmojiOne) are left out: the whole set would have to be shared alike.
 NAMES = ("@iconify-json/noto", "@iconify-json/twemoji")
 SVG_SOURCES = (
     FLUENT_3D,
@@ -125,7 +125,7 @@ WEBP_QUALITY = 85  # the second edition's training split is then 24 MB, and its 
 SOURCE_OF_PACKAGE = {source.package: source for source in (*SVG_SOURCES, *SOURCES)}
 
 # Names in fxemoji that are neither Unicode's nor short names in emoji.json, or mean another emoji there: the short
-# name of what is drawn, "-" for a drawing that is broken or shows nothing of the sort (its cat faces are foxes).
+# name of what is drawn, "-" for what is left out. Its smiling cats, which are foxes, are in no table on purpose.
 FXEMOJI_NAMES = """
 2hearts two_hearts, americasglobe earth_americas, asiaaustraliaglobe earth_asia, europeafricaglobe earth_africa,
 anguish anguished, aok ok_hand, arrowrightwardsdownwards arrow_heading_down, arrowrightwardsupwards arrow_heading_up,
@@ -515,7 +515,7 @@ def import_resvg() -> ModuleType:
 
 def rasterize(svg: bytes, side: int) -> bytes:
     """Draw an SVG as a PNG of `side` pixels, transparent where it has nothing. Fonts of the system play no part."""
-    return bytes(import_resvg().svg_to_bytes(svg_string=svg.decode(), width=side, height=side, skip_system_fonts=True))
+    return import_resvg().svg_to_bytes(svg_string=svg.decode(), width=side, height=side, skip_system_fonts=True)
 
 
 def render(encoded: bytes, resolution: int, background: tuple[int, int, int]) -> Image.Image:
