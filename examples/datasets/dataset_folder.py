@@ -42,13 +42,13 @@ def write_dataset_folder(
 
     Args:
         output_dir (`Path`): The folder to make; a data set written there before is replaced.
-        splits (`Mapping[str, Sequence[dict]]`): Split name to rows; `row["image"]` is `{"bytes": PNG, "path": name}`
-            with a name that is unique in its split. A split without rows is left out.
+        splits (`Mapping[str, Sequence[dict]]`): Split name to rows; `row["image"]` is `{"bytes": encoded picture,
+            "path": name}` with a name that is unique in its split. A split without rows is left out.
         features (`datasets.Features`): The columns, with an `Image` named `image` and a `ClassLabel` named `label`.
         card (`str`): Markdown for README.md; a YAML header and the note of origin are added.
         licenses (`str`): Markdown for LICENSES.md.
-        format (`str`): `"parquet"` (one file a split, all columns) or `"imagefolder"` (PNG files in one folder a
-            class, a slash in the class's name written as an underscore; image and label only).
+        format (`str`): `"parquet"` (one file a split, all columns) or `"imagefolder"` (picture files in one folder
+            a class, a slash in the class's name written as an underscore; image and label only).
 
     Raises:
         FileExistsError: `output_dir` holds something else.

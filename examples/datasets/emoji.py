@@ -1,10 +1,13 @@
-"""Build the emoji data set: Fluent 3D, Noto and Twemoji pictures on one background, labelled style/subgroup.
+"""Build the emoji data set: pictures of several styles on one background, labelled style/subgroup.
 
     python examples/datasets/emoji.py --output_dir data/emoji64
+    python examples/datasets/emoji.py --edition 2 --output_dir data/emoji128
     python -c "from datasets import load_dataset; print(load_dataset('data/emoji64'))"
 
-The pictures come from three npm packages of fixed versions, fetched by `npm pack` or given by `--tarballs`. They are
-read from the tarballs in memory: nothing is unpacked to disk. The result depends on the arguments alone.
+The first edition has Fluent 3D, Noto and Twemoji at 64 pixels; the second has eight styles, drawn from SVG but for
+Fluent 3D, and needs `pip install resvg-py`. The pictures come from npm packages of fixed versions, fetched by
+`npm pack` or given by `--tarballs`. They are read from the tarballs in memory: nothing is unpacked to disk. The result
+depends on the arguments alone.
 """
 
 import argparse
@@ -18,11 +21,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 
 from dataset_folder import check_replaceable, write_dataset_folder
 from datasets import ClassLabel, Features, Value
@@ -33,44 +38,157 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Source:
-    """One npm package of pictures: `image_dir` is the folder of the picture files inside the tarball."""
+    """One npm package of pictures."""
 
     style: str
     package: str
     version: str
-    image_dir: str
     license: str
+    # The folder of the picture files inside the tarball. Without one the package is an icon set of Iconify: SVG in
+    # package/icons.json by the icons' names, and, in some sets, package/chars.json with the names by code points.
+    image_dir: str | None = None
+    # Icon sets without a chars.json: the packages whose names theirs follow.
+    named_like: tuple[str, ...] = ()
 
 
+GOOGLE = "emoji-datasource-google"  # its emoji.json has the labels
+FLUENT_LICENSE = (
+    "Fluent Emoji, Copyright (c) Microsoft Corporation, MIT licence (https://github.com/microsoft/fluentui-emoji)"
+)
+NOTO_LICENSE = "Noto Emoji, Copyright Google LLC, Apache License 2.0 (https://github.com/googlefonts/noto-emoji)"
+ATTRIBUTE = (
+    "whoever passes these pictures on must name the authors and the licence and say what was changed (here: "
+    "composited on a plain background and resized)"
+)
+TWEMOJI_LICENSE = (
+    "Twemoji, Copyright Twitter, Inc and other contributors, graphics under CC-BY 4.0 "
+    f"(https://creativecommons.org/licenses/by/4.0/, https://github.com/jdecked/twemoji): {ATTRIBUTE}"
+)
+FLUENT_3D = Source(
+    "fluent3d",
+    "@lobehub/fluent-emoji-3d",
+    "1.1.0",
+    f"{FLUENT_LICENSE}, packaged by LobeHub, MIT licence",
+    "package/assets",
+)
+
+# The first edition, of files of 64 pixels (Fluent: 256), stays as it is for the models trained on it.
 SOURCES = (
-    Source(
-        "fluent3d",
-        "@lobehub/fluent-emoji-3d",
-        "1.1.0",
-        "package/assets",
-        "Fluent Emoji, Copyright (c) Microsoft Corporation, MIT licence "
-        "(https://github.com/microsoft/fluentui-emoji), packaged by LobeHub, MIT licence",
-    ),
+    FLUENT_3D,
     Source(
         "noto",
-        "emoji-datasource-google",
+        GOOGLE,
         "16.0.0",
+        f"{NOTO_LICENSE}; packaging and emoji.json by Cal Henderson, MIT licence",
         "package/img/google/64",
-        "Noto Emoji, Copyright Google LLC, Apache License 2.0 (https://github.com/googlefonts/noto-emoji); "
-        "packaging and emoji.json by Cal Henderson, MIT licence",
     ),
     Source(
         "twemoji",
         "emoji-datasource-twitter",
         "16.0.0",
+        f"{TWEMOJI_LICENSE}; packaging by Cal Henderson, MIT licence",
         "package/img/twitter/64",
-        "Twemoji, Copyright Twitter, Inc and other contributors, graphics under CC-BY 4.0 "
-        "(https://creativecommons.org/licenses/by/4.0/, https://github.com/jdecked/twemoji): whoever passes these "
-        "pictures on must name the authors and the licence and say what was changed (here: composited on a plain "
-        "background and resized); packaging by Cal Henderson, MIT licence",
     ),
 )
-SOURCE_OF_PACKAGE = {source.package: source for source in SOURCES}
+
+# The second edition, for any resolution: SVG wherever there is some. Fluent's 3D pictures exist as pixels only.
+# Icon sets under CC-BY-SA (OpenMoji, the first EmojiOne) are left out: the whole set would have to be shared alike.
+NAMES = ("@iconify-json/noto", "@iconify-json/twemoji")
+SVG_SOURCES = (
+    FLUENT_3D,
+    Source(
+        "fluent", "@iconify-json/fluent-emoji", "1.2.7", FLUENT_LICENSE, None, ("@iconify-json/fluent-emoji-flat",)
+    ),
+    Source("fluent-flat", "@iconify-json/fluent-emoji-flat", "1.2.6", FLUENT_LICENSE),
+    Source("noto", "@iconify-json/noto", "1.2.9", NOTO_LICENSE),
+    Source("noto-v1", "@iconify-json/noto-v1", "1.2.5", f"{NOTO_LICENSE}, the designs before 2017", None, NAMES),
+    Source("twemoji", "@iconify-json/twemoji", "1.2.5", TWEMOJI_LICENSE),
+    Source(
+        "fxemoji",
+        "@iconify-json/fxemoji",
+        "1.2.2",
+        "Firefox OS Emoji, Copyright Mozilla Foundation, Apache License 2.0 (https://github.com/mozilla/fxemoji)",
+    ),
+    Source(
+        "emojione",
+        "@iconify-json/emojione",
+        "1.2.3",
+        "EmojiOne 2, Copyright EmojiOne, graphics under CC-BY 4.0 "
+        f"(https://creativecommons.org/licenses/by/4.0/, https://github.com/EmojiTwo/emojitwo): {ATTRIBUTE}",
+        None,
+        NAMES,
+    ),
+)
+EDITIONS = {1: SOURCES, 2: SVG_SOURCES}
+RESOLUTIONS = {1: 64, 2: 128}
+WEBP_QUALITY = 85  # the second edition's training split is then 24 MB, and its edges are clean
+SOURCE_OF_PACKAGE = {source.package: source for source in (*SVG_SOURCES, *SOURCES)}
+
+# Names in fxemoji that are neither Unicode's nor short names in emoji.json, or mean another emoji there: the short
+# name of what is drawn, "-" for what is left out. Its smiling cats, which are foxes, are in no table on purpose.
+FXEMOJI_NAMES = """
+2hearts two_hearts, americasglobe earth_americas, asiaaustraliaglobe earth_asia, europeafricaglobe earth_africa,
+anguish anguished, aok ok_hand, arrowrightwardsdownwards arrow_heading_down, arrowrightwardsupwards arrow_heading_up,
+anticlockwiseupwardsanddownwardsarrows arrows_counterclockwise, backwithleftwardsarrow back,
+endwithleftwardsarrow end, onarrowleftright on, soonwithrightarrow soon, topwithupwardsarrow top,
+ballottboxwithballott ballot_box_with_ballot, banknotedollar dollar, banknoteeuro euro, banknotepound pound,
+banknoteyen yen, beachumbrella beach_with_umbrella, bellcancellation no_bell,
+blackdownpointingdoublearrow arrow_double_down, blackuppointingdoublearrow arrow_double_up,
+blackleftpointingarrow arrow_backward, blackrightpointingarrow arrow_forward, blackleftpointingdoublearrow rewind,
+blackrightpointingdoublearrow fast_forward, downpointingsmallredtrisngle arrow_down_small,
+uppointingsmallredtrisngle arrow_up_small, blackquestionmark question, blackskullcrossbones skull_and_crossbones,
+blackwaving waving_black_flag, blonde person_with_blond_hair, bolt zap, bookmarktab bookmark_tabs, bow ribbon,
+bowing bow, bride bride_with_veil, bunny rabbit, bunny-ears dancers, bunnyside rabbit2, cat cat, catside cat2, dog dog,
+dogside dog2, tiger tiger, tigerside tiger2, mouse mouse, mouseside mouse2, pigside pig2, leopardside leopard,
+dragonhead dragon_face, dragonside dragon, pigsnout pig_nose, cellphone iphone,
+chartdownwardstrend chart_with_downwards_trend, chartupwardstrend chart_with_upwards_trend,
+chartupwardstrendyen chart, chilipepper hot_pepper, chineseflag cn, franceflag fr, greatbritainflag gb, italianflag it,
+japanflag jp, koreaflag kr, russianflag ru, spanishflag es, clock12oclock clock12, clock12thirty clock1230,
+clock1oclock clock1, clock1thirty clock130, clock2oclock clock2, clock2thirty clock230, clock3oclock clock3,
+clock3thirty clock330, clock4oclock clock4, clock4thirty clock430, clock5thirty clock530, clock6oclock clock6,
+clock6thirty clock630, clock7oclock clock7, clockwiserightwardsleftwardscirclearrows repeat,
+clockwiserightwardsleftwardscirclearrowsone repeat_one, clockwisedownupcircledarrows arrows_clockwise,
+closedmailboxlowered mailbox_closed, closedmailboxraised mailbox, openmailboxlowered mailbox_with_no_mail,
+openmailboxraised mailbox_with_mail, confetti confetti_ball, construct construction_worker,
+construction building_construction, contact bust_in_silhouette, contact2 busts_in_silhouette,
+controlknob control_knobs, crying cry, devilhorns smiling_imp,
+diamondshapewithdotinside diamond_shape_with_a_dot_inside, dissapointedrelief disappointed_relieved,
+doubleexclaimationmark bangbang, eightspokedasterix eight_spoked_asterisk, exclaimationquestionmark interrobang,
+heavyexclaimationmarksymbol exclamation, envelopedownarrowabove envelope_with_arrow, evergreen evergreen_tree,
+fallingleaf fallen_leaf, leaffluttering leaves, fishcakeswirl fish_cake, fistedhand facepunch, flexbicep muscle,
+floppydisk2 floppy_disk, forkknife knife_fork_plate, frontfacingchick hatched_chick, frown person_frowning,
+pout person_with_pouting_face, frownmouth frowning, girlgirl two_women_holding_hands, guyguy two_men_holding_hands,
+girlguy man_and_woman_holding_hands, gma older_woman, gpa older_man, grineyes smile, grinsquint laughing,
+grinsweat sweat_smile, grintears joy, grinwide grinning, grinwideeyes smiley, guapimao man_with_gua_pi_mao,
+halo innocent, hampster hamster, handheldvideocamera video_camera, hands open_hands, handup raising_hand,
+headmassage massage, heartarrow cupid, heartgreen green_heart, heartpurple purple_heart, heartribbon gift_heart,
+heartyellow yellow_heart, heavymultiplicationsymbol heavy_multiplication_x, heavylatincross latin_cross,
+heels high_heel, high5 raised_hands, highspeedtrainbulletnose bullettrain_front, index point_up,
+japaneseangrymask japanese_goblin, kiss -, kissclosedeyes kissing_closed_eyes, kisseyes kissing_smiling_eyes,
+keyboardandmouse keyboard, leftwritinghand writing_hand, leftmagnifyingglass mag, rightmagnifyingglass mag_right,
+lockandkey closed_lock_with_key, loudlycrying sob, lowerleftpen lower_left_ballpoint_pen, lowerleftpencil pencil2,
+manltepiececlock mantelpiece_clock, mansshirt shirt, medicalmask mask, mensrunner athletic_shoe,
+mensshoe mans_shoe, meridianglobe globe_with_meridians, monkeyhear hear_no_evil, monkeysee see_no_evil,
+monkeyspeak speak_no_evil, negativesquaredlatincaptiala a, negativesquaredlatincaptialb b,
+negativesquaredlatincaptialo o2, neutral neutral_face, nogesture no_good, okgesture ok_woman,
+nooneunder18symbol underage, notebookdecorativecover notebook_with_decorative_cover, oldpersonalcomputer computer,
+outbox outbox_tray, perservere persevere, phonerightarrowleft calling, pinkwallet purse, poo hankey,
+potablewatersystem potable_water, pouting rage, present gift, racecar racing_car, raisedhandpartfingers spock-hand,
+raisedhandsfingerssplayed raised_hand_with_fingers_splayed, reminder reminder_ribbon,
+reversehandmiddlefinger middle_finger, speaker3soundwaves loud_sound, speakercancellation mute,
+speakeronesoundwave sound, saggitarius sagittarius, sandals sandal, screamfear scream, silhouetteohjapan japan,
+sixpointedstarwithdot six_pointed_star, sleuthspy sleuth_or_spy, smallfrown slightly_frowning_face,
+smallsmile slightly_smiling_face, smileeyes blush, smiletongue yum, snowmountains snow_capped_mountain,
+speechbubble speech_balloon, spurtingwhale whale, whale whale2, squaredup up, stormcloud lightning,
+studiomic studio_microphone, sunglasses sunglasses, sunraincloud partly_sunny_rain, sunrays sunny,
+sweatsplash sweat_drops, swimming swimmer, telephonereceiver2 telephone_receiver, ten keycap_ten, tennisball tennis,
+thoughtbaloon thought_balloon, tie necktie, tired tired_face, tongueout stuck_out_tongue,
+tongueoutwink stuck_out_tongue_winking_eye, tongueoutwink2 stuck_out_tongue_closed_eyes, toykotower tokyo_tower,
+tramcar -, triangularflagonpost triangular_flag_on_post, turban man_with_turban, up point_up_2, down point_down,
+left point_left, right point_right, videocasette vhs, waitress information_desk_person,
+waningbibbousmoon waning_gibbous_moon, wave ocean, waving wave, whiteexclaimationmark grey_exclamation,
+whitesunsmallcloud mostly_sunny, winking wink, womansshirt womans_clothes
+"""
 
 # Code points that change how a picture is drawn but not what it shows.
 VARIATION_SELECTOR = "fe0f"
@@ -81,6 +199,38 @@ JOINER = "200d"
 
 # Microsoft draws no country flags: those in the Fluent package are Noto's pictures, under Noto's licence.
 NOT_OF_THE_STYLE = {("fluent3d", "country-flag")}
+
+# Subgroups in which a mirror makes some pictures wrong in some style: letters, digits and signs (also those on shops,
+# calendars, medals, letter boxes, playing cards and banknotes, and the Zzz of sleepers), flags, maps, clocks, arrows.
+# Left out on purpose, since a mirrored one passes for another of its subgroup: hands, faces, vehicles, moons.
+NOT_MIRRORED = {
+    "alphanum",
+    "arrow",
+    "av-symbol",
+    "award-medal",
+    "country-flag",
+    "currency",
+    "emotion",
+    "face-sleepy",
+    "flag",
+    "game",
+    "gender",
+    "keycap",
+    "mail",
+    "money",
+    "music",
+    "office",
+    "other-symbol",
+    "place-building",
+    "place-map",
+    "punctuation",
+    "religion",
+    "subdivision-flag",
+    "time",
+    "transport-sign",
+    "warning",
+    "zodiac",
+}
 
 
 @dataclass(frozen=True)
@@ -101,8 +251,12 @@ class Package:
     source: Source
     version: str
     path: Path
-    images: dict[str, tuple[str, bytes]]  # code points -> (member path, encoded picture)
+    images: dict[str, tuple[str, bytes]]  # code points -> (member path, encoded picture or SVG)
     emoji_json: list[dict] | None
+    # Of icon sets alone:
+    icons: dict[str, bytes] = field(default_factory=dict)  # name -> SVG
+    aliases: dict[str, str] = field(default_factory=dict)  # another name -> name
+    code_points: dict[str, str] = field(default_factory=dict)  # name or other name -> code points
 
 
 def normalize_code_points(code_points: str) -> str:
@@ -154,44 +308,174 @@ def read_package(path: Path) -> Package:
     """Read one npm tarball into memory.
 
     Raises:
-        ValueError: The file is no tarball, is truncated, or is not one of the three packages.
+        ValueError: The file is no tarball, is truncated, or is not one of the known packages.
     """
-    files, emoji_json, package_json = {}, None, None
+    files, tables = {}, {}
+    image_dirs = {source.image_dir for source in SOURCE_OF_PACKAGE.values()}
+    table_paths = {f"package/{name}.json" for name in ("package", "emoji", "icons", "chars")}
     try:
         with tarfile.open(path, "r:*") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
-                if member.name == "package/package.json":
-                    package_json = json.load(tar.extractfile(member))
-                elif member.name == "package/emoji.json":
-                    emoji_json = json.load(tar.extractfile(member))
-                elif any(str(PurePosixPath(member.name).parent) == source.image_dir for source in SOURCES):
+                if member.name in table_paths:
+                    tables[PurePosixPath(member.name).stem] = json.load(tar.extractfile(member))
+                elif str(PurePosixPath(member.name).parent) in image_dirs:
                     files[member.name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole npm tarball ({error}): remove it and fetch it again.") from error
-    name = (package_json or {}).get("name")
+    name = tables.get("package", {}).get("name")
     if name not in SOURCE_OF_PACKAGE:
         raise ValueError(f"{path} holds the package {name!r}; known are {', '.join(sorted(SOURCE_OF_PACKAGE))}.")
     source = SOURCE_OF_PACKAGE[name]
-    images = {}
+    package = Package(source, tables["package"]["version"], path, {}, tables.get("emoji"))
+    if source.image_dir is None:
+        if "icons" not in tables:
+            raise ValueError(f"{path} has no package/icons.json: remove it and fetch it again.")
+        read_icons(package, tables["icons"], tables.get("chars", {}))
     for member_path in sorted(files):  # sorted: of two spellings of one emoji (00ae-fe0f, ae-fe0f) the first wins
         if str(PurePosixPath(member_path).parent) == source.image_dir:
-            images.setdefault(
+            package.images.setdefault(
                 normalize_code_points(PurePosixPath(member_path).stem), (member_path, files[member_path])
             )
-    return Package(source, package_json["version"], path, images, emoji_json)
+    return package
 
 
-def fetch_tarballs(cache_dir: Path) -> list[Path]:
-    """Fetch the three packages with `npm pack`, which checks their checksums; those in `cache_dir` are kept.
+def read_icons(package: Package, icons: dict, chars: dict[str, str]) -> None:
+    """Read the icons.json and chars.json of one of Iconify's sets into `package`.
+
+    Icons that are hidden, which the set has given up, are left out.
+    """
+    box = {key: icons[key] for key in ("left", "top", "width", "height") if key in icons}
+    for name, icon in icons["icons"].items():
+        if not icon.get("hidden"):
+            package.icons[name] = svg_document({**box, **icon})
+    for alias, changes in icons.get("aliases", {}).items():
+        name = changes["parent"]
+        if name not in package.icons:
+            continue
+        if set(changes) == {"parent"}:
+            package.aliases[alias] = name
+        else:  # flipped, or with a box of its own: a picture by itself
+            package.icons[alias] = svg_document({**box, **icons["icons"][name], **changes})
+    for code_points, name in sorted(chars.items()):
+        if package.aliases.get(name, name) in package.icons:
+            package.code_points[name] = normalize_code_points(code_points)
+            add_icon(package, package.aliases.get(name, name), package.code_points[name])
+
+
+def add_icon(package: Package, name: str, code_points: str) -> None:
+    package.images.setdefault(code_points, (f"package/icons.json#{name}", package.icons[name]))
+
+
+def svg_document(icon: dict) -> bytes:
+    """The SVG of one of Iconify's icons: turned and flipped as it says, centred on a square.
+
+    >>> svg_document({"body": "<path/>", "width": 20, "height": 10, "hFlip": True})[-81:].decode()
+    'viewBox="0 -5 20 20"><g transform="translate(20 0) scale(-1 1)"><path/></g></svg>'
+    """
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width, height = icon.get("width", 16), icon.get("height", 16)  # the defaults of the format
+    side = max(width, height)
+    transforms = []
+    if icon.get("rotate"):
+        transforms.append(f"rotate({90 * icon['rotate']} {left + width / 2:g} {top + height / 2:g})")
+    if icon.get("hFlip"):
+        transforms.append(f"translate({2 * left + width:g} 0) scale(-1 1)")
+    if icon.get("vFlip"):
+        transforms.append(f"translate(0 {2 * top + height:g}) scale(1 -1)")
+    body = f'<g transform="{" ".join(transforms)}">{icon["body"]}</g>' if transforms else icon["body"]
+    view_box = f"{left + (width - side) / 2:g} {top + (height - side) / 2:g} {side:g} {side:g}"
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{view_box}">{body}</svg>'
+    ).encode()
+
+
+def name_key(name: str) -> str:
+    """One spelling for the names of an emoji that differ in case, accents, punctuation or the word for flags.
+
+    >>> name_key("Côte d’Ivoire Flag"), name_key("flag-for-cote-divoire")
+    ('flagcotedivoire', 'flagcotedivoire')
+    """
+    name = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode().replace("'", "")
+    words = re.findall("[a-z0-9]+", name.replace("&", " and "))
+    if "flag" in words:
+        words = ["flag", *(word for word in words if word not in ("flag", "for", "the"))]
+    return "".join(words)
+
+
+def name_table(package: Package) -> dict[str, str]:
+    """Map the names in an icon set with a chars.json to code points."""
+    table = {name_key(name): code_points for name, code_points in package.code_points.items()}
+    found = defaultdict(set)
+    for name, code_points in package.code_points.items():
+        found[package.aliases.get(name, name)].add(code_points)
+    for name in (*package.icons, *package.aliases):
+        meant = found[package.aliases.get(name, name)]
+        if len(meant) == 1:  # one flag of Norway and Bouvet Island: its further names say nothing
+            table.setdefault(name_key(name), *meant)
+    return table
+
+
+def name_icons(package: Package, packages: Sequence[Package], emoji_json: Sequence[dict]) -> None:
+    """Find the code points of an icon set without a chars.json by the names of its icons.
+
+    Names are looked up in the sets that it follows, then among Unicode's in emoji.json, then among its short names.
+
+    Raises:
+        ValueError: A set that it follows is not in `packages`.
+    """
+    by_name = {other.source.package: other for other in packages}
+    names, unicode_names, short_names = {}, {}, {}
+    for entry in emoji_json:
+        code_points = normalize_code_points(entry["unified"])
+        names.setdefault(name_key(entry["name"]), code_points)
+        if "-" not in code_points:
+            unicode_names.setdefault(name_key(unicodedata.name(chr(int(code_points, 16)), "")), code_points)
+        for short_name in entry["short_names"]:
+            short_names.setdefault(name_key(short_name), code_points)
+    tables = [names, unicode_names, short_names]
+    for other in reversed(package.source.named_like):
+        if other not in by_name:
+            raise ValueError(f"{package.path} has the names of {other}, but no code points: add the tarball of that.")
+        tables.insert(0, name_table(by_name[other]))
+    if package.source.style == "fxemoji":
+        pairs = (pair.split() for pair in FXEMOJI_NAMES.split(","))
+        # "-" is no short name: found here, it keeps the name from being looked up in the other tables.
+        tables.insert(0, {name_key(name): short_names.get(name_key(meant), "") for name, meant in pairs})
+    spellings = defaultdict(list)
+    for name in package.icons:
+        spellings[name].append(name_key(name))
+    for alias, name in package.aliases.items():
+        spellings[name].append(name_key(alias))
+    for name in sorted(spellings):
+        code_points = next((table[key] for table in tables for key in spellings[name] if key in table), "")
+        if code_points:
+            add_icon(package, name, code_points)
+
+
+def choose_sources(edition: int, styles: Sequence[str] | None = None) -> list[Source]:
+    """The sources of an edition, or those of some of its styles."""
+    return [source for source in EDITIONS[edition] if styles is None or source.style in styles]
+
+
+def needed_sources(sources: Sequence[Source]) -> list[Source]:
+    """The sources, and those that only give their names or labels."""
+    packages = [source.package for source in sources]
+    packages += [package for source in sources for package in source.named_like]
+    return [SOURCE_OF_PACKAGE[package] for package in dict.fromkeys([*packages, GOOGLE])]
+
+
+def fetch_tarballs(cache_dir: Path, sources: Sequence[Source] = SOURCES) -> list[Path]:
+    """Fetch the packages with `npm pack`, which checks their checksums; those in `cache_dir` are kept.
 
     Raises:
         FileNotFoundError: npm is not installed.
         RuntimeError: npm failed.
     """
     paths = []
-    for source in SOURCES:
+    for source in sources:
         path = cache_dir / f"{source.package.lstrip('@').replace('/', '-')}-{source.version}.tgz"
         paths.append(path)
         if path.is_file():
@@ -200,7 +484,7 @@ def fetch_tarballs(cache_dir: Path) -> list[Path]:
         if npm is None:
             raise FileNotFoundError(
                 "npm is not installed: install it (Debian: apt install npm), or fetch the packages "
-                + ", ".join(f"{s.package}@{s.version}" for s in SOURCES)
+                + ", ".join(f"{s.package}@{s.version}" for s in sources)
                 + " elsewhere with `npm pack` and name the files with --tarballs."
             )
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -214,15 +498,37 @@ def fetch_tarballs(cache_dir: Path) -> list[Path]:
     return paths
 
 
+def import_resvg() -> ModuleType:
+    """The package that draws SVG.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise ImportError(
+            "SVG are drawn by resvg-py, which is not installed: pip install resvg-py, or all of the extra [emoji]"
+        ) from error
+    return resvg_py
+
+
+def rasterize(svg: bytes, side: int) -> bytes:
+    """Draw an SVG as a PNG of `side` pixels, transparent where it has nothing. Fonts of the system play no part."""
+    return import_resvg().svg_to_bytes(svg_string=svg.decode(), width=side, height=side, skip_system_fonts=True)
+
+
 def render(encoded: bytes, resolution: int, background: tuple[int, int, int]) -> Image.Image:
     """Decode a picture, composite it on `background`, centre it on a square and resize it.
 
     Compositing comes before resizing: the colour of fully transparent pixels, which is arbitrary, would otherwise
-    bleed into the edges.
+    bleed into the edges. SVG are drawn at twice the size: the mean of four pixels hides the seams between shapes.
 
     Returns:
         `PIL.Image.Image`: RGB, `resolution` x `resolution`.
     """
+    if encoded.startswith(b"<svg"):
+        encoded = rasterize(encoded, 2 * resolution)
     picture = Image.open(io.BytesIO(encoded)).convert("RGBA")
     side = max(picture.size)
     canvas = Image.new("RGBA", (side, side), (*background, 255))
@@ -258,6 +564,10 @@ def build(
     holdout: float = 0.05,
     min_images: int = 2,
     background: str = "white",
+    edition: int = 1,
+    styles: Sequence[str] | None = None,
+    image_format: str = "png",
+    quality: int = WEBP_QUALITY,
 ) -> tuple[dict[str, list[dict]], Features, dict]:
     """Make the rows of both splits.
 
@@ -268,26 +578,43 @@ def build(
         holdout (`float`): Share of emoji, in [0, 1), that goes to the split `validation`, in all styles and tones.
         min_images (`int`): Classes with fewer training pictures are left out.
         background (`str`): Any colour name or code that PIL knows.
+        edition (`int`): A key of `EDITIONS`.
+        styles (`Sequence[str]`, *optional*): Styles of the edition to keep to; each needs its package. Without them
+            those of the packages are taken.
+        image_format (`str`): `"png"` or `"webp"`.
+        quality (`int`): Quality of lossy WebP, 0 to 100.
 
     Returns:
         `tuple[dict[str, list[dict]], Features, dict]`: Rows by split, their features, and counts for the report.
 
     Raises:
-        ValueError: No emoji.json, a package given twice, or nothing left to write.
+        ValueError: No emoji.json, a package that is given twice, missing or of the other edition, or nothing left to
+            write.
     """
-    styles = [package.source.style for package in packages]
-    if len(set(styles)) != len(styles):
+    names = [package.source.package for package in packages]
+    if len(set(names)) != len(names):
         raise ValueError(f"A package is given twice: {', '.join(str(package.path) for package in packages)}.")
+    for package in packages:
+        if package.source not in needed_sources(EDITIONS[edition]):
+            raise ValueError(f"{package.path} is not of --edition {edition}: leave it out or name the other edition.")
     emoji_json = next((package.emoji_json for package in packages if package.emoji_json), None)
     if emoji_json is None:
         raise ValueError("No emoji.json, which holds the labels: add the tarball of emoji-datasource-google.")
     labels = read_labels(emoji_json)
+    everything = packages
+    packages = [package for package in everything if package.source in choose_sources(edition, styles)]
+    for style in set(styles or ()) - {package.source.style for package in packages}:
+        source = next(source for source in EDITIONS[edition] if source.style == style)
+        raise ValueError(f"The style {style} needs the tarball of {source.package}@{source.version}.")
+    for package in packages:
+        if package.icons and not package.code_points:
+            name_icons(package, everything, emoji_json)
     color = ImageColor.getrgb(background)[:3]
     selected = [
         (package, code) for package in packages for code in select_code_points(package, labels, max_skin_tones)
     ]
 
-    rows, corrupt, seen, duplicates = {"train": [], "validation": []}, [], set(), 0
+    rows, corrupt, seen, duplicates = {"train": [], "validation": []}, [], {}, Counter()
     for package, code_points in tqdm(selected, desc="emoji", unit="image"):
         member_path, encoded = package.images[code_points]
         try:
@@ -298,24 +625,29 @@ def build(
             continue
         # Some emoji share one picture (the flags of Norway and Bouvet Island): the first stands for all of them,
         # or copies of a training picture would be in the validation split.
-        pixels = (package.source.style, picture.tobytes())
-        if pixels in seen:
-            duplicates += 1
-            continue
-        seen.add(pixels)
-        png = io.BytesIO()
-        picture.save(png, "PNG")
         emoji, style = labels[code_points], package.source.style
+        pixels = picture.tobytes()
+        if pixels in seen:
+            duplicates[seen[pixels], style] += 1
+            continue
+        seen[pixels] = style
+        encoded = io.BytesIO()
+        if image_format == "png":
+            picture.save(encoded, "PNG")
+        else:
+            picture.save(encoded, "WEBP", quality=quality, method=6)
         split = "validation" if stable_fraction(split_key(emoji.base)) < holdout else "train"
         rows[split].append(
             {
-                "image": {"bytes": png.getvalue(), "path": f"{style}-{code_points}.png"},
+                "image": {"bytes": encoded.getvalue(), "path": f"{style}-{code_points}.{image_format}"},
                 "label": f"{style}/{emoji.subgroup}",
                 "emoji": emoji.name,
                 "code_point": code_points,
                 "style": style,
             }
         )
+        if edition > 1:
+            rows[split][-1].update(subgroup=emoji.subgroup, may_mirror=emoji.subgroup not in NOT_MIRRORED)
 
     counts = Counter(row["label"] for row in rows["train"])
     all_names = sorted({row["label"] for split in rows.values() for row in split})
@@ -332,31 +664,46 @@ def build(
         code_point=Value("string"),
         style=Value("string"),
     )
+    if edition > 1:
+        features.update(subgroup=Value("string"), may_mirror=Value("bool"))
     report = {
         "splits": {split: Counter(row["style"] for row in rows[split]) for split in rows},
         "names": names,
         "left_out": {name: counts[name] for name in all_names if name not in ids},
-        "unlabelled": sum(code_points not in labels for package in packages for code_points in package.images),
+        "unlabelled": sum(
+            len(package.icons or package.images)
+            - len({path for code_points, (path, _) in package.images.items() if code_points in labels})
+            for package in packages
+        ),
         "corrupt": corrupt,
-        "duplicates": duplicates,
+        "duplicates": sum(count for (first, style), count in duplicates.items() if first == style),
+        "duplicates_of_styles": {pair: count for pair, count in duplicates.items() if pair[0] != pair[1]},
+        "packages": packages,
+        "labels": next(package for package in everything if package.emoji_json),
     }
     return rows, features, report
 
 
-def describe(report: dict, packages: Sequence[Package]) -> tuple[str, str]:
+def describe(report: dict) -> tuple[str, str]:
     """The data set's README.md body and its LICENSES.md."""
+    packages = report["packages"]
     styles = [package.source.style for package in packages]
     table = "".join(
         f"| {split} | {' | '.join(str(counts[style]) for style in styles)} | {counts.total()} |\n"
         for split, counts in report["splits"].items()
     )
     left_out = ", ".join(f"{name} ({count})" for name, count in report["left_out"].items()) or "none"
+    copies = "".join(
+        f"- Pictures of {style} equal to one of {first}, left out: {count}.\n"
+        for (first, style), count in report["duplicates_of_styles"].items()
+    )
     card = (
         f"# Emoji\n\n"
         f"| split | {' | '.join(styles)} | all |\n|---|{'---|' * (len(styles) + 1)}\n{table}\n"
         f"- Classes: {len(report['names'])}, style/subgroup, ids in order of their names.\n"
         f"- Classes left out for want of training images (with how many there were): {left_out}.\n"
         f"- Pictures equal to another one of their style, left out: {report['duplicates']}.\n"
+        f"{copies}"
         f"- Pictures of emoji that emoji.json does not know, left out: {report['unlabelled']}.\n"
         f"- Corrupt pictures, skipped: {len(report['corrupt'])}{''.join(f' {path}' for path in report['corrupt'])}.\n"
         "- `validation` holds whole emoji, in all styles, skin tones and genders.\n"
@@ -366,6 +713,10 @@ def describe(report: dict, packages: Sequence[Package]) -> tuple[str, str]:
         f"- `{package.source.style}` ({package.source.package} {package.version}): {package.source.license}.\n"
         for package in packages
     )
+    labels = report["labels"]
+    if labels not in packages:
+        origin = f"{labels.source.package} {labels.version}"
+        licenses += f"- Names and subgroups ({origin}): emoji.json by Cal Henderson, MIT licence.\n"
     return card, licenses
 
 
@@ -383,8 +734,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusers_pisdm" / "npm",
         help="where fetched tarballs are kept (default: %(default)s)",
     )
-    parser.add_argument("--resolution", type=int, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument(
+        "--edition",
+        type=int,
+        choices=sorted(EDITIONS),
+        default=1,
+        help="1: three styles, of 64 pixels at most; 2: eight styles, drawn from SVG for any resolution but fluent3d, "
+        "and the columns subgroup and may_mirror (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--styles",
+        nargs="+",
+        metavar="STYLE",
+        help="styles to keep to (default: all of the edition: "
+        + "; ".join(", ".join(source.style for source in sources) for sources in EDITIONS.values())
+        + ")",
+    )
+    parser.add_argument("--resolution", type=int, help="pixels a side (default: 64 in edition 1, 128 in edition 2)")
     parser.add_argument("--format", choices=("parquet", "imagefolder"), default="parquet")
+    parser.add_argument("--image_format", choices=("png", "webp"), default="png", help="webp is lossy, PNG is not")
+    parser.add_argument("--quality", type=int, help=f"of WebP, 0 to 100 (default: {WEBP_QUALITY})")
     parser.add_argument(
         "--max_skin_tones",
         type=int,
@@ -404,6 +773,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--background", default="white", help="colour behind the pictures (default: %(default)s)")
     args = parser.parse_args(argv)
+    unknown = sorted(set(args.styles or ()) - {source.style for source in EDITIONS[args.edition]})
+    if unknown:
+        known = ", ".join(source.style for source in EDITIONS[args.edition])
+        parser.error(f"--styles {' '.join(unknown)}: --edition {args.edition} has {known}")
+    if args.resolution is None:
+        args.resolution = RESOLUTIONS[args.edition]
+    if args.edition == 1 and args.resolution > RESOLUTIONS[1]:
+        parser.error(f"--resolution {args.resolution} would enlarge pictures of 64 pixels: add --edition 2")
+    if args.quality is None:
+        args.quality = WEBP_QUALITY
+    elif args.image_format != "webp":
+        parser.error("--quality is for --image_format webp")
+    if not 0 <= args.quality <= 100:
+        parser.error(f"--quality must be in [0, 100], got {args.quality}")
     if args.resolution < 1:
         parser.error(f"--resolution must be at least 1, got {args.resolution}")
     if args.max_skin_tones < 0:
@@ -419,14 +802,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         check_replaceable(args.output_dir)
-        packages = [read_package(path) for path in args.tarballs or fetch_tarballs(args.cache_dir)]
+        sources = choose_sources(args.edition, args.styles)
+        if any(source.image_dir is None for source in sources):
+            import_resvg()  # before the download
+        paths = args.tarballs or fetch_tarballs(args.cache_dir, needed_sources(sources))
+        packages = [read_package(path) for path in paths]
         packages.sort(key=lambda package: package.source.style)
         rows, features, report = build(
-            packages, args.resolution, args.max_skin_tones, args.holdout, args.min_images, args.background
+            packages,
+            args.resolution,
+            args.max_skin_tones,
+            args.holdout,
+            args.min_images,
+            args.background,
+            args.edition,
+            args.styles,
+            args.image_format,
+            args.quality,
         )
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
-    card, licenses = describe(report, packages)
+    card, licenses = describe(report)
     write_dataset_folder(args.output_dir, rows, features, card, licenses, args.format)
     print(card)
     print(licenses)

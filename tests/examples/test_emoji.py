@@ -1,5 +1,6 @@
 """examples/datasets/emoji.py on small tarballs made from the real pictures in tests/data."""
 
+import hashlib
 import io
 import json
 import os
@@ -153,6 +154,19 @@ def test_imagefolder_has_the_same_ids(tarballs, tmp_path):
     for split in parquet:
         expected = {(row["label"], np.asarray(row["image"]).tobytes()) for row in parquet[split]}
         assert {(row["label"], np.asarray(row["image"]).tobytes()) for row in folder[split]} == expected
+
+
+def test_the_first_edition_is_what_models_were_trained_on(packages):
+    """Rows, ids, pixels and columns, as they were before there was a second edition."""
+    rows, features, _ = emoji.build(packages, resolution=16, holdout=0.3)
+    assert list(features) == ["image", "label", "emoji", "code_point", "style"]
+    digest = hashlib.sha256()
+    for split in rows:
+        for row in rows[split]:
+            columns = {name: value for name, value in row.items() if name != "image"}
+            digest.update(repr((split, row["image"]["path"], columns)).encode())
+            digest.update(Image.open(io.BytesIO(row["image"]["bytes"])).tobytes())
+    assert digest.hexdigest() == "2321ae7414a281dbbb1ff7bb1ce7a4a537e2bd2458abbca20c715f0eb0bcc452"
 
 
 @pytest.mark.parametrize(
@@ -403,7 +417,7 @@ def test_bad_tarballs_are_named(tarballs, tmp_path):
     with pytest.raises(ValueError, match=r"truncated\.tgz is not a whole npm tarball"):
         emoji.read_package(truncated)
     other = write_tarball(tmp_path, GOOGLE, members={"package/package.json": b'{"name": "left-pad"}'})
-    with pytest.raises(ValueError, match="holds the package 'left-pad'; known are @lobehub/fluent-emoji-3d"):
+    with pytest.raises(ValueError, match="holds the package 'left-pad'; known are @iconify-json/emojione, "):
         emoji.read_package(other)
     with pytest.raises(SystemExit, match=r"No such file.*missing\.tgz"):
         run_main(tmp_path / "emoji", [tmp_path / "missing.tgz"])
