@@ -101,8 +101,9 @@ class SampleSettings:
         refused = [f"`{argument}`" for argument in absent if getattr(self, argument) is not None]
         if refused:
             raise ValueError(f"{name} does not take {', '.join(refused)}. Leave it out (None).")
+        # What the call itself leaves open is in the configuration.
         defaults = {
-            argument: parameters[argument].default
+            argument: pipe.config.get(f"default_{argument}", parameters[argument].default)
             for argument in CALL_ARGUMENTS
             if argument in parameters and getattr(self, argument) is None
         }

@@ -133,9 +133,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             id2label = {int(i): name for i, name in id2label.items()}  # JSON made the ids strings
         self.register_to_config(
             id2label=id2label,
-            default_guidance_scale=default_guidance_scale,
-            default_num_inference_steps=default_num_inference_steps,
-            default_noise_level=default_noise_level,
+            default_guidance_scale=_first_values(default_guidance_scale, self.num_stages),
+            default_num_inference_steps=_first_values(default_num_inference_steps, self.num_stages),
+            default_noise_level=_first_values(default_noise_level, self.num_stages - 1),
         )
         self.image_processor = VaeImageProcessor(do_resize=False)
         self.check_stages()

@@ -76,7 +76,9 @@ def plain_training(data, device="cpu"):
             group["lr"] = rate
         generator = torch.Generator(device).manual_seed(100 + step)
         chosen = torch.from_numpy(rows(step)).to(device)
-        images = augment_images(data.images[chosen], RowNoise(generator, torch.device(device)), data.may_flip[chosen], 1)
+        images = augment_images(
+            data.images[chosen], RowNoise(generator, torch.device(device)), data.may_flip[chosen], 1
+        )
         losses = objective(image_pyramid(images.float() / 127.5 - 1, [8, 16]), data.labels[chosen], generator)
         optimizer.zero_grad()
         losses.total.backward()

@@ -1,0 +1,50 @@
+"""What people see before they see what a picture shows: the grid of a model's patches, and dirt on a white ground."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+FLAT = 8  # of 255: an area is flat where three pixels further the colour has changed by less
+WHITE = 220  # of 255: the least channel of all pixels around
+
+
+def patch_border_ratio(images: torch.Tensor, patch_size: int) -> float:
+    """
+    How much more neighbouring pixels of flat areas differ across the borders of patches than within them.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8): Images of one model, or real ones.
+        patch_size (`int`): Side of a patch, 2 or more.
+
+    Returns:
+        `float`: About 1 for images without a grid; `nan` where nothing is flat.
+    """
+    across, within = [], []
+    for x in (images.float(), images.float().mT):
+        steps = (x[..., 2:-1] - x[..., 1:-2]).abs().mean(dim=1)  # (N, H, W - 3): of pixels k + 1 and k + 2
+        is_flat = (x[..., 3:] - x[..., :-3]).abs().mean(dim=1) < FLAT
+        position = torch.arange(steps.shape[-1], device=x.device) + 2
+        is_border = (position % patch_size == 0).expand_as(steps)
+        across.append(steps[is_flat & is_border])
+        within.append(steps[is_flat & ~is_border])
+    return (torch.cat(across).mean() / torch.cat(within).mean()).item()
+
+
+def white_roughness(images: torch.Tensor) -> float:
+    """
+    The mean difference of neighbouring pixels, in units of 1/255, where all 5x5 pixels around are nearly white.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8): Images on a white ground.
+
+    Returns:
+        `float`: 0 for a clean ground; `nan` without one.
+    """
+    x = images.float()
+    is_white = -F.max_pool2d(-x.amin(dim=1, keepdim=True), 5, stride=1, padding=2) >= WHITE  # (N, 1, H, W)
+    steps = []
+    for y, mask in ((x, is_white), (x.mT, is_white.mT)):
+        steps.append((y[..., 1:] - y[..., :-1]).abs().mean(dim=1, keepdim=True)[mask[..., 1:] & mask[..., :-1]])
+    return torch.cat(steps).mean().item()
