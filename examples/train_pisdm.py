@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
+from diffusers_pisdm.models.class_embedding import class_factors_from_names
 from diffusers_pisdm.models.latents import encode_latents, load_vae, vae_scale_factor
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
 from diffusers_pisdm.training.checkpoints import (
@@ -89,14 +90,23 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--validation_split", help="A held-out split, whose loss is measured.")
     data.add_argument("--random_crop", action="store_true")
     data.add_argument("--random_flip", action="store_true", help="Mirror every other image.")
+    data.add_argument("--flip_column", help="A column of truth values: which images may be mirrored.")
+    data.add_argument("--class_name_factors", help="Embed a class as the sum of its name's parts, separated by this.")
     data.add_argument("--on_bad_image", choices=ON_BAD_IMAGE, default="stop")
     data.add_argument("--dataloader_num_workers", type=int, default=0)
     data.add_argument("--pretrained_vae_model_name_or_path", help="Train in the latents of this VAE.")
 
     loss = parser.add_argument_group("objective (eq. 17)")
-    loss.add_argument("--loss_weighting", choices=LOSS_WEIGHTINGS, default="uniform", help="lambda(t)")
+    loss.add_argument(
+        "--loss_weighting",
+        choices=LOSS_WEIGHTINGS,
+        nargs="+",
+        default=["uniform"],
+        help="lambda(t): one for all stages, or one for each.",
+    )
     loss.add_argument("--snr_gamma", type=float, default=5.0, help="gamma of min_snr")
     loss.add_argument("--label_dropout", type=float, default=0.1)
+    loss.add_argument("--factor_dropout", type=float, default=0.0, help="Beside it, of each factor of a class.")
     loss.add_argument("--max_noise_level", type=float, default=0.5, help="conditioning augmentation")
     loss.add_argument("--sil_weight", type=float, default=1.0, help="0 trains without the scale-invariant loss")
     loss.add_argument("--sil_temperature", type=float, default=0.1)
@@ -174,6 +184,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recip
         parser.error("--push_to_hub needs --hub_model_id owner/name")
     if args.push_to_hub and args.lora_rank is not None:
         parser.error("--push_to_hub publishes whole cascades: upload the LoRA file with `hf upload`")
+    if args.class_name_factors is not None and args.pretrained_model_name_or_path is not None:
+        parser.error("--class_name_factors is for new models: a pretrained cascade has its class embedding")
+    if args.flip_column is not None and args.latent_cache is not None:
+        parser.error("--flip_column is for pixels: a latent cache does not say what may be mirrored")
     if args.lora_rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--lora_rank adapts a trained cascade: give --pretrained_model_name_or_path")
     return args, recipe
@@ -195,7 +209,9 @@ def load_rows(
     class_names = None if args.class_names_file is None else read_class_names(args.class_names_file)
 
     def load(split: str, names: list[str] | None, transform: ImageTransform) -> ImageRows:
-        data = load_image_data(source, split, args.streaming, args.image_column, args.label_column, names)
+        columns = {"image_column": args.image_column, "label_column": args.label_column}
+        columns["flip_column"] = args.flip_column
+        data = load_image_data(source, split, args.streaming, class_names=names, **columns)
         return ImageRows(data, transform, args.on_bad_image)
 
     train = load(args.train_split, class_names, ImageTransform(size, args.random_crop, args.random_flip))
@@ -227,7 +243,8 @@ def dry_run(args: argparse.Namespace, accelerator: Accelerator, configs: list[di
 
 
 def stage_config(stage: PISDMTransformer2DModel) -> dict:
-    return {key: value for key, value in stage.config.items() if not key.startswith("_") and key != "num_classes"}
+    of_the_data = ("num_classes", "class_factors")
+    return {key: value for key, value in stage.config.items() if not key.startswith("_") and key not in of_the_data}
 
 
 def make_pyramid(
@@ -376,10 +393,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.pretrained_model_name_or_path is not None:
         pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     if recipe is not None:
-        configs, scheduler = recipe.stages, DDPMScheduler(**recipe.scheduler)
+        configs, schedulers = recipe.stages, DDPMScheduler(**recipe.scheduler)
     else:
         configs = [stage_config(stage) for stage in pretrained.stages]
-        scheduler = DDPMScheduler.from_config(pretrained.scheduler.config)
+        schedulers = [DDPMScheduler.from_config(s.config) for s in pretrained.get_stage_schedulers()]
     sizes, channels = [config["sample_size"] for config in configs], configs[-1]["in_channels"]
     if args.dry_run:
         _, _, class_names = load_rows(args, sizes, channels, factor=1)  # neither the VAE nor images are read
@@ -390,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
             vae = load_vae(vae_name, channels).to(device)
         elif pretrained is not None and pretrained.vae is not None:
             vae = pretrained.vae.to(device).eval().requires_grad_(False)
-    schedulers = stage_noise_schedules(scheduler, len(configs), args.noise_shifts, args.prediction_types)
+    schedulers = stage_noise_schedules(schedulers, len(configs), args.noise_shifts, args.prediction_types)
 
     # Data
     rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae))
@@ -398,7 +415,11 @@ def main(argv: list[str] | None = None) -> None:
     # Models, optimizer, averages
     new_classes = False
     if pretrained is None:
-        stages = [PISDMTransformer2DModel(num_classes=len(class_names), **config) for config in configs]
+        factors = None
+        if args.class_name_factors is not None:
+            factors = class_factors_from_names(class_names, args.class_name_factors)
+        classes = {"num_classes": len(class_names), "class_factors": factors}
+        stages = [PISDMTransformer2DModel(**classes, **config) for config in configs]
     else:
         stages = start_cascade(pretrained, configs, class_names)
         new_classes = class_names != list(pretrained.config.id2label.values())
@@ -416,9 +437,10 @@ def main(argv: list[str] | None = None) -> None:
     objective = CascadeObjective(
         stages,
         schedulers,
-        loss_weighting=args.loss_weighting,
+        loss_weighting=args.loss_weighting * (len(stages) if len(args.loss_weighting) == 1 else 1),
         min_snr_gamma=args.snr_gamma,
         label_dropout=args.label_dropout,
+        factor_dropout=args.factor_dropout,
         max_noise_level=args.max_noise_level,
         sil_weight=args.sil_weight,
         sil_temperature=args.sil_temperature,

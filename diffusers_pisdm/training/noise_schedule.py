@@ -40,40 +40,40 @@ def shift_noise_schedule(scheduler: DDPMScheduler, shift: float) -> DDPMSchedule
 
 
 def stage_noise_schedules(
-    scheduler: DDPMScheduler,
+    schedulers: DDPMScheduler | Sequence[DDPMScheduler],
     num_stages: int,
     shifts: Sequence[float] | None = None,
     prediction_types: Sequence[str] | None = None,
 ) -> list[DDPMScheduler]:
     """
-    Makes each stage's noise schedule of one.
+    Makes each stage's noise schedule of one, or of one for each.
 
     Args:
-        scheduler (`DDPMScheduler`): The schedule to start from.
-        num_stages (`int`): How many to make; `scheduler` itself where nothing changes.
+        schedulers (`DDPMScheduler` or `Sequence[DDPMScheduler]`): The schedule to start from; or each stage's.
+        num_stages (`int`): How many to make; a given one is kept where nothing changes.
         shifts (`Sequence[float]`, *optional*): See [`shift_noise_schedule`]; one for each stage.
-        prediction_types (`Sequence[str]`, *optional*): What each stage predicts, instead of the scheduler's.
+        prediction_types (`Sequence[str]`, *optional*): What each stage predicts, instead of its scheduler's.
 
     Returns:
         `list[DDPMScheduler]`: One for each stage.
 
     Raises:
-        ValueError: There are more or fewer shifts or prediction types than stages, or a shift is not positive.
+        ValueError: There are more or fewer schedulers, shifts or prediction types than stages, or a shift is not
+            positive.
     """
+    schedulers = [schedulers] * num_stages if isinstance(schedulers, DDPMScheduler) else list(schedulers)
     shifts = [1.0] * num_stages if shifts is None else shifts
-    prediction_types = (
-        [scheduler.config.prediction_type] * num_stages if prediction_types is None else prediction_types
-    )
-    for name, values in (("shifts", shifts), ("prediction_types", prediction_types)):
+    if prediction_types is None:
+        prediction_types = [scheduler.config.prediction_type for scheduler in schedulers]
+    for name, values in (("schedulers", schedulers), ("shifts", shifts), ("prediction_types", prediction_types)):
         if len(values) != num_stages:
             raise ValueError(f"`{name}` must name one for each of the {num_stages} stages, got {list(values)}.")
-    schedulers = []
-    for shift, prediction_type in zip(shifts, prediction_types):
-        own = scheduler
+    shifted = []
+    for scheduler, shift, prediction_type in zip(schedulers, shifts, prediction_types):
         if prediction_type != scheduler.config.prediction_type:
-            own = DDPMScheduler.from_config(scheduler.config, prediction_type=prediction_type)
-        schedulers.append(shift_noise_schedule(own, shift))
-    return schedulers
+            scheduler = DDPMScheduler.from_config(scheduler.config, prediction_type=prediction_type)
+        shifted.append(shift_noise_schedule(scheduler, shift))
+    return shifted
 
 
 def sampling_schedulers(schedulers: Sequence[DDPMScheduler]) -> list[DPMSolverMultistepScheduler]:

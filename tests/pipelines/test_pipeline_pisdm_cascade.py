@@ -14,7 +14,8 @@ from diffusers import (
 from diffusers.callbacks import PipelineCallback
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMCascadePipelineOutput
-from tests.pipelines.tiny_cascade import generators, make_cascade, make_transformer
+from diffusers_pisdm.evaluation import SampleSettings
+from tests.pipelines.tiny_cascade import generators, make_cascade, make_scheduler, make_transformer
 
 
 @pytest.fixture(scope="module")
@@ -441,3 +442,87 @@ def test_stage_sizes_need_no_power_of_two():
     pipe.set_progress_bar_config(disable=True)
     assert pipe.get_stage_sizes(height=20) == [(12, 6), (20, 10)]
     assert run(pipe).images.shape == (2, 10, 10, 3)
+
+
+# --- A checkpoint's own settings -------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    "default_num_inference_steps": [2, 3, 1],
+    "default_guidance_scale": [3.0, 1.0, 1.5],
+    "default_noise_level": [0.3, 0.2],
+}
+
+
+def settings_of(pipe, **arguments):
+    """Steps, guidance and noise level of each stage, as they reach the models."""
+    seen = {transformer: [] for transformer in pipe.stages}
+
+    def record(module, args, kwargs):
+        level = kwargs.get("noise_level")
+        seen[module].append((len(args[0]), None if level is None else round(level[0].item(), 3)))
+
+    hooks = [stage.register_forward_pre_hook(record, with_kwargs=True) for stage in pipe.stages]
+    pipe([1, 2], generator=generators(0, 1), **arguments)
+    for hook in hooks:
+        hook.remove()
+    return [(len(calls), "guided" if calls[0][0] == 4 else "plain", calls[0][1]) for calls in seen.values()]
+
+
+def test_a_call_takes_the_settings_that_the_pipeline_was_saved_with(tmp_path):
+    make_cascade(3, **DEFAULTS).save_pretrained(tmp_path)
+    pipe = PISDMCascadePipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert settings_of(pipe) == [(2, "guided", None), (3, "plain", 0.3), (1, "guided", 0.2)]
+    expected = run(
+        make_cascade(3), num_inference_steps=[2, 3, 1], guidance_scale=[3.0, 1.0, 1.5], noise_level=[0.3, 0.2]
+    )
+    assert np.array_equal(run(pipe, num_inference_steps=None).images, expected.images)
+
+
+def test_arguments_win_over_the_settings_of_the_pipeline():
+    pipe = make_cascade(3, **DEFAULTS)
+    arguments = {"num_inference_steps": 4, "guidance_scale": 1.0, "noise_level": 0.5}
+    assert settings_of(pipe, **arguments) == [(4, "plain", None), (4, "plain", 0.5), (4, "plain", 0.5)]
+
+
+def test_a_shortened_cascade_takes_the_first_settings(tmp_path):
+    make_cascade(3, **DEFAULTS).save_pretrained(tmp_path)
+    pipe = PISDMCascadePipeline.from_pretrained(tmp_path, transformer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert settings_of(pipe) == [(2, "guided", None), (3, "plain", 0.3)]
+    assert SampleSettings(5).resolve(pipe).num_inference_steps == [2, 3]
+    late = make_cascade(3, **DEFAULTS)
+    late.transformer_3 = None
+    assert settings_of(late) == [(2, "guided", None), (3, "plain", 0.3)]
+
+
+def test_wrong_settings_of_a_pipeline_are_named():
+    with pytest.raises(ValueError, match="`guidance_scale` has 2 values, but this pipeline has 3 stages"):
+        run(make_cascade(3, default_guidance_scale=[1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"`noise_level` has to be in \[0, 1\) but is 2"):
+        run(make_cascade(2, default_noise_level=2.0))
+
+
+# --- Lists of stages -------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_of_lists_of_stages():
+    stages = [make_transformer(i) for i in (1, 2, 3)]
+    schedulers = [make_scheduler() for _ in stages]
+    pipe = PISDMCascadePipeline.from_stages(stages, schedulers, id2label=["a"] * 10)
+    assert pipe.stages == stages and pipe.config.id2label[3] == "a"
+    assert pipe.scheduler is schedulers[0] and pipe.scheduler_2 is None  # equal ones are one
+    other = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    pipe = PISDMCascadePipeline.from_stages(stages, [schedulers[0], other, schedulers[2]])
+    assert (pipe.scheduler, pipe.scheduler_2, pipe.scheduler_3) == (schedulers[0], other, schedulers[2])
+    assert PISDMCascadePipeline.from_stages(stages[:1], other).scheduler is other
+
+
+def test_lists_that_do_not_fit_are_refused():
+    stages = [make_transformer(i) for i in (1, 2)]
+    other = DDIMScheduler(clip_sample=False)
+    with pytest.raises(ValueError, match="`schedulers` has 3 schedulers for 2 `transformers`"):
+        PISDMCascadePipeline.from_stages(stages, [make_scheduler(), other, make_scheduler()])
+    for wrong in ([], [stages[0]] * 5):
+        with pytest.raises(ValueError, match=f"`transformers` has {len(wrong)} stages, but a cascade has 1 to 4"):
+            PISDMCascadePipeline.from_stages(wrong, make_scheduler())

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.models.class_embedding import set_class_embedding
 from diffusers_pisdm.training.fine_tuning import add_lora, resize_class_embedding
 from tests.hub_server import serve_hub
 from tests.models.tiny_model import make_inputs
@@ -334,6 +335,19 @@ def test_former_classes_come_back(pipe, with_classes, base, remove):
     assert torch.equal(run(pipe), base)
     pipe.load_lora_weights(with_classes[0], adapter_name="a")
     torch.testing.assert_close(run(pipe, NEW_NAMES[:2]), with_classes[1])
+
+
+def test_former_classes_of_factors_come_back(with_classes):
+    pipe = make_cascade(2, id2label=OLD_NAMES)
+    factors = [[i % 2, i // 2] for i in range(10)]
+    for transformer in pipe.stages:
+        set_class_embedding(transformer, torch.randn(3 + 6, 16), factors)
+    expected, configs = run(pipe), [dict(transformer.config) for transformer in pipe.stages]
+    pipe.load_lora_weights(with_classes[0], adapter_name="a")
+    assert [transformer.config.class_factors for transformer in pipe.stages] == [None, None]
+    pipe.unload_lora_weights()
+    assert [dict(transformer.config) for transformer in pipe.stages] == configs
+    assert torch.equal(run(pipe), expected)
 
 
 def test_deleting_another_adapter_leaves_the_classes(pipe, trained, with_classes):

@@ -47,6 +47,16 @@ def test_a_new_class_is_unconditional_at_first():
         assert torch.equal(sample, unconditional)
 
 
+def test_classes_of_factors_become_rows():
+    factors = tuple((i % 2, i // 2) for i in range(10))
+    model = make_model(class_factors=factors)
+    old = model.class_embedding.weight.detach().clone()
+    resize_class_embedding(model, OLD_NAMES, ["c", "new"])
+    null_label = old[2] + old[3 + 5]
+    torch.testing.assert_close(model.class_embedding.weight, torch.stack([old[0] + old[4], null_label, null_label]))
+    assert (model.config.num_classes, model.config.class_factors) == (2, None)
+
+
 def test_the_same_classes_change_nothing():
     model = make_model()
     weight, config = model.class_embedding.weight, dict(model.config)

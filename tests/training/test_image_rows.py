@@ -1,8 +1,9 @@
 import pytest
 import torch
+from datasets import Dataset, Image
 
 from diffusers_pisdm.training import image_rows
-from diffusers_pisdm.training.data_errors import BadImageError
+from diffusers_pisdm.training.data_errors import BadImageError, DataError
 from diffusers_pisdm.training.image_rows import ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform
 from tests.training.image_sources import copy_folder, damaged_images, load, write_parquet
@@ -87,3 +88,31 @@ def test_nothing_but_bad_images_is_an_error(folder, tmp_path, monkeypatch):
 def test_what_to_do_about_bad_images_must_be_known(folder, tmp_path):
     with pytest.raises(ValueError, match="stop, skip, got ignore"):
         make_rows(folder, tmp_path, "ignore")
+
+
+def test_only_images_that_may_be_are_mirrored(folder, tmp_path):
+    files = sorted(folder.glob("*/*.png"))
+    rows = [
+        {"image": {"bytes": file.read_bytes(), "path": None}, "label": file.parent.name, "free": i % 2 == 0}
+        for i, file in enumerate(files)
+    ]
+    Dataset.from_list(rows).cast_column("image", Image()).to_parquet(tmp_path / "data" / "train.parquet")
+    data = load(tmp_path / "data", tmp_path / "cache", flip_column="free")
+    plain = ImageRows(data, ImageTransform(16))
+    mirrored = ImageRows(data, ImageTransform(16, random_flip=True))
+    flipped = set()
+    for epoch in range(8):
+        for i in range(len(files)):
+            image, original = mirrored.read(i, epoch, 0).images, plain.read(i, epoch, 0).images
+            if not torch.equal(image, original):
+                assert torch.equal(image, original.flip(-1))
+                flipped.add(i)
+    assert flipped == set(range(0, len(files), 2))
+
+
+@pytest.mark.parametrize(("column", "culprit"), [("size", "Column 'size' .*not truth values"), ("none", "no column")])
+def test_a_flip_column_that_is_none_is_refused(folder, tmp_path, column, culprit):
+    rows = [{"image": file.read_bytes(), "label": "a", "size": 3} for file in folder.glob("*/*.png")]
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(DataError, match=f"{culprit}.*--flip_column"):
+        load(tmp_path / "data", tmp_path / "cache", flip_column=column)

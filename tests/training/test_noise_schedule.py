@@ -3,6 +3,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from diffusers_pisdm.training import shift_noise_schedule
+from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 
 
 def snr(scheduler):
@@ -31,3 +32,35 @@ def test_no_shift_changes_nothing_and_a_wrong_one_is_refused():
     assert shift_noise_schedule(scheduler, 1.0) is scheduler
     with pytest.raises(ValueError, match="positive factor only, got 0"):
         shift_noise_schedule(scheduler, 0)
+
+
+def test_each_stage_has_its_shift_and_its_prediction_type():
+    scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    first, second, third = stage_noise_schedules(
+        scheduler, 3, shifts=[1.0, 2.0, 1.0], prediction_types=["v_prediction", "sample", "epsilon"]
+    )
+    assert first is scheduler
+    assert [s.config.prediction_type for s in (first, second, third)] == ["v_prediction", "sample", "epsilon"]
+    torch.testing.assert_close(snr(second) * 4, snr(scheduler), rtol=2e-3, atol=1e-9)
+    torch.testing.assert_close(snr(third), snr(scheduler))
+    assert not third.config.clip_sample
+    assert stage_noise_schedules(scheduler, 2) == [scheduler] * 2
+    assert stage_noise_schedules([second, first], 2) == [second, first]  # each stage's own
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"shifts": [1.0]}, {"prediction_types": ["sample"]}, {"schedulers": []}], ids=str
+)
+def test_one_of_each_for_every_stage(arguments):
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must name one for each of the 2 stages"):
+        stage_noise_schedules(**{"schedulers": DDPMScheduler(), "num_stages": 2, **arguments})
+
+
+def test_samplers_are_dpm_solver_with_each_stages_schedule():
+    schedulers = stage_noise_schedules(DDPMScheduler(), 2, shifts=[1.0, 3.0], prediction_types=["epsilon", "sample"])
+    samplers = sampling_schedulers(schedulers)
+    for scheduler, sampler in zip(schedulers, samplers, strict=True):
+        assert type(sampler) is DPMSolverMultistepScheduler
+        assert sampler.config.timestep_spacing == "trailing"
+        assert sampler.config.prediction_type == scheduler.config.prediction_type
+        torch.testing.assert_close(sampler.alphas_cumprod, scheduler.alphas_cumprod)
