@@ -2,11 +2,13 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
 from examples import train_pisdm
+from tests.conftest import REAL_IMAGES
 from tests.examples.tiny_training import CASCADE, weights
 
 
@@ -99,3 +101,26 @@ def test_a_checkpoint_can_be_named_as_in_its_folder(train, capsys):
     train("run", 8)
     output = train("run", 8, "--resume_from_checkpoint", "checkpoint-4")
     assert f"Resuming from {output / 'checkpoint-4'}" in capsys.readouterr().out
+
+
+def test_each_stage_is_saved_with_the_schedule_that_it_was_trained_with_and_fine_tuned_with_it(train):
+    output = train("run", 2, "--prediction_types", "v_prediction", "sample", "--noise_shifts", "1", "2")
+    pipe = PISDMCascadePipeline.from_pretrained(output)
+    assert [s.config.prediction_type for s in pipe.get_stage_schedulers()] == ["v_prediction", "sample"]
+    expected = [scheduler.alphas_cumprod for scheduler in pipe.get_stage_schedulers()]
+    assert not torch.equal(*expected)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    tuned = output.with_name("tuned")
+    arguments = ["--train_data_dir", str(REAL_IMAGES), "--max_train_steps", "1", "--train_batch_size", "4"]
+    arguments += ["--validation_classes", "1", "--validation_inference_steps", "1", "--output_dir", str(tuned)]
+    train_pisdm.main(["--pretrained_model_name_or_path", str(output), *arguments])
+    schedulers = PISDMCascadePipeline.from_pretrained(tuned).get_stage_schedulers()
+    assert [s.config.prediction_type for s in schedulers] == ["v_prediction", "sample"]
+    for scheduler, alphas in zip(schedulers, expected):
+        torch.testing.assert_close(scheduler.alphas_cumprod, alphas)
+
+
+def test_names_whose_parts_are_no_factors_are_refused(train):
+    with pytest.raises(ValueError, match=r"Class '.+' has \d parts between '-', but 'animal-mammal' has 2"):
+        train("run", 1, "--class_name_factors", "-")

@@ -20,6 +20,9 @@ CHANGES = {
     "batch_shares": ["--batch_shares", "1", "0.5"],
     "stage_loss_weights": ["--stage_loss_weights", "1", "3"],
     "noise_shifts": ["--noise_shifts", "1", "2"],
+    "prediction_types": ["--prediction_types", "v_prediction", "sample"],
+    "loss_weighting per stage": ["--loss_weighting", "uniform", "min_snr"],
+    "factor_dropout": ["--class_name_factors", "*", "--factor_dropout", "0.9"],
     "random_crop": ["--random_crop"],
     "random_flip": ["--random_flip"],
     "train_batch_size": ["--train_batch_size", "4"],
@@ -42,6 +45,7 @@ NO_CHANGES = {
     "validation_steps": ["--validation_steps", "1", "--validation_split", "train"],
     "checkpointing_steps": ["--checkpointing_steps", "1"],
     "on_bad_image": ["--on_bad_image", "skip"],
+    "class_name_factors": ["--class_name_factors", "*"],  # names of one part: a factor that is the class
 }
 
 

@@ -51,7 +51,12 @@ def test_signature_is_as_in_the_design():
 def test_components(shared_pipe):
     names = {f"{kind}{suffix}" for kind in ("transformer", "scheduler") for suffix in ("", "_2", "_3", "_4")} | {"vae"}
     assert set(shared_pipe.components) == names
-    assert shared_pipe.parameters == {"id2label": shared_pipe.config.id2label}
+    assert shared_pipe.parameters == {
+        "id2label": shared_pipe.config.id2label,
+        "default_num_inference_steps": 20,  # from benchmarks/sampling_efficiency.py
+        "default_guidance_scale": 4.0,
+        "default_noise_level": 0.1,
+    }
     assert set(shared_pipe._optional_components) == names - {"transformer", "scheduler"}
     assert shared_pipe.model_cpu_offload_seq == "transformer->transformer_2->transformer_3->transformer_4->vae"
 
