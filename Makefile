@@ -1,4 +1,4 @@
-# make demo [CLASSES="fluent3d/animal-mammal 12 ..."] [STEPS=20]   sample the checkpoint: demo.png and demo_stages.png
+# make demo [CLASSES="fluent3d/animal-mammal 12 ..."] [STEPS=10]   sample the checkpoint: demo.png and demo_stages.png
 # make test [PYTEST_ARGS="tests/ops -k scan"]           run the tests: all, by two processes, or those chosen, by one
 # make test-inception                                  compare with torch-fidelity's Inception v3 (gigabytes: see below)
 # make lint | make docs | make clean
@@ -11,8 +11,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# Denoising steps: one number, or one a stage. 20 keep the demo under a minute on two cores.
-STEPS ?= 20
+# Denoising steps: one number, or one per stage; empty: what the checkpoint was found best with.
+STEPS ?=
 # Read by the recipe from its environment, so that no shell ever interprets a class name.
 CLASSES ?=
 export CLASSES
@@ -24,7 +24,8 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-in
 TWO_PROCESSES := --numprocesses 2 --dist loadfile
 INCEPTION_VENV := .venv-inception
 INCEPTION_PYTHON := $(INCEPTION_VENV)/bin/python
-DEMO_ARGS = --model checkpoints/pisdm-emoji64 --steps $(STEPS) --output demo.png --stages_output demo_stages.png
+DEMO_ARGS = --model checkpoints/pisdm-emoji128 $(if $(STEPS),--steps $(STEPS)) --output demo.png \
+  --stages_output demo_stages.png
 
 # What an earlier `pip install .` left: compiled kernels in a folder that would hide the clone's package.
 REMOVE_OLD_COPY = rm -rf $(VENV)/lib/python*/site-packages/diffusers_pisdm

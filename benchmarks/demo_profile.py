@@ -218,8 +218,8 @@ def draw(report: dict, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="checkpoints/pisdm-emoji64")
-    parser.add_argument("--steps", nargs="+", default=["20"], help="one number, or one a stage")
+    parser.add_argument("--model", default="checkpoints/pisdm-emoji128")
+    parser.add_argument("--steps", nargs="+", default=[], help="one number, or one per stage; default: the model's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each way")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the kernels")
@@ -227,13 +227,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     torch.set_num_threads(args.threads)
-    pipe, call_arguments = demo_call(["--model", args.model, "--device", args.device, "--steps", *args.steps])
+    steps = ["--steps", *args.steps] if args.steps else []
+    pipe, call_arguments = demo_call(["--model", args.model, "--device", args.device, *steps])
     report = {
         "machine": describe_machine(pipe.device),
         "torch": torch.__version__,
         "model": args.model,
         "images": len(call_arguments["class_labels"]),
-        "steps": call_arguments["num_inference_steps"],
+        "steps": call_arguments.get("num_inference_steps", pipe.config.default_num_inference_steps),
         "repeats": args.repeats,
         "sizes": [height for height, _ in pipe.get_stage_sizes()],
         "rows": measure_ways(pipe, call_arguments, args.repeats),

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from tqdm.auto import tqdm
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
@@ -33,7 +32,7 @@ from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.equal_budget import Budget, measure_budget
 from benchmarks.quality_report import format_table, plot_quality, plot_samples, summarize
 from benchmarks.reference_images import reference_statistics
-from benchmarks.small_training import LabelledImages, TrainingSettings, train_contestant
+from benchmarks.small_training import TrainingSettings, train_contestant
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.evaluation import (
     FeatureExtractor,
@@ -45,7 +44,7 @@ from diffusers_pisdm.evaluation import (
     write_sample_set,
 )
 from diffusers_pisdm.evaluation.whole_files import write_whole
-from diffusers_pisdm.training import CascadeObjective
+from diffusers_pisdm.training.device_images import LabelledImages, load_labelled_images
 from diffusers_pisdm.training.image_data import load_image_data
 from diffusers_pisdm.training.image_rows import ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
@@ -72,17 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_images(data_dir: str, split: str, size: int) -> LabelledImages:
     """All images of a split, in memory."""
-    data = load_image_data(data_dir, split)
-    rows = ImageRows(data, ImageTransform(size))
-    read = [rows.read(row, epoch=0, seed=0) for row in tqdm(range(len(rows)), desc="reading images")]
-    images = torch.stack([row.images for row in read])  # (N, 3, H, W)
-    return LabelledImages(images, torch.tensor([row.label for row in read]), data.class_names)
-
-
-def make_pipeline(objective: CascadeObjective, class_names: list[str]) -> PISDMCascadePipeline:
-    stages = dict(zip(("transformer", "transformer_2", "transformer_3", "transformer_4"), objective.stages))
-    sampler = DPMSolverMultistepScheduler.from_config(objective.schedulers[0].config)
-    return PISDMCascadePipeline(scheduler=sampler, id2label=dict(enumerate(class_names)), **stages)
+    return load_labelled_images(ImageRows(load_image_data(data_dir, split), ImageTransform(size)))
 
 
 def run(
@@ -105,7 +94,10 @@ def run(
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
     )
-    write_sample_set(make_pipeline(objective, data.class_names), folder / "samples", sampling)
+    sampler = DPMSolverMultistepScheduler.from_config(objective.schedulers[0].config)
+    id2label = dict(enumerate(data.class_names))
+    pipe = PISDMCascadePipeline.from_stages(objective.stages, sampler, id2label=id2label)
+    write_sample_set(pipe, folder / "samples", sampling)
     result = evaluate_images(FolderImages(folder / "samples", decode_image), reference, extractor)
     return {
         "contestant": contestant.label,

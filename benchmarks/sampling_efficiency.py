@@ -3,8 +3,8 @@
 What sampling time buys: the Frechet distance of a cascade's samples against the seconds an image takes, for schedulers
 x steps and for guidance scales x guidance intervals. The pipeline's defaults were chosen by it.
 
-    python examples/datasets/emoji.py --output_dir data/emoji64
-    python benchmarks/sampling_efficiency.py --data_dir data/emoji64 --output outputs/sampling_efficiency
+    python examples/datasets/emoji.py --edition 2 --output_dir data/emoji128
+    python benchmarks/sampling_efficiency.py --data_dir data/emoji128 --output outputs/sampling_efficiency
 
 Samples are drawn first, the same classes and noise every way, and evaluated; then the ways take turns on the clock,
 `--repeats` times, and the medians count. Killed, the same command goes on. Several processes may share the drawing:
@@ -46,7 +46,7 @@ from diffusers_pisdm.training.machine import describe_machine
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="checkpoints/pisdm-emoji64")
+    add("--model", default="checkpoints/pisdm-emoji128")
     add("--data_dir", required=True, help="The reference: a folder that `datasets` reads, or a data set on the Hub.")
     add("--split", default="train")
     add(

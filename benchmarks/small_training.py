@@ -14,24 +14,11 @@ from tqdm.auto import tqdm
 from benchmarks.contestants import Contestant
 from diffusers_pisdm.training import CascadeObjective, LossMeter, image_pyramid
 from diffusers_pisdm.training.checkpoints import find_checkpoints, read_state, save_checkpoint
+from diffusers_pisdm.training.device_images import LabelledImages
 from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.training.seeds import noise_seed
 from diffusers_pisdm.training.weight_average import load_average, save_average
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """
-    Args:
-        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8): All of them.
-        labels (`torch.Tensor` of shape `(N,)`, int64): Their classes.
-        class_names (`list[str]`): The classes' names.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    class_names: list[str]
 
 
 @dataclass(frozen=True)

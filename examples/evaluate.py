@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Judges a model, or images that are there already: Frechet distances (FID, sFID), inception score, precision, recall.
 
-    accelerate launch examples/evaluate.py --model checkpoints/pisdm-emoji64 --num_samples 5000 \\
-        --reference data/emoji64 --reference_split train
+    accelerate launch examples/evaluate.py --model checkpoints/pisdm-emoji128 --num_samples 5000 \\
+        --reference data/emoji128 --reference_split train
     python examples/evaluate.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
         --features inception_v3
     python examples/evaluate.py --reference my_images --image_size 64 --save_reference my_images.npz

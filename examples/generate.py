@@ -1,7 +1,7 @@
 """
 Sample a PIS-DM cascade into a labelled grid.
 
-    python examples/generate.py --model checkpoints/pisdm-emoji64 --output grid.png
+    python examples/generate.py --model checkpoints/pisdm-emoji128 --output grid.png
     python examples/generate.py --classes 207 fluent3d/animal-mammal --images_per_class 8 --seed 1
     python examples/generate.py --scheduler UniPCMultistepScheduler --steps 20 10 10 10 --guidance_scale 2.0
 """
@@ -30,7 +30,7 @@ STAGE_CELL_SIZE = 64
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample a PIS-DM cascade into a labelled grid.")
-    parser.add_argument("--model", default="checkpoints/pisdm-emoji64", help="a folder or a Hub repository")
+    parser.add_argument("--model", default="checkpoints/pisdm-emoji128", help="a folder or a Hub repository")
     parser.add_argument(
         "--classes",
         nargs="+",

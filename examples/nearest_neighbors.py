@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Checks whether a cascade repeats its training images.
 
-    python examples/nearest_neighbors.py --model checkpoints/pisdm-emoji64 --train_data_dir data/emoji64
+    python examples/nearest_neighbors.py --model checkpoints/pisdm-emoji128 --train_data_dir data/emoji128
 
 Draws random classes and seeds, finds the nearest training image of each sample in pixel space, and reports the share
 that is nearer than the near-duplicates within the training set (its 1-percentile nearest-neighbour distance). Writes
@@ -27,7 +27,7 @@ from diffusers_pisdm.image_grid import make_image_grid
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="checkpoints/pisdm-emoji64")
+    parser.add_argument("--model", default="checkpoints/pisdm-emoji128")
     parser.add_argument("--train_data_dir", required=True, help="Folder of images or parquet files.")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--num_samples", type=int, default=500)

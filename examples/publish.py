@@ -4,7 +4,7 @@ Publish a trained PIS-DM cascade on the Hugging Face Hub, with a model card made
     hf auth login
     python examples/publish.py outputs/emoji64 owner/name --license apache-2.0 --dry_run
     python examples/publish.py outputs/emoji64 owner/name --license apache-2.0 --variant fp16
-    python examples/publish.py checkpoints/pisdm-emoji64 owner/name --model_card model_card.md
+    python examples/publish.py checkpoints/pisdm-emoji128 owner/name --model_card model_card.md
 """
 
 import argparse

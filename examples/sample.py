@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draws the samples that a model is judged by: a folder of PNG files, and if wanted one file for ADM's evaluator.
 
-    accelerate launch examples/sample.py --model checkpoints/pisdm-emoji64 --output_dir samples --num_samples 5000
+    accelerate launch examples/sample.py --model checkpoints/pisdm-emoji128 --output_dir samples --num_samples 5000
     accelerate launch examples/sample.py ... --save_npz samples.npz
 
 The same command again completes what was interrupted. Several processes share the work; the images are the same with
@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", default="checkpoints/pisdm-emoji64", help="A folder, or a repository on the Hub.")
+    add("--model", default="checkpoints/pisdm-emoji128", help="A folder, or a repository on the Hub.")
     add("--revision", help="Branch, tag or commit of the repository.")
     add("--output_dir", required=True, help="Where the images go.")
     add("--num_samples", type=int, default=50_000)

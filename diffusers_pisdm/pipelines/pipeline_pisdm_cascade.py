@@ -692,7 +692,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         >>> import torch
         >>> from diffusers_pisdm import PISDMCascadePipeline
 
-        >>> pipe = PISDMCascadePipeline.from_pretrained("checkpoints/pisdm-emoji64")
+        >>> pipe = PISDMCascadePipeline.from_pretrained("checkpoints/pisdm-emoji128")
         >>> generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         >>> images = pipe(class_labels=[207, 42], generator=generators).images
         ```

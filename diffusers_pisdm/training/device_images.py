@@ -20,18 +20,18 @@ class LabelledImages:
         images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8): All of them.
         labels (`torch.Tensor` of shape `(N,)`, int64): Their classes.
         class_names (`list[str]`): The classes' names.
-        may_flip (`torch.Tensor` of shape `(N,)`, bool): Which of them show the same thing in the mirror.
+        may_flip (`torch.Tensor` of shape `(N,)`, bool, *optional*): Which of them show the same thing in the mirror.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     class_names: list[str]
-    may_flip: torch.Tensor
+    may_flip: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> LabelledImages:
         """The same, with the tensors on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "may_flip")}
-        return replace(self, **moved)
+        moved = {name: getattr(self, name) for name in ("images", "labels", "may_flip")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
 
 
 def load_labelled_images(rows: ImageRows, num_threads: int | None = None) -> LabelledImages:

@@ -70,6 +70,8 @@ class DeviceStep:
         self.meter = LossMeter(objective)
         self.record = record
         self.graph, self.steps = None, 0
+        # Warm-up and recording share a stream that is not the default one, as gradients are added up on the first.
+        self.stream = torch.cuda.Stream(device) if record else None
 
         # What a recorded step reads and writes.
         self.generator = torch.Generator(device)
@@ -102,12 +104,10 @@ class DeviceStep:
         if self.graph is not None:
             self.graph.replay()
         elif self.record:
-            # Warm-up on another stream, as recording does: the memory of the two would mix otherwise.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 self._run()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
         else:
             self._run()
         self.steps += 1
@@ -116,7 +116,7 @@ class DeviceStep:
         self.optimizer.zero_grad(set_to_none=True)  # for the recorded gradients to be written, not added to
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=self.stream):
             self._run()
 
     def _run(self) -> None:

@@ -83,9 +83,8 @@ def _convert(action: argparse.Action, value: Any) -> Any:
             raise ValueError(f"training argument {action.dest!r} is a switch: true or false, not {value!r}")
         return value
     if action.nargs is not None:
-        if not isinstance(value, list):
-            raise ValueError(f"training argument {action.dest!r} is a list, not {value!r}")
-        return [_convert_one(action, item) for item in value]
+        # As on the command line, one value is a list of one.
+        return [_convert_one(action, item) for item in (value if isinstance(value, list) else [value])]
     return _convert_one(action, value)
 
 

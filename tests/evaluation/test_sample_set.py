@@ -21,7 +21,7 @@ from tests.pipelines.tiny_cascade import make_cascade, make_transformer
 from tests.pipelines.tiny_dit import make_dit
 
 
-CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "pisdm-emoji64"
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "pisdm-emoji128"
 SETTINGS = SampleSettings(num_samples=7, seed=3, num_inference_steps=2)
 
 
@@ -88,7 +88,7 @@ def test_the_published_checkpoint_draws_the_same_in_any_batch(tmp_path):
     for batch_size in (1, 4):
         write_sample_set(pipe, tmp_path / str(batch_size), settings, batch_size)
     one, four = pixels(tmp_path / "1"), pixels(tmp_path / "4")
-    assert one.shape == (4, 64, 64, 3) and one.std() > 20
+    assert one.shape == (4, 128, 128, 3) and one.std() > 20
     assert abs(one - four).max() <= 1
 
 

@@ -8,14 +8,23 @@ from diffusers import AutoencoderKL, DDPMScheduler
 
 from diffusers_pisdm import PISDM_SIZES, PISDMTransformer2DModel
 from diffusers_pisdm.training.recipes import apply_recipe, read_recipe
-from examples.train_pisdm import make_parser
+from examples import train_on_device, train_pisdm
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
-NUM_CLASSES = {"ablation32": 10, "emoji64": 288, "fashion_mnist32": 10, "imagenet256": 1000, "imagenet512": 1000}
+NUM_CLASSES = {
+    "ablation32": 10,
+    "emoji64": 288,
+    "emoji128_gpu": 740,
+    "fashion_mnist32": 10,
+    "imagenet256": 1000,
+    "imagenet512": 1000,
+}
+ON_DEVICE = ["emoji128_gpu"]  # for train_on_device.py
 PARAMETERS = {
     "ablation32": [357_708, 372_972],
     "emoji64": [2_897_100, 2_408_460, 2_429_232, 888_496],
+    "emoji128_gpu": [17_871_678, 4_138_214, 4_234_982, 1_890_758],
     "fashion_mnist32": [1_054_220, 839_052, 852_912],
     "imagenet256": [50_926_096, 51_328_528, 386_022_416, 863_132_176],
     "imagenet512": [50_926_096, 51_328_528, 386_022_416, 863_132_176],
@@ -32,9 +41,13 @@ def read(name):
 
 def arguments(name):
     """What the training script is told by the recipe alone."""
-    parser = make_parser()
+    required = ["--output_dir", "o"]
+    parser = train_pisdm.make_parser()
+    if name in ON_DEVICE:
+        parser = train_on_device.make_parser()
+        required += ["--cascade_config", "c", "--train_data_dir", "d"]
     apply_recipe(read(name), parser)
-    return parser.parse_args(["--output_dir", "o"])
+    return parser.parse_args(required)
 
 
 def test_every_recipe_is_tested_and_documented():
@@ -65,10 +78,13 @@ def test_stages_have_the_documented_size_and_chain(name):
 @every_recipe
 def test_the_training_script_knows_every_argument(name):
     args, recipe = arguments(name), read(name)
-    assert {key: getattr(args, key) for key in recipe.training} == recipe.training
-    assert args.pretrained_vae_model_name_or_path == recipe.vae
-    for per_stage in (args.batch_shares, args.stage_loss_weights, args.noise_shifts):
-        assert per_stage is None or len(per_stage) == len(recipe.stages)
+    for key, value in recipe.training.items():
+        assert getattr(args, key) in (value, [value])  # one value for all stages is a list of one
+    assert recipe.vae is None or args.pretrained_vae_model_name_or_path == recipe.vae
+    per_stage = {"batch_shares", "stage_loss_weights", "noise_shifts", "prediction_types", "minutes"}
+    per_stage |= {name for name, value in recipe.training.items() if isinstance(value, list)}
+    for value in (getattr(args, name, None) for name in per_stage):
+        assert value is None or len(value) == len(recipe.stages)
 
 
 @every_recipe

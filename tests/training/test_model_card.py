@@ -149,11 +149,11 @@ def test_a_picture_that_is_not_there(run_dir, link):
 
 def test_the_published_checkpoints_card_keeps_its_facts():
     path = ROOT / "model_card.md"
-    card = reread(make_model_card(ROOT / "checkpoints" / "pisdm-emoji64", "someone/name", path))
+    card = reread(make_model_card(ROOT / "checkpoints" / "pisdm-emoji128", "someone/name", path))
     lines = [
         line for line in path.read_text().splitlines() if "from_pretrained" not in line and "class_labels" not in line
     ]
-    body = lines[lines.index("# pisdm-emoji64") :]
+    body = lines[lines.index("# pisdm-emoji128") :]
     assert [line for line in body if line not in str(card).splitlines()] == []
     assert set(TAGS) <= set(card.data.tags)
     assert 'from_pretrained("someone/name")' in card.text

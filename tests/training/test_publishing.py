@@ -183,12 +183,12 @@ def test_the_published_card(hub, run_dir):
 
 @pytest.mark.usefixtures("logged_in")
 def test_the_package_publishes_its_own_checkpoint(hub):
-    publish_cascade(ROOT / "checkpoints" / "pisdm-emoji64", NAME, model_card=ROOT / "model_card.md")
+    publish_cascade(ROOT / "checkpoints" / "pisdm-emoji128", NAME, model_card=ROOT / "model_card.md")
     files = hub.hub.files(NAME)
     assert {path for path in files if path.endswith(".png")} == {
         f"docs/images/{name}.png" for name in ("demo", "demo_stages", "loss_curves")
     }
-    weights = ROOT / "checkpoints" / "pisdm-emoji64" / "transformer_4" / WEIGHTS
+    weights = ROOT / "checkpoints" / "pisdm-emoji128" / "transformer_4" / WEIGHTS
     assert files[f"transformer_4/{WEIGHTS}"] == weights.read_bytes()
 
 
