@@ -34,6 +34,7 @@ from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoin
 from diffusers_pisdm.training.data_errors import DataError
 from diffusers_pisdm.training.device_images import LabelledImages, load_labelled_images
 from diffusers_pisdm.training.device_step import WARM_UP_STEPS, DeviceStep
+from diffusers_pisdm.training.fine_tuning import start_cascade
 from diffusers_pisdm.training.image_data import load_image_data
 from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform
@@ -60,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cascade_config", required=True, help="A recipe: JSON of noise schedule, stages, and defaults of these.")
     add("--train_data_dir", required=True, help="A folder of images, or a data set on the Hub.")
     add("--output_dir", type=Path, required=True)
-    add("--pretrained_model_name_or_path", help="A cascade of the same stages, whose weights to start from.")
+    add("--pretrained_model_name_or_path", help="A cascade of the same stages to start from; its classes may differ.")
     add("--train_split", default="train")
     add("--validation_split", help="A held-out split, whose loss is measured.")
     add("--flip_column", help="A column of truth values: which images may be mirrored.")
@@ -167,7 +168,7 @@ def batch_rows(step: int, num_images: int, batch_size: int, seed: int) -> np.nda
 
 
 @torch.no_grad()
-def held_out_losses(accelerator: Accelerator, objective: CascadeObjective, data: LabelledImages, args) -> dict:
+def held_out_losses(accelerator: Accelerator, objective: CascadeObjective, data: LabelledImages, seed: int) -> dict:
     """Mean losses on held-out images, with the same noise at every call."""
     meter, size = LossMeter(objective), 64
     sizes = [stage.config.sample_size for stage in objective.stages]
@@ -175,7 +176,7 @@ def held_out_losses(accelerator: Accelerator, objective: CascadeObjective, data:
         batch = slice(first, first + size)
         pyramid = image_pyramid(data.images[batch].float() / 127.5 - 1.0, sizes)
         with accelerator.autocast():
-            meter.add(objective(pyramid, data.labels[batch], noise_seed(args.seed, first)))
+            meter.add(objective(pyramid, data.labels[batch], noise_seed(seed, first)))
     return meter.means("validation")
 
 
@@ -192,6 +193,8 @@ def train_stage(
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision, gradient_accumulation_steps=1
     )
+    if accelerator.num_processes > 1:
+        raise DataError("This script trains in one process: start it with `python`, or use train_pisdm.py.")
     device, train, on_gpu = accelerator.device, data[0], accelerator.device.type == "cuda"
     for stage in stages:
         stage.to(device).requires_grad_(True)
@@ -253,7 +256,6 @@ def train_stage(
             "elapsed_seconds": before + time.time() - started,
             "total_steps": total,
             "average_updates": average.optimization_step,
-            "batch_size": batch_size,
         }
         save_checkpoint(accelerator, folder, step, state, write, total_limit=1)
 
@@ -262,7 +264,7 @@ def train_stage(
         average.copy_to(parameters)
         objective.eval()
         if len(data) > 1:
-            append_metrics(metrics_file, step, held_out_losses(accelerator, objective, data[1], args))
+            append_metrics(metrics_file, step, held_out_losses(accelerator, objective, data[1], args.seed))
         save(step, number)
         objective.train()
         average.restore(parameters)
@@ -324,17 +326,15 @@ def main(argv: list[str] | None = None) -> None:
     sizes = [stage["sample_size"] for stage in recipe.stages]
     data = load_data(args, sizes[-1], device)
     class_names = data[0].class_names
-    factors = None
-    if args.class_name_factors is not None:
-        factors = class_factors_from_names(class_names, args.class_name_factors)
-    stages = [
-        PISDMTransformer2DModel(num_classes=len(class_names), class_factors=factors, **config)
-        for config in recipe.stages
-    ]
     if args.pretrained_model_name_or_path is not None:
         pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
-        for stage, trained in zip(stages, pretrained.stages, strict=True):
-            stage.load_state_dict(trained.state_dict())
+        stages = start_cascade(pretrained, recipe.stages, class_names)
+    else:
+        factors = None
+        if args.class_name_factors is not None:
+            factors = class_factors_from_names(class_names, args.class_name_factors)
+        classes = {"num_classes": len(class_names), "class_factors": factors}
+        stages = [PISDMTransformer2DModel(**classes, **config) for config in recipe.stages]
     for number, stage in enumerate(stages, start=1):  # what an earlier run has trained
         complete, _ = find_checkpoints(args.output_dir / f"stage_{number}")
         if complete:
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     (args.output_dir / "training_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def save(step: int, number: int) -> None:
-        """The pipeline, and samples of all stages up to this one."""
+        """The pipeline as it is now, and samples of it."""
         pipeline = PISDMCascadePipeline.from_stages(
             stages, sampling_schedulers(schedulers), id2label=dict(enumerate(class_names))
         )
