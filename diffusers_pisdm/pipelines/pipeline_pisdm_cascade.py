@@ -637,22 +637,22 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             num_images_per_prompt (`int`, defaults to 1): Images a label; those of one label are neighbours.
             num_inference_steps (`int` or `list[int]`, *optional*):
                 Denoising steps, per stage; `config.default_num_inference_steps` if not given. The paper takes 50; with
-                DPM-Solver the published checkpoint gains nothing beyond 10 (`benchmarks/sampling_efficiency.py`).
+                DPM-Solver, small checkpoints gain nothing beyond 10 (`benchmarks/sampling_efficiency.py`).
             timesteps (`list[int]`, or one list a stage, *optional*):
                 Own timesteps instead of `num_inference_steps`, for schedulers that take them; `None` in a list of
                 lists leaves a stage its `num_inference_steps`.
             sigmas (`list[float]`, or one list a stage, *optional*): Likewise, as noise levels.
             guidance_scale (`float` or `list[float]`, *optional*):
                 Weight w of classifier-free guidance, `eps_u + w (eps_c - eps_u)` on all channels, per stage;
-                `config.default_guidance_scale` if not given. As in
-                diffusers, guidance is off (and half of the work is saved) where w <= 1. The paper's value is 4.0.
+                `config.default_guidance_scale` if not given. As in diffusers, guidance is off (and half of the work is
+                saved) where w <= 1. The paper's value is 4.0.
             guidance_start, guidance_stop (`float` or `list[float]`, default to 0.0 and 1.0):
                 The share of a stage's steps, from the noisy end, in which guidance is on, per stage. Steps outside of
                 `[start, stop)` skip the unconditional half.
             noise_level (`float` or `list[float]`, *optional*):
                 Noise on the low-resolution condition in [0, 1), per higher stage; `config.default_noise_level` if not
-                given. A little hides what distinguishes a
-                generated condition from the real ones of training; much makes a stage ignore it.
+                given. A little hides what distinguishes a generated condition from the real ones of training; much
+                makes a stage ignore it.
             relay_strength (`float` or `list[float | None]`, *optional*):
                 Relay start, per higher stage: begin from the upsampled lower image, noised to this share in (0, 1] of
                 the schedule, instead of from pure noise, and run that share of the steps.
