@@ -247,7 +247,7 @@ def test_unknown_key_of_the_configuration(folder):
         PISDMTransformer2DModel.from_pretrained(folder)
     assert str(error.value).startswith(
         "`config.json` of PISDMTransformer2DModel holds unknown keys: heads, num_layer. Correct or remove them; known"
-        " keys are conv_kernel, expand, hidden_size, "
+        " keys are class_factors, conv_kernel, expand, "
     )
 
 

@@ -186,7 +186,7 @@ def test_the_package_publishes_its_own_checkpoint(hub):
     publish_cascade(ROOT / "checkpoints" / "pisdm-emoji128", NAME, model_card=ROOT / "model_card.md")
     files = hub.hub.files(NAME)
     assert {path for path in files if path.endswith(".png")} == {
-        f"docs/images/{name}.png" for name in ("demo", "demo_stages", "loss_curves")
+        f"docs/images/{name}.png" for name in ("emoji128_samples", "demo_stages", "emoji128_losses")
     }
     weights = ROOT / "checkpoints" / "pisdm-emoji128" / "transformer_4" / WEIGHTS
     assert files[f"transformer_4/{WEIGHTS}"] == weights.read_bytes()
