@@ -136,7 +136,10 @@ def main(arguments: list[str] | None = None) -> None:
         options["num_inference_steps"] = args.steps if len(args.steps) > 1 else args.steps[0]
     if args.guidance_scale:
         options["guidance_scale"] = args.guidance_scale if len(args.guidance_scale) > 1 else args.guidance_scale[0]
-    output = pipe(class_labels=class_labels, generator=generators, output_stages=True, **options)
+    try:
+        output = pipe(class_labels=class_labels, generator=generators, output_stages=True, **options)
+    except (NotImplementedError, ValueError) as error:  # a scheduler that cannot, a list of another length
+        sys.exit(f"error: {error}")
 
     names = [id2label.get(label_id, str(label_id)) for label_id in class_labels]
     save_image(make_image_grid(output.images, names, columns=COLUMNS, cell_size=CELL_SIZE), args.output)

@@ -34,7 +34,7 @@ from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoin
 from diffusers_pisdm.training.data_errors import DataError
 from diffusers_pisdm.training.device_images import LabelledImages, load_labelled_images
 from diffusers_pisdm.training.device_step import WARM_UP_STEPS, DeviceStep
-from diffusers_pisdm.training.fine_tuning import start_cascade
+from diffusers_pisdm.training.fine_tuning import check_noise_schedules, pretrained_defaults, start_cascade
 from diffusers_pisdm.training.image_data import load_image_data
 from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform
@@ -119,7 +119,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recip
         apply_recipe(recipe, parser)
     except (OSError, ValueError) as error:
         parser.error(f"--cascade_config {args.cascade_config}: {error}")
-    args = parser.parse_args(argv)
+    given, args = args, parser.parse_args(argv)
+    if given.max_train_steps is not None and given.minutes is None:  # the command line overrides the recipe
+        args.minutes = None
+    elif given.minutes is not None and given.max_train_steps is None:
+        args.max_train_steps = None
     if recipe.vae is not None:
         parser.error("this script trains on pixels: train_pisdm.py trains in latents")
     if (args.minutes is None) == (args.max_train_steps is None):
@@ -235,11 +239,17 @@ def train_stage(
     )
 
     step, before = 0, 0.0
+    settings = {"batch_size": batch_size, "minutes": args.minutes and args.minutes[index]}
     total = None if args.max_train_steps is None else args.max_train_steps[index]
     complete, _ = find_checkpoints(folder)
     if complete:
         accelerator.load_state(complete[-1])
         state = read_state(complete[-1])
+        if state["settings"] != settings:
+            raise CheckpointError(
+                f"{complete[-1]} is of a run with {state['settings']}, but this one has {settings}. Rerun the command"
+                " that made it (with --rehearse, if it was a rehearsal), or name another --output_dir."
+            )
         step, before = state["step"], state["elapsed_seconds"]
         total = state["total_steps"] if args.max_train_steps is None else total
         load_average(average, names, complete[-1] / "ema.safetensors", state["average_updates"])
@@ -256,6 +266,7 @@ def train_stage(
             "elapsed_seconds": before + time.time() - started,
             "total_steps": total,
             "average_updates": average.optimization_step,
+            "settings": settings,
         }
         save_checkpoint(accelerator, folder, step, state, write, total_limit=1)
 
@@ -269,6 +280,8 @@ def train_stage(
         objective.train()
         average.restore(parameters)
 
+    if total is not None and step >= total:
+        tqdm.write(f"stage {number}: complete, with {step} steps")
     progress = tqdm(total=total, initial=step, desc=f"stage {number}")
     first_step, logged, logged_at, saved_at, validated_at = step, step, *[time.time()] * 3
     probe_at = None
@@ -326,9 +339,18 @@ def main(argv: list[str] | None = None) -> None:
     sizes = [stage["sample_size"] for stage in recipe.stages]
     data = load_data(args, sizes[-1], device)
     class_names = data[0].class_names
+    schedulers = stage_noise_schedules(
+        DDPMScheduler(**recipe.scheduler), len(recipe.stages), args.noise_shifts, args.prediction_types
+    )
+    defaults = {}
     if args.pretrained_model_name_or_path is not None:
         pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
         stages = start_cascade(pretrained, recipe.stages, class_names)
+        check_noise_schedules(pretrained, schedulers)
+        defaults = pretrained_defaults(pretrained, len(stages))
+        if args.factor_dropout > 0 and any(stage.config.class_factors is None for stage in stages):
+            print("The classes are others than the pretrained ones, a row each: --factor_dropout does nothing.")
+            args.factor_dropout = 0.0
     else:
         factors = None
         if args.class_name_factors is not None:
@@ -340,9 +362,6 @@ def main(argv: list[str] | None = None) -> None:
         if complete:
             prefix, weights = f"{number - 1}.", load_file(complete[-1] / "ema.safetensors")
             stage.load_state_dict({name.removeprefix(prefix): weight for name, weight in weights.items()})
-    schedulers = stage_noise_schedules(
-        DDPMScheduler(**recipe.scheduler), len(stages), args.noise_shifts, args.prediction_types
-    )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     config = {"arguments": {k: str(v) for k, v in vars(args).items()}, "hardware": describe_machine(device)}
     (args.output_dir / "training_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -350,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     def save(step: int, number: int) -> None:
         """The pipeline as it is now, and samples of it."""
         pipeline = PISDMCascadePipeline.from_stages(
-            stages, sampling_schedulers(schedulers), id2label=dict(enumerate(class_names))
+            stages, sampling_schedulers(schedulers), id2label=dict(enumerate(class_names)), **defaults
         )
         save_in_place(partial(pipeline.save_pretrained, max_shard_size="15MB"), args.output_dir)
         count = min(args.validation_classes, len(class_names))
@@ -373,5 +392,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, CheckpointError) as error:  # the user's to mend: no traceback
+    except (DataError, CheckpointError, ValueError) as error:  # the user's to mend: no traceback
         sys.exit(f"error: {error}")

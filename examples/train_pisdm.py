@@ -45,7 +45,7 @@ from diffusers_pisdm.training.checkpoints import (
 from diffusers_pisdm.training.cost_report import cost_report, format_cost_report
 from diffusers_pisdm.training.cost_settings import CostSettings
 from diffusers_pisdm.training.data_errors import DataError
-from diffusers_pisdm.training.fine_tuning import add_lora, start_cascade
+from diffusers_pisdm.training.fine_tuning import add_lora, check_noise_schedules, pretrained_defaults, start_cascade
 from diffusers_pisdm.training.image_data import load_image_data, read_class_names
 from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform
@@ -408,6 +408,11 @@ def main(argv: list[str] | None = None) -> None:
         elif pretrained is not None and pretrained.vae is not None:
             vae = pretrained.vae.to(device).eval().requires_grad_(False)
     schedulers = stage_noise_schedules(schedulers, len(configs), args.noise_shifts, args.prediction_types)
+    defaults = {}
+    if pretrained is not None:
+        defaults = pretrained_defaults(pretrained, len(configs))
+        if recipe is not None:
+            check_noise_schedules(pretrained, schedulers)
 
     # Data
     rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae))
@@ -530,14 +535,18 @@ def main(argv: list[str] | None = None) -> None:
         if args.latent_cache is not None:
             decoder = load_vae(vae_name, channels).to(device)
         samplers, id2label = sampling_schedulers(schedulers), dict(enumerate(class_names))
-        pipeline = PISDMCascadePipeline.from_stages(list(bare.stages), samplers, vae=decoder, id2label=id2label)
+        pipeline = PISDMCascadePipeline.from_stages(
+            list(bare.stages), samplers, vae=decoder, id2label=id2label, **defaults
+        )
         images, labels = sample(pipeline, args)
         whole = whole_stages(accelerator, objective, bare)
         if accelerator.is_main_process:
             grid = save_sample_sheets(output_dir / "samples", step, images, labels)
             log_picture(accelerator, grid, step)
             if args.lora_rank is None:
-                pipeline = PISDMCascadePipeline.from_stages(whole, samplers, vae=decoder, id2label=id2label)
+                pipeline = PISDMCascadePipeline.from_stages(
+                    whole, samplers, vae=decoder, id2label=id2label, **defaults
+                )
                 save_in_place(pipeline.save_pretrained, output_dir)
             else:
                 save = partial(pipeline.save_lora_weights, save_class_embeddings=new_classes)

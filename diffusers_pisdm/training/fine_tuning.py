@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 
 from ..models.class_embedding import get_class_embedding, set_class_embedding
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 
+
+DEFAULT_NOISE_LEVEL = 0.1  # of a pipeline that was not told otherwise
 
 # The projections around the scan and those of the long skips. Those that steer the scan (`x_proj`, `dt_proj`) are left
 # out: adapting them, too, gained nothing for Galim et al. (arXiv 2410.09016) and Ham et al. (arXiv 2411.15224).
@@ -92,6 +94,51 @@ def start_cascade(
         PISDMTransformer2DModel(**config, num_classes=len(class_names)) for config in stage_configs[len(stages) :]
     ]
     return [transformer.train() for transformer in stages]
+
+
+def check_noise_schedules(pretrained: DiffusionPipeline, schedulers: Sequence[DDPMScheduler]) -> None:
+    """
+    Compares the schedules that stages are to be trained with to those that they have been trained with.
+
+    Args:
+        pretrained ([`PISDMCascadePipeline`]): The published cascade.
+        schedulers (`Sequence[DDPMScheduler]`): One for each stage of the new cascade.
+
+    Raises:
+        ValueError: A stage of the published cascade predicts something else, or on another noise schedule.
+    """
+    for stage, (own, wanted) in enumerate(zip(pretrained.get_stage_schedulers(), schedulers), start=1):
+        if own.config.prediction_type != wanted.config.prediction_type:
+            raise ValueError(
+                f"Stage {stage} of the pretrained cascade predicts {own.config.prediction_type!r}, but the recipe asks"
+                f" for {wanted.config.prediction_type!r}. Give each stage's with --prediction_types."
+            )
+        if not torch.allclose(own.alphas_cumprod, wanted.alphas_cumprod, rtol=1e-3, atol=1e-6):
+            raise ValueError(
+                f"Stage {stage} of the pretrained cascade was trained on another noise schedule than the recipe's."
+                " Give its `scheduler`, and each stage's shift with --noise_shifts."
+            )
+
+
+def pretrained_defaults(pretrained: DiffusionPipeline, num_stages: int) -> dict[str, Any]:
+    """
+    The sampling settings that a cascade made of a published one starts with: its own, and those of its last stage for
+    stages added above.
+
+    Args:
+        pretrained ([`PISDMCascadePipeline`]): The published cascade.
+        num_stages (`int`): Of the new cascade.
+
+    Returns:
+        `dict[str, Any]`: `default_guidance_scale`, `default_num_inference_steps` and `default_noise_level`.
+    """
+    lengths = {"guidance_scale": num_stages, "num_inference_steps": num_stages, "noise_level": num_stages - 1}
+    defaults = {f"default_{name}": pretrained.config[f"default_{name}"] for name in lengths}
+    for (name, value), length in zip(defaults.items(), lengths.values()):
+        if isinstance(value, (list, tuple)):
+            # An empty list is the noise level of a single stage.
+            defaults[name] = [*value, *[value[-1]] * (length - len(value))][:length] if value else DEFAULT_NOISE_LEVEL
+    return defaults
 
 
 def add_lora(

@@ -6,6 +6,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.training.checkpoints import CheckpointError
 from diffusers_pisdm.training.device_step import DeviceStep
 from examples import train_on_device
 from examples.train_on_device import batch_rows, parse_args
@@ -120,6 +121,36 @@ def test_a_run_can_start_from_a_pipelines_weights(train, monkeypatch):
         before, after = (load_file(run / name / "diffusion_pytorch_model.safetensors") for run in (first, second))
         for key, tensor in before.items():
             torch.testing.assert_close(after[key], tensor)
+
+
+def test_a_rehearsal_is_not_taken_for_the_run(train, capsys):
+    train("run", "--minutes", "1", "--rehearse", "--train_stages", "1")
+    with pytest.raises(
+        CheckpointError, match=r"is of a run with .*'minutes': 0.1.* but this one has .*'minutes': 1.0"
+    ):
+        train("run", "--minutes", "1", "--train_stages", "1")
+    train("run", "--minutes", "1", "--rehearse", "--train_stages", "1")
+    assert "stage 1: complete, with" in capsys.readouterr().out
+
+
+def test_the_command_line_overrides_the_recipes_time(recipe):
+    content = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps({**content, "training": {**content["training"], "minutes": [2, 3]}}))
+    arguments = ["--cascade_config", str(recipe), "--train_data_dir", "d", "--output_dir", "o"]
+    args, _ = parse_args(arguments)
+    assert (args.minutes, args.max_train_steps) == ([2.0, 3.0], None)
+    args, _ = parse_args([*arguments, "--max_train_steps", "7"])
+    assert (args.minutes, args.max_train_steps) == (None, [7, 7])
+
+
+def test_a_recipe_that_asks_the_pretrained_stages_for_something_else_is_refused(train):
+    first = train("first", "--max_train_steps", "1")
+    arguments = ["--max_train_steps", "1", "--pretrained_model_name_or_path", str(first)]
+    with pytest.raises(ValueError, match=r"Stage 2 .* predicts 'sample', but the recipe asks for 'v_prediction'"):
+        train("other", *arguments, "--prediction_types", "v_prediction", "v_prediction")
+    with pytest.raises(ValueError, match=r"Stage 2 .* another noise schedule.*--noise_shifts"):
+        train("other", *arguments, "--noise_shifts", "1", "2")
+    train("other", *arguments)
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():

@@ -110,12 +110,16 @@ def test_each_stage_is_saved_with_the_schedule_that_it_was_trained_with_and_fine
     expected = [scheduler.alphas_cumprod for scheduler in pipe.get_stage_schedulers()]
     assert not torch.equal(*expected)
 
+    index = json.loads((output / "model_index.json").read_text())
+    (output / "model_index.json").write_text(json.dumps({**index, "default_num_inference_steps": [7, 3]}))
     AcceleratorState._reset_state(reset_partial_state=True)
     tuned = output.with_name("tuned")
     arguments = ["--train_data_dir", str(REAL_IMAGES), "--max_train_steps", "1", "--train_batch_size", "4"]
     arguments += ["--validation_classes", "1", "--validation_inference_steps", "1", "--output_dir", str(tuned)]
     train_pisdm.main(["--pretrained_model_name_or_path", str(output), *arguments])
-    schedulers = PISDMCascadePipeline.from_pretrained(tuned).get_stage_schedulers()
+    tuned = PISDMCascadePipeline.from_pretrained(tuned)
+    assert tuned.config.default_num_inference_steps == [7, 3]
+    schedulers = tuned.get_stage_schedulers()
     assert [s.config.prediction_type for s in schedulers] == ["v_prediction", "sample"]
     for scheduler, alphas in zip(schedulers, expected):
         torch.testing.assert_close(scheduler.alphas_cumprod, alphas)

@@ -5,7 +5,13 @@ import sys
 import pytest
 import torch
 
-from diffusers_pisdm.training.fine_tuning import LORA_TARGET_MODULES, add_lora, resize_class_embedding, start_cascade
+from diffusers_pisdm.training.fine_tuning import (
+    LORA_TARGET_MODULES,
+    add_lora,
+    pretrained_defaults,
+    resize_class_embedding,
+    start_cascade,
+)
 from tests.models.tiny_model import make_inputs, make_model, mean_square_error_gradients
 from tests.pipelines.tiny_cascade import make_cascade
 
@@ -20,6 +26,25 @@ def stage_config(stage, **changes):
     """What `make_transformer` builds, as a recipe has it: JSON, without what has a default."""
     config = {"sample_size": 4 * 2**stage, "in_channels": 3, "num_layers": 2, "hidden_size": 16, "state_size": 4}
     return {**config, **({"low_res_channels": 3} if stage > 1 else {}), **changes}
+
+
+# Sampling settings
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "expected"),
+    [(1, ([2.0], [5], [])), (2, ([2.0, 1.0], [5, 3], [0.3])), (3, ([2.0, 1.0, 1.0], [5, 3, 3], [0.3, 0.3]))],
+)
+def test_a_new_cascade_starts_with_the_settings_of_the_published_one(num_stages, expected):
+    settings = {"default_guidance_scale": [2.0, 1.0], "default_num_inference_steps": [5, 3]}
+    defaults = pretrained_defaults(make_cascade(2, default_noise_level=[0.3], **settings), num_stages)
+    names = ("default_guidance_scale", "default_num_inference_steps", "default_noise_level")
+    assert tuple(defaults[name] for name in names) == expected
+    assert pretrained_defaults(make_cascade(2), num_stages)["default_guidance_scale"] == 4.0
+
+
+def test_stages_added_to_a_single_one_get_the_usual_noise_level():
+    assert pretrained_defaults(make_cascade(1, default_noise_level=[]), 2)["default_noise_level"] == 0.1
 
 
 # Class embeddings
