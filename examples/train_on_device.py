@@ -44,7 +44,7 @@ from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_n
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
 from diffusers_pisdm.training.replace_files import save_in_place
-from diffusers_pisdm.training.sample_sheets import save_sample_sheets
+from diffusers_pisdm.training.sample_sheets import draw_samples, save_sample_sheets
 from diffusers_pisdm.training.seeds import noise_seed
 from diffusers_pisdm.training.weight_average import load_average, save_average
 
@@ -286,10 +286,9 @@ def train_stage(
     first_step, logged, logged_at, saved_at, validated_at = step, step, *[time.time()] * 3
     probe_at = None
     while total is None or step < total:
-        factor = 1.0 if step >= args.lr_warmup_steps else (step + 1) / args.lr_warmup_steps
-        if total is not None:
-            cooldown = max(1, round(args.lr_cooldown * total))
-            factor = learning_rate_factor(step, args.lr_warmup_steps, cooldown, total)
+        # While the number of steps is unknown, the end is not in sight.
+        cooldown = 0 if total is None else max(1, round(args.lr_cooldown * total))
+        factor = learning_rate_factor(step, args.lr_warmup_steps, cooldown, step + 1 if total is None else total)
         rows = batch_rows(step, len(train.images), batch_size, args.seed + number)
         train_step(rows, noise_seed(args.seed, number, step), args.learning_rate[index] * factor)
         step += 1
@@ -372,18 +371,14 @@ def main(argv: list[str] | None = None) -> None:
             stages, sampling_schedulers(schedulers), id2label=dict(enumerate(class_names)), **defaults
         )
         save_in_place(partial(pipeline.save_pretrained, max_shard_size="15MB"), args.output_dir)
-        count = min(args.validation_classes, len(class_names))
-        classes = [i * len(class_names) // count for i in range(count)]
-        pipeline.set_progress_bar_config(disable=True)
-        images = pipeline(
-            class_labels=classes,
+        images, labels = draw_samples(
+            pipeline,
+            args.validation_classes,
+            args.seed,
             guidance_scale=args.validation_guidance_scale,
             num_inference_steps=args.validation_inference_steps,
-            generator=[torch.Generator().manual_seed(args.seed + i) for i in range(count)],
-        ).images
-        save_sample_sheets(
-            args.output_dir / "samples" / f"stage_{number}", step, images, [class_names[i] for i in classes]
         )
+        save_sample_sheets(args.output_dir / "samples" / f"stage_{number}", step, images, labels)
 
     for number in args.train_stages:
         train_stage(number, stages, schedulers, data, args, save)

@@ -58,7 +58,7 @@ from diffusers_pisdm.training.optimization import learning_rate_factor, make_opt
 from diffusers_pisdm.training.publishing import publish_cascade
 from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
 from diffusers_pisdm.training.replace_files import save_in_place
-from diffusers_pisdm.training.sample_sheets import forget_later_sheets, save_sample_sheets
+from diffusers_pisdm.training.sample_sheets import draw_samples, forget_later_sheets, save_sample_sheets
 from diffusers_pisdm.training.seeds import noise_seed
 from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
 from diffusers_pisdm.training.stage_speed import measure_stage_speed
@@ -287,21 +287,6 @@ def held_out_losses(
         pyramid = make_pyramid(batch.images, sizes, vae, accelerator, seed)
         meter.add(objective(pyramid, batch.labels.to(accelerator.device), seed))
     return meter.means("validation", lambda tensor: accelerator.reduce(tensor, "sum"))
-
-
-def sample(pipeline: PISDMCascadePipeline, args: argparse.Namespace) -> tuple[list[Image.Image], list[str]]:
-    """The same classes and seeds at every call, evenly spread over the classes."""
-    num_classes = len(pipeline.config.id2label)
-    count = min(args.validation_classes, num_classes)
-    classes = [i * num_classes // count for i in range(count)]
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        class_labels=classes,
-        guidance_scale=args.validation_guidance_scale,
-        num_inference_steps=args.validation_inference_steps,
-        generator=[torch.Generator().manual_seed(args.seed + i) for i in range(count)],
-    ).images
-    return images, [pipeline.config.id2label[i] for i in classes]
 
 
 def log_picture(accelerator: Accelerator, picture: Path, step: int) -> None:
@@ -538,7 +523,13 @@ def main(argv: list[str] | None = None) -> None:
         pipeline = PISDMCascadePipeline.from_stages(
             list(bare.stages), samplers, vae=decoder, id2label=id2label, **defaults
         )
-        images, labels = sample(pipeline, args)
+        images, labels = draw_samples(
+            pipeline,
+            args.validation_classes,
+            args.seed,
+            guidance_scale=args.validation_guidance_scale,
+            num_inference_steps=args.validation_inference_steps,
+        )
         whole = whole_stages(accelerator, objective, bare)
         if accelerator.is_main_process:
             grid = save_sample_sheets(output_dir / "samples", step, images, labels)

@@ -460,9 +460,9 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         modulation = self.modulation(condition).unflatten(1, (3, -1))  # (B, 3, D)
 
         # 2. Tokens: prefix, image in raster order, padding tokens to be spread over the line ends
-        inputs = (
-            hidden_states if low_res is None else torch.cat([hidden_states, low_res], dim=1)
-        )  # (B, in + low, H, W)
+        inputs = hidden_states  # (B, in, H, W)
+        if low_res is not None:
+            inputs = torch.cat([hidden_states, low_res], dim=1)  # (B, in + low_res, H, W)
         tokens = self.patch_embed(inputs).flatten(2).transpose(1, 2)  # (B, hw, D)
         positions = sincos_position_embedding(
             rows, columns, tokens.shape[-1], self.config.sample_size // patch_size, device=tokens.device

@@ -15,8 +15,6 @@ from ..models.class_embedding import get_class_embedding, set_class_embedding
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 
 
-DEFAULT_NOISE_LEVEL = 0.1  # of a pipeline that was not told otherwise
-
 # The projections around the scan and those of the long skips. Those that steer the scan (`x_proj`, `dt_proj`) are left
 # out: adapting them, too, gained nothing for Galim et al. (arXiv 2410.09016) and Ham et al. (arXiv 2411.15224).
 LORA_TARGET_MODULES = ("in_proj", "out_proj", "skip_proj")
@@ -132,12 +130,15 @@ def pretrained_defaults(pretrained: DiffusionPipeline, num_stages: int) -> dict[
     Returns:
         `dict[str, Any]`: `default_guidance_scale`, `default_num_inference_steps` and `default_noise_level`.
     """
+    parameters = inspect.signature(type(pretrained)).parameters
     lengths = {"guidance_scale": num_stages, "num_inference_steps": num_stages, "noise_level": num_stages - 1}
-    defaults = {f"default_{name}": pretrained.config[f"default_{name}"] for name in lengths}
-    for (name, value), length in zip(defaults.items(), lengths.values()):
+    defaults = {}
+    for name, length in ((f"default_{name}", length) for name, length in lengths.items()):
+        value = pretrained.config[name]
         if isinstance(value, (list, tuple)):
-            # An empty list is the noise level of a single stage.
-            defaults[name] = [*value, *[value[-1]] * (length - len(value))][:length] if value else DEFAULT_NOISE_LEVEL
+            # An empty list is the noise level of a single stage: nothing to go on from.
+            value = [*value, *value[-1:] * length][:length] if value else parameters[name].default
+        defaults[name] = value
     return defaults
 
 

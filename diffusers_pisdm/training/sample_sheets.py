@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..image_grid import make_image_grid
@@ -13,6 +16,30 @@ from ..image_grid import make_image_grid
 
 STRIP_LENGTH = 8  # images a row of the sheet over time
 MAX_ROWS = 40  # of that sheet; of a longer run, the rows are spread evenly
+
+
+def draw_samples(
+    pipeline: DiffusionPipeline, max_classes: int, seed: int, **arguments: Any
+) -> tuple[list[Image.Image], list[str]]:
+    """
+    Draws the same classes and seeds at every call, evenly spread over the classes.
+
+    Args:
+        pipeline ([`PISDMCascadePipeline`]): With names for its classes; its progress bars are silent from then on.
+        max_classes (`int`): How many of them, one image each.
+        seed (`int`): Image i is drawn with `seed + i`.
+        arguments (*optional*): Other arguments of the pipeline's call.
+
+    Returns:
+        `tuple[list[PIL.Image.Image], list[str]]`: The images, and the names of their classes.
+    """
+    num_classes = len(pipeline.config.id2label)
+    count = min(max_classes, num_classes)
+    classes = [i * num_classes // count for i in range(count)]
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    images = pipeline(class_labels=classes, generator=generators, **arguments).images
+    return images, [pipeline.config.id2label[i] for i in classes]
 
 
 def save_sample_sheets(folder: str | Path, step: int, images: list[Image.Image], labels: list[str]) -> Path:
