@@ -7,8 +7,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.block_pair import BlockPair
-from diffusers_pisdm.ops.move_tokens import move_tokens
-from diffusers_pisdm.ops.scan_paths import TokenMove
+from diffusers_pisdm.ops.scan_paths import TokenMove, move_tokens
 
 
 # Operators whose own time counts for a part; all others are `elsewhere`.

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_pisdm.models.transformer_pisdm import PISDMBlock, PISDMMambaMixer
-from diffusers_pisdm.ops.force_backends import force_backends
+from diffusers_pisdm.ops.common.backends import force_backends
 from diffusers_pisdm.training.step_trace import StepTrace
 
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.candidates import PISDM, Candidate, make_inputs
 from benchmarks.peers import HEAD_SIZE
-from diffusers_pisdm.ops.force_backends import force_backends
+from diffusers_pisdm.ops.common.backends import force_backends
 
 
 SMALL_CONFIG = {"num_layers": 16, "hidden_size": 128, "num_classes": 10}  # PIS-DM's eight directions twice

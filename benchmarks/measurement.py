@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from diffusers_pisdm.ops.selective_scan import choose_backend
+from diffusers_pisdm.ops.scan.dispatch import choose_backend
 from diffusers_pisdm.training.machine import describe_machine
 from diffusers_pisdm.training.replace_files import save_in_place
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when thi
 from benchmarks.cuda_graph import record_graph
 from benchmarks.measurement import DTYPES, write_report
 from diffusers_pisdm.ops import selective_scan
-from diffusers_pisdm.ops.optional_backends import missing_backend
+from diffusers_pisdm.ops.common.backends import missing_backend
 
 
 # Autograd gives every index `x[..., t]` a gradient of x's full size: the loop's backward is quadratic in the length,

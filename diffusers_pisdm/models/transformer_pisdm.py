@@ -16,10 +16,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from ..ops.cached_table import cached_table
-from ..ops.causal_conv import causal_conv
-from ..ops.move_tokens import move_tokens
-from ..ops.scan_paths import SCAN_DIRECTIONS, check_scan_direction, scan_transitions
-from ..ops.selective_scan import selective_scan
+from ..ops.conv.dispatch import causal_conv
+from ..ops.scan.dispatch import selective_scan
+from ..ops.scan_paths import SCAN_DIRECTIONS, check_scan_direction, move_tokens, scan_transitions
 from .strict_loading import StrictLoadingMixin
 
 

@@ -1,11 +1,10 @@
 """Functions of tensors, without parameters: scans, scan paths, the causal convolution, conditioning augmentation."""
 
-from .causal_conv import CAUSAL_CONV_BACKENDS, causal_conv
 from .conditioning_augmentation import augment_low_res, image_to_residual, residual_to_image, upsample_low_res
+from .conv.dispatch import CAUSAL_CONV_BACKENDS, causal_conv
 from .draw_scan_paths import draw_scan_paths
-from .move_tokens import move_tokens
-from .scan_paths import SCAN_DIRECTIONS, TokenMove, invert_scan_path, scan_path, scan_transitions
-from .selective_scan import SELECTIVE_SCAN_BACKENDS, selective_scan
+from .scan.dispatch import SELECTIVE_SCAN_BACKENDS, selective_scan
+from .scan_paths import SCAN_DIRECTIONS, TokenMove, invert_scan_path, move_tokens, scan_path, scan_transitions
 
 
 __all__ = [

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..ops.force_backends import force_backends
-from ..ops.selective_scan import choose_backend
+from ..ops.common.backends import force_backends
+from ..ops.scan.dispatch import choose_backend
 from .batch_shares import stage_batch_size
 from .cost_settings import CostSettings
 from .step_trace import StepTrace

@@ -1,17 +1,13 @@
-import importlib
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from diffusers_pisdm import PISDMTransformer2DModel
-from diffusers_pisdm.ops.force_backends import forced_backend
+from diffusers_pisdm.ops.common.backends import forced_backend
+from diffusers_pisdm.ops.scan import dispatch
 from diffusers_pisdm.training.cost_settings import CostSettings
 from diffusers_pisdm.training.stage_cost import estimate_cascade_cost, estimate_stage_cost
 from tests.training.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE, make_model, run_loss
-
-
-SCAN = importlib.import_module("diffusers_pisdm.ops.selective_scan")
 
 
 def test_checkpointing_runs_the_layers_forward_once_more():
@@ -118,11 +114,11 @@ def test_the_scans_kernel_decides_what_is_saved(monkeypatch):
 
     fused, loop = saved(device_type="cuda", fused_scan=True), saved(device_type="cuda", fused_scan=False)
     assert 1.4 * fused < loop
-    monkeypatch.setattr(SCAN, "missing_backend", lambda backend: None)
+    monkeypatch.setattr(dispatch, "missing_backend", lambda backend: None)
     # A few kB of small tables are freed when Python collects garbage, sooner or later.
     assert saved(device_type="cuda") == pytest.approx(fused, rel=0.01)  # mamba_ssm is there
     assert forced_backend("selective_scan") is None  # after the estimate, auto is free again
-    monkeypatch.setattr(SCAN, "missing_backend", lambda backend: "not installed")
+    monkeypatch.setattr(dispatch, "missing_backend", lambda backend: "not installed")
     assert saved(device_type="cuda") == pytest.approx(loop, rel=0.01)
 
 

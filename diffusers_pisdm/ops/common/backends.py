@@ -1,0 +1,78 @@
+"""The backends of the operators: which of them can be used here, and forcing one in place of the device's choice."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
+
+import torch
+
+
+# What to import to be sure that a backend works, and how to come by it.
+_PACKAGES = {
+    "numba": ("numba", "pip install numba"),
+    "triton": ("diffusers_pisdm.ops.scan.triton_kernels", "pip install triton"),  # which may find it too old
+    "mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", "pip install diffusers_pisdm[cuda]"),
+}
+
+
+@functools.cache
+def missing_backend(backend: str) -> str | None:
+    """
+    Why a backend cannot be used and what to install, or `None` if it can be.
+
+    The import is tried, not only looked up: an installed package may still fail (Numba beside a newer NumPy and
+    mamba_ssm built for another torch raise ImportError, Triton without a GPU driver RuntimeError).
+    """
+    if backend not in _PACKAGES:
+        return None
+    module, command = _PACKAGES[backend]
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"the {backend!r} backend does not import ({error}); to install it: {command}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # called, not traced, when a model is compiled
+def check_backend(backend: str) -> None:
+    """Raises ImportError, with what to install, if a backend that was asked for cannot be used."""
+    reason = missing_backend(backend)
+    if reason is not None:
+        raise ImportError(f"{reason[0].upper()}{reason[1:]}.")
+
+
+_FORCED: dict[str, str | None] = {"selective_scan": None, "causal_conv": None}
+
+
+@contextlib.contextmanager
+def force_backends(**backends: str) -> Iterator[None]:
+    """
+    In here, `backend="auto"` is the backend given for the operator, whatever the device, the dtypes and the packages
+    installed, in all threads: `with force_backends(selective_scan="numba", causal_conv="torch"):`.
+
+    Not for compiled models: their graphs keep the backend that was chosen when they were compiled.
+
+    Args:
+        backends (`str`): The backend of `selective_scan` or `causal_conv`, by the operator's name.
+
+    Raises:
+        ValueError: An operator has no backends.
+    """
+    unknown = backends.keys() - _FORCED.keys()
+    if unknown:
+        raise ValueError(f"Backends can be forced for {', '.join(_FORCED)}, not for {', '.join(sorted(unknown))}.")
+    before = dict(_FORCED)
+    _FORCED.update(backends)
+    try:
+        yield
+    finally:
+        _FORCED.update(before)
+
+
+@torch.compiler.assume_constant_result  # called, not traced, when a model is compiled
+def forced_backend(operator: str) -> str | None:
+    """The backend that an operator was forced to, or `None` if it may choose."""
+    return _FORCED[operator]

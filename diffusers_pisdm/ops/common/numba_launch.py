@@ -1,0 +1,148 @@
+"""Starting a compiled kernel: the layout of its tensors, its units of work, its parameter array and its threads.
+
+Kernels want the channels of a sequence tensor (batch, channels, length) adjacent in memory, as in a transposed
+(batch, length, channels) tensor, and take any strides over batch and length.
+
+A kernel is a C function of one pointer: the address of an int64 array whose first two entries are counters. Each
+thread that enters the kernel draws a slot from the second and then units of work from the first until none is left,
+so any number of threads gives the same result.
+
+PyTorch's OpenMP workers spin for a while after each operation. Threads of our own would compete with them for the
+cores, so the kernel is started on those same workers through `GOMP_parallel` of the libgomp that PyTorch has loaded.
+Where there is none (macOS, Windows) a small Python pool serves; kernels run without the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import ModuleType
+
+import torch
+
+from .sequence_layout import adjacent_channels, ceil_div
+
+
+LANES = 16
+# Work is cut by the shape alone, never by the number of threads: results must not depend on that. Sixteen units keep
+# as many threads busy; a unit of 32 groups is as large as caches like it, one of 4 as small as its own costs allow.
+WANTED_UNITS = 16
+MAX_GROUPS = 32
+MIN_GROUPS = 4
+# Vector operations below which another thread costs more than it does.
+WORK_PER_THREAD = 1 << 13
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """`x` (B, D, L) in float32 with adjacent channels: itself where it is so already."""
+    return adjacent_channels(x.float())
+
+
+def split_channels(batch: int, channels: int) -> tuple[int, int]:
+    """The number of blocks that a batch row is cut into, and the groups of 16 channels in a block."""
+    groups = ceil_div(channels, LANES)
+    blocks = max(
+        ceil_div(groups, MAX_GROUPS), min(ceil_div(WANTED_UNITS, max(batch, 1)), ceil_div(groups, MIN_GROUPS))
+    )
+    groups_per_block = ceil_div(groups, blocks)
+    return ceil_div(groups, groups_per_block), groups_per_block
+
+
+def launch(
+    kernels: ModuleType,
+    address: int,
+    scratch_bytes: Callable[[int, int], int],
+    size: int,
+    shape: tuple[int, int, int],
+    parameters: dict[int, int | torch.Tensor | None],
+) -> None:
+    """
+    Run a kernel.
+
+    Args:
+        kernels (`module`): The kernel's module, which names the entries of the parameter array.
+        address (`int`): The compiled kernel.
+        scratch_bytes (`callable`): Bytes a thread needs, from `size` and the groups in a unit.
+        size (`int`): State size or number of taps: a step costs vector operations in proportion to it.
+        shape (`tuple`): (batch, channels, length).
+        parameters (`dict`):
+            The other entries, by index. Tensors are float32 and become addresses; those with three axes are sequence
+            tensors and bring their strides.
+    """
+    batch, channels, length = shape
+    blocks, groups = split_channels(batch, channels)
+    units = batch * blocks
+    work = units * groups * length * size
+    num_threads = max(1, min(torch.get_num_threads(), units, work // WORK_PER_THREAD))
+    scratch = torch.empty(num_threads, scratch_bytes(size, groups), dtype=torch.uint8)
+    values = array("q", bytes(8 * kernels.NUM_PARAMETERS))
+    values[kernels.NUM_UNITS] = units
+    values[kernels.BLOCKS] = blocks
+    values[kernels.GROUPS] = groups
+    values[kernels.SCRATCH] = scratch.data_ptr()
+    values[kernels.SCRATCH_BYTES] = scratch.shape[1]
+    values[kernels.CHANNELS] = channels
+    values[kernels.PADDED_CHANNELS] = ceil_div(channels, LANES) * LANES
+    values[kernels.LENGTH] = length
+    for index, value in parameters.items():
+        if isinstance(value, int):
+            values[index] = value
+        elif value is not None:
+            values[index] = value.data_ptr()
+            if value.ndim == 3:
+                values[index + 1 : index + 4] = array("q", [4 * stride for stride in value.stride()])
+    run_kernel(address, values, num_threads)
+
+
+@functools.cache
+def _gomp_parallel():
+    """`GOMP_parallel` of an OpenMP runtime in this process, or None."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and line.count("/")}
+    except OSError:
+        return None
+    torch_folder = os.path.dirname(torch.__file__)
+    names = [path for path in paths if "gomp" in os.path.basename(path) or "iomp" in os.path.basename(path)]
+    # PyTorch's own first: only its workers are idle while an operator of PyTorch runs.
+    for path in sorted(names, key=lambda path: (not path.startswith(torch_folder), path)):
+        try:
+            function = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+        return function
+    return None
+
+
+@functools.cache
+def _thread_pool(process_id, num_threads):
+    # Keyed by process: the threads of a pool do not survive a fork.
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="diffusers_pisdm")
+
+
+@functools.cache
+def _callable(address):
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+
+def run_kernel(address: int, parameters: array, num_threads: int) -> None:
+    """Runs `void kernel(int64_t *parameters)` on `num_threads` threads, the calling one included, and waits."""
+    pointer, _ = parameters.buffer_info()
+    kernel = _callable(address)
+    if num_threads == 1:
+        kernel(pointer)
+        return
+    gomp_parallel = _gomp_parallel()
+    if gomp_parallel is not None:
+        gomp_parallel(address, pointer, num_threads, 0)
+        return
+    pool = _thread_pool(os.getpid(), num_threads - 1)
+    others = [pool.submit(kernel, pointer) for _ in range(num_threads - 1)]
+    kernel(pointer)
+    wait(others)

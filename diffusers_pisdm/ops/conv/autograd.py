@@ -1,0 +1,44 @@
+"""What the convolutions with a kernel of their own for the backward share: shapes, and their place in autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..common.sequence_layout import empty_channels_last
+
+
+def register_conv_autograd(conv: Callable, conv_backward: Callable) -> None:
+    """
+    Makes one operator the gradient of another, and tells tracing the shapes of what both give.
+
+    Args:
+        conv (`CustomOpDef`): `(x, weight, bias, activation)` to the output, whose channels are adjacent.
+        conv_backward (`CustomOpDef`):
+            `(grad_out, x, weight, bias, activation)` to the gradients of the three tensors, an empty one for an absent
+            bias. That of x has adjacent channels.
+    """
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx, grad_out):
+        x, weight, bias = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = conv_backward(grad_out, x, weight, bias, ctx.activation)
+        return grad_x, grad_weight, None if bias is None else grad_bias, None
+
+    conv.register_autograd(backward, setup_context=setup_context)
+    conv.register_fake(_fake_output)
+    conv_backward.register_fake(_fake_gradients)
+
+
+def _fake_output(x, weight, bias, activation):
+    return empty_channels_last(x, x.dtype)
+
+
+def _fake_gradients(grad_out, x, weight, bias, activation):
+    return (
+        empty_channels_last(x, x.dtype),
+        weight.new_empty(weight.shape),
+        grad_out.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+    )

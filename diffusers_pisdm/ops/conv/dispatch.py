@@ -1,0 +1,107 @@
+"""The one public causal convolution, and the choice of its backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..common.backends import check_backend, forced_backend, missing_backend
+from .numba_operator import causal_conv_numba
+from .triton_operator import causal_conv_triton
+
+
+def causal_conv_torch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = "silu"
+) -> torch.Tensor:
+    """
+    Depthwise causal convolution by `torch.nn.functional.conv1d`.
+
+    Arguments and return value are those of [`~diffusers_pisdm.ops.conv.dispatch`].
+    """
+    weight = weight.to(x.dtype)[:, None]  # (D, 1, K)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias, groups=x.shape[1])  # (B, D, L)
+    y = y if activation is None else F.silu(y)
+    return y.to(x.dtype)  # autocast computes float32 convolutions in half precision
+
+
+CAUSAL_CONV_BACKENDS = ("torch", "numba", "triton")
+_FUNCTIONS = {"torch": causal_conv_torch, "numba": causal_conv_numba, "triton": causal_conv_triton}
+_FASTEST = {"cpu": "numba", "cuda": "triton"}  # of each device
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import
+def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The device's kernels where they can be used, else torch. What is missing is logged by the scan that follows."""
+    fastest = _FASTEST.get(device_type)
+    if fastest is None or any(dtype not in _KERNEL_DTYPES for dtype in dtypes) or missing_backend(fastest) is not None:
+        return "torch"
+    return fastest
+
+
+def _check_inputs(x, weight, bias, activation) -> None:
+    if x.ndim != 3 or 0 in x.shape[1:]:
+        raise ValueError(
+            f"`x` must have shape (batch, channels, length), none of the last two zero, not {tuple(x.shape)}."
+        )
+    if weight.ndim != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] == 0:
+        raise ValueError(
+            f"`weight` must have shape ({x.shape[1]}, kernel size) to fit `x` of shape {tuple(x.shape)},"
+            f" not {tuple(weight.shape)}."
+        )
+    if bias is not None and bias.shape != x.shape[1:2]:
+        raise ValueError(f"`bias` must have shape ({x.shape[1]},) to fit `x`, not {tuple(bias.shape)}.")
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"`{name}` is on {tensor.device} but `x` is on {x.device}: move them to one device.")
+        if not tensor.is_floating_point():
+            raise TypeError(f"`{name}` must be a real floating point tensor, not {tensor.dtype}.")
+    if activation not in (None, "silu"):
+        raise ValueError(f"`activation` must be None or 'silu', not {activation!r}.")
+
+
+def causal_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """
+    Depthwise causal convolution over the last axis: `out[t]` sees `x[t - K + 1]` to `x[t]`, zeros before the start.
+
+    Any strides are accepted.
+
+    Args:
+        x (`torch.Tensor` of shape `(batch, channels, length)`): The input sequence.
+        weight (`torch.Tensor` of shape `(channels, kernel_size)`): One filter a channel; the last tap meets `x[t]`.
+        bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the activation.
+        activation (`str`, *optional*, defaults to `"silu"`): `"silu"` or `None`.
+        backend (`str`, defaults to `"auto"`):
+            `"torch"` (any device), `"numba"` (CPU), `"triton"` (CUDA), or `"auto"`: Numba on a CPU and Triton on CUDA
+            where they import, else torch.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and the memory order of `x`.
+
+    Raises:
+        ValueError: if shapes or devices do not fit together, or `activation` or `backend` is not one of the above.
+        TypeError: if a tensor is not of a real floating point dtype.
+        ImportError: if the backend asked for cannot be imported.
+        NotImplementedError: if the backend asked for does not compute on the device or in the dtypes.
+    """
+    _check_inputs(x, weight, bias, activation)
+    if backend == "auto":
+        dtypes = tuple(tensor.dtype for tensor in (x, weight, bias) if tensor is not None)
+        backend = forced_backend("causal_conv") or choose_backend(x.device.type, dtypes)
+    else:
+        check_backend(backend)
+    if backend not in CAUSAL_CONV_BACKENDS:
+        raise ValueError(f"`backend` must be 'auto' or one of {CAUSAL_CONV_BACKENDS}, not {backend!r}.")
+    out = _FUNCTIONS[backend](x, weight, bias, activation)  # (B, D, L)
+    if x.stride(1) < x.stride(2):
+        return out.mT.contiguous().mT
+    return out.contiguous()

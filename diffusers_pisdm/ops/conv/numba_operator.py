@@ -1,0 +1,95 @@
+"""Depthwise causal convolution with SiLU on the CPU: Numba kernels as operators of torch.
+
+Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
+Kernels compute in float32 whatever the inputs' dtypes; results and gradients are cast to these.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..common.numba_launch import LANES, channels_last, launch
+from ..common.sequence_layout import ceil_div, empty_channels_last
+from .autograd import register_conv_autograd
+
+
+@functools.cache
+def _kernel(name: str):
+    """The kernels' module and the address of one of them. Numba is imported and compiles here, at the first call."""
+    from ..common.numba_compile import kernel_address
+    from . import numba_kernels
+
+    return numba_kernels, kernel_address(getattr(numba_kernels, name))
+
+
+def _input_parameters(kernels, x, weight, bias, activation):
+    """The inputs as the kernels take them, by their index in the parameter array."""
+    return {
+        kernels.TAPS: weight.shape[1],
+        kernels.SILU: int(activation == "silu"),
+        kernels.X: channels_last(x),
+        kernels.WEIGHT: weight.float().t().contiguous(),  # (K, D)
+        kernels.BIAS: None if bias is None else bias.float().contiguous(),
+    }
+
+
+@torch.library.custom_op("diffusers_pisdm::causal_conv_numba", mutates_args=(), device_types="cpu")
+def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+    kernels, address = _kernel("forward_kernel")
+    out = empty_channels_last(x)
+    parameters = _input_parameters(kernels, x, weight, bias, activation) | {kernels.OUT: out}
+    launch(kernels, address, kernels.forward_scratch_bytes, weight.shape[1], x.shape, parameters)
+    return out.to(x.dtype)
+
+
+@torch.library.custom_op("diffusers_pisdm::causal_conv_numba_backward", mutates_args=(), device_types="cpu")
+def _conv_backward(
+    grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, the weight and the bias; an empty tensor if there is no bias."""
+    kernels, address = _kernel("backward_kernel")
+    batch, channels, _ = x.shape
+    taps = weight.shape[1]
+    padded_channels = ceil_div(channels, LANES) * LANES
+    grad_x = empty_channels_last(x)
+    # Each unit of work writes its own partial sums; they are added below, in an order that is always the same.
+    grad_weight = torch.empty(batch, taps * padded_channels)
+    grad_bias = torch.empty(batch, padded_channels)
+    parameters = _input_parameters(kernels, x, weight, bias, activation) | {
+        kernels.GRAD_OUT: channels_last(grad_out),
+        kernels.GRAD_X: grad_x,
+        kernels.GRAD_WEIGHT: grad_weight,
+        kernels.GRAD_BIAS: grad_bias,
+    }
+    launch(kernels, address, kernels.backward_scratch_bytes, taps, x.shape, parameters)
+    return (
+        grad_x.to(x.dtype),
+        grad_weight.sum(0).view(taps, -1)[:, :channels].t().to(weight.dtype, copy=True).contiguous(),
+        grad_out.new_empty(0) if bias is None else grad_bias.sum(0)[:channels].to(bias.dtype, copy=True),
+    )
+
+
+register_conv_autograd(_conv, _conv_backward)
+
+
+def causal_conv_numba(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = "silu"
+) -> torch.Tensor:
+    """
+    Causal convolution with compiled CPU kernels; arguments as of [`~ops.causal_conv`], of any strides.
+
+    All arithmetic is float32. The result has `x`'s dtype and is a transposed, contiguous (batch, length, channels)
+    tensor. The backward recomputes what lies before the activation. The first call compiles the kernels, or loads them
+    from Numba's cache.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, length)`.
+
+    Raises:
+        NotImplementedError: if a tensor is float64, which only the `torch` backend computes in, or not on the CPU.
+    """
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, weight, bias)):
+        raise NotImplementedError("The 'numba' backend computes in float32: use backend='torch' for float64.")
+    return _conv(x, weight, bias, activation)

@@ -1,0 +1,116 @@
+"""Depthwise causal convolution with SiLU on GPUs: Triton kernels as operators of torch.
+
+Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
+Kernels compute in float32 whatever the inputs' dtypes; partial sums are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..common.sequence_layout import adjacent_channels, ceil_div, empty_channels_last
+from ..common.triton_launch import check_device, strides_of
+from .autograd import register_conv_autograd
+
+
+CHANNELS = 64  # of a program, and of a tile
+STEPS = 16  # of a tile
+BACKWARD_STEPS = 16  # a tile of the backward: it holds 2 * taps - 1 of them
+# A program of the backward walks several tiles, which make one partial sum, if as many programs are left as this.
+WANTED_PROGRAMS = 2048
+
+
+@functools.cache
+def _kernels():
+    """The kernels' module. Triton is imported here, at the first call; each kernel compiles at its first launch."""
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def split_steps(batch: int, blocks: int, length: int, tile: int, programs: int) -> tuple[int, int]:
+    """The number of chunks of a sequence and the steps of a chunk, a multiple of `tile`: no more than `programs`."""
+    tiles = ceil_div(length, tile)
+    steps = tile * max(1, tiles * batch * blocks // programs)
+    return ceil_div(length, steps), steps
+
+
+def _start(kernel, chunks: int, chunk_steps: int, x: torch.Tensor, tensors, strides, taps: int, **constants) -> None:
+    """One program for each batch row, block of channels and chunk."""
+    batch, channels, length = x.shape
+    blocks = ceil_div(channels, CHANNELS)
+    sizes = (channels, length, chunk_steps, blocks, *strides)
+    with torch.cuda.device_of(x):
+        kernel[batch * blocks, chunks](*tensors, *sizes, TAPS=taps, CHANNELS=CHANNELS, **constants)
+
+
+@torch.library.custom_op("diffusers_pisdm::causal_conv_triton", mutates_args=())
+def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+    out = empty_channels_last(x, x.dtype)
+    if out.numel() == 0:  # an empty grid cannot be launched
+        return out
+    check_device(x, _kernels().conv_forward_kernel)
+    x = adjacent_channels(x)
+    tensors = (x, weight.t().contiguous(), None if bias is None else bias.contiguous(), out)
+    chunks = ceil_div(x.shape[2], STEPS)
+    constants = {"SILU": activation == "silu", "STEPS": STEPS}
+    _start(_kernels().conv_forward_kernel, chunks, STEPS, x, tensors, strides_of(x), weight.shape[1], **constants)
+    return out
+
+
+@torch.library.custom_op("diffusers_pisdm::causal_conv_triton_backward", mutates_args=())
+def _conv_backward(
+    grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, the weight and the bias; an empty tensor if there is no bias."""
+    grad_x = empty_channels_last(x, x.dtype)
+    if grad_x.numel() == 0:
+        absent = grad_out.new_empty(0) if bias is None else torch.zeros_like(bias)
+        return grad_x, weight.new_zeros(weight.shape), absent
+    check_device(x, _kernels().conv_backward_kernel)
+    grad_out, x = adjacent_channels(grad_out), adjacent_channels(x)
+    batch, channels, length = x.shape
+    taps = weight.shape[1]
+    blocks = ceil_div(channels, CHANNELS)
+    chunks, chunk_steps = split_steps(batch, blocks, length, BACKWARD_STEPS, WANTED_PROGRAMS)
+    grad_weight = torch.empty(batch * chunks, taps, channels, device=x.device)
+    grad_bias = torch.empty(batch * chunks, channels, device=x.device)
+    tensors = (grad_out, x, weight.t().contiguous(), None if bias is None else bias.contiguous())
+    _start(
+        _kernels().conv_backward_kernel,
+        *(chunks, chunk_steps, x, (*tensors, grad_x, grad_weight, grad_bias), strides_of(grad_out, x), taps),
+        SILU=activation == "silu",
+        STEPS=BACKWARD_STEPS,
+    )
+    return (
+        grad_x,
+        grad_weight.sum(0).t().to(weight.dtype).contiguous(),
+        grad_out.new_empty(0) if bias is None else grad_bias.sum(0).to(bias.dtype),
+    )
+
+
+register_conv_autograd(_conv, _conv_backward)
+
+
+def causal_conv_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = "silu"
+) -> torch.Tensor:
+    """
+    Causal convolution with Triton kernels; arguments as of [`~ops.causal_conv`], of any strides.
+
+    All arithmetic is float32. The result has `x`'s dtype and is a transposed, contiguous (batch, length, channels)
+    tensor. The backward recomputes what lies before the activation.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, length)`.
+
+    Raises:
+        NotImplementedError:
+            if a tensor is float64, which only the `torch` backend computes in, or on the CPU, where the kernels run in
+            Triton's interpreter alone (`TRITON_INTERPRET=1`).
+    """
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, weight, bias)):
+        raise NotImplementedError("The 'triton' backend computes in float32: use backend='torch' for float64.")
+    return _conv(x, weight, bias, activation)

@@ -1,0 +1,34 @@
+"""Selective scan by mamba_ssm's CUDA kernel (`pip install diffusers_pisdm[cuda]`)."""
+
+from __future__ import annotations
+
+import torch
+
+from .blocked import selective_scan_torch
+
+
+def selective_scan_mamba_ssm(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+) -> torch.Tensor:
+    """
+    Selective scan by `mamba_ssm.ops.selective_scan_interface.selective_scan_fn`.
+
+    Arguments and return value are those of [`~diffusers_pisdm.ops.scan.dispatch`]. The kernel wants one dtype for all
+    sequences and float32 for the parameters, which mixed precision does not always give: they are cast here.
+    """
+    if u.numel() == 0:  # which the kernel refuses
+        return selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    delta, B, C = (tensor.to(u.dtype) for tensor in (delta, B, C))
+    D, delta_bias = (None if tensor is None else tensor.float() for tensor in (D, delta_bias))
+    z = None if z is None else z.to(u.dtype)
+    return selective_scan_fn(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus)

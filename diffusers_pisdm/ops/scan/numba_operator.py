@@ -1,0 +1,189 @@
+"""Selective scan on the CPU: Numba kernels as operators of torch, differentiable, traceable and exportable.
+
+Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
+Kernels compute in float32 whatever the inputs' dtypes; results and gradients are cast to these.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..common.numba_launch import LANES, channels_last, launch, split_channels
+from ..common.sequence_layout import ceil_div, empty_channels_last
+from .autograd import register_scan_autograd
+
+
+STATES_AT_ONCE = 4  # the kernels read states in vectors of four
+
+
+@functools.cache
+def _kernel(name: str):
+    """The kernels' module and the address of one of them. Numba is imported and compiles here, at the first call."""
+    from ..common.numba_compile import kernel_address
+    from . import numba_kernels
+
+    return numba_kernels, kernel_address(getattr(numba_kernels, name))
+
+
+def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
+    """
+    The number of floats in the states before each chunk.
+
+    They are kept as a flat tensor: an axis of chunks could have length 1, which a compiled graph would guard against.
+    """
+    from .numba_kernels import CHUNK
+
+    batch, channels, length = u.shape
+    chunks = ceil_div(length, CHUNK) if keep_states else 0
+    return batch * chunks * A.shape[1] * ceil_div(channels, LANES) * LANES
+
+
+def _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """The inputs as the kernels take them, by their index in the parameter array."""
+    return {
+        kernels.STATES: A.shape[1],
+        kernels.SOFTPLUS: int(delta_softplus),
+        kernels.U: channels_last(u),
+        kernels.DELTA: channels_last(delta),
+        kernels.A: A.float().t().contiguous(),  # (N, D)
+        kernels.B: B.float(),
+        kernels.C: C.float(),
+        kernels.D: None if D is None else D.float().contiguous(),
+        kernels.Z: None if z is None else channels_last(z),
+        kernels.BIAS: None if delta_bias is None else delta_bias.float().contiguous(),
+    }
+
+
+@torch.library.custom_op("diffusers_pisdm::selective_scan_numba", mutates_args=(), device_types="cpu")
+def _scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    keep_states: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scan's output, and the kept states for the backward."""
+    kernels, address = _kernel("forward_kernel")
+    out = empty_channels_last(u)
+    kept = u.new_empty(_num_kept(u, A, keep_states), dtype=torch.float32)
+    parameters = _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    parameters |= {kernels.OUT: out, kernels.KEPT: kept}
+    launch(kernels, address, kernels.forward_scratch_bytes, A.shape[1], u.shape, parameters)
+    return out.to(u.dtype), kept
+
+
+@_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states):
+    return empty_channels_last(u, u.dtype), u.new_empty(_num_kept(u, A, keep_states), dtype=torch.float32)
+
+
+@torch.library.custom_op("diffusers_pisdm::selective_scan_numba_backward", mutates_args=(), device_types="cpu")
+def _scan_backward(
+    grad_out: torch.Tensor,
+    kept: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+) -> list[torch.Tensor]:
+    """Gradients of u, delta, A, B, C, D, z and the bias; empty tensors for what is absent."""
+    kernels, address = _kernel("backward_kernel")
+    batch, channels, length = u.shape
+    states = A.shape[1]
+    blocks, _ = split_channels(batch, channels)
+    padded_channels = ceil_div(channels, LANES) * LANES
+    grad_u, grad_delta = empty_channels_last(u), empty_channels_last(u)
+    grad_z = None if z is None else empty_channels_last(u)
+    # Each unit of work writes its own partial sums; they are added below, in an order that is always the same.
+    grad_A = torch.empty(batch, states * padded_channels)
+    grad_D, grad_bias = torch.empty(2, batch, padded_channels)
+    grad_B, grad_C = torch.empty(2, blocks, batch * length * states)
+    parameters = _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus) | {
+        kernels.KEPT: kept,
+        kernels.GRAD_OUT: channels_last(grad_out),
+        kernels.GRAD_U: grad_u,
+        kernels.GRAD_DELTA: grad_delta,
+        kernels.GRAD_Z: grad_z,
+        kernels.GRAD_A: grad_A,
+        kernels.GRAD_D: grad_D,
+        kernels.GRAD_BIAS: grad_bias,
+        kernels.GRAD_B: grad_B,
+        kernels.GRAD_C: grad_C,
+    }
+    launch(kernels, address, kernels.backward_scratch_bytes, states, u.shape, parameters)
+    return [
+        grad_u.to(u.dtype),
+        grad_delta.to(delta.dtype),
+        grad_A.sum(0).view(states, -1)[:, :channels].t().to(A.dtype, copy=True).contiguous(),
+        grad_B.sum(0).view(batch, length, states).mT.to(B.dtype),
+        grad_C.sum(0).view(batch, length, states).mT.to(C.dtype),
+        grad_out.new_empty(0) if D is None else grad_D.sum(0)[:channels].to(D.dtype, copy=True),
+        grad_out.new_empty(0) if z is None else grad_z.to(z.dtype),
+        grad_out.new_empty(0) if delta_bias is None else grad_bias.sum(0)[:channels].to(delta_bias.dtype, copy=True),
+    ]
+
+
+register_scan_autograd(_scan, _scan_backward)
+
+
+def _fill_up_states(
+    A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The same system with a multiple of four states.
+
+    The last states are repeated, two or four times, and their read-outs are shared out: exact, since these are powers
+    of two. A state of zeros would not do, as it turns an infinite input into NaN.
+    """
+    states = A.shape[1]
+    repeats = [1] * (states // STATES_AT_ONCE * STATES_AT_ONCE) + {0: [], 1: [4], 2: [2, 2], 3: [1, 1, 2]}[
+        states % STATES_AT_ONCE
+    ]
+    index = [state for state, count in enumerate(repeats) for _ in range(count)]
+    share = C.new_tensor([1 / repeats[state] for state in index])
+    return A[:, index], B[:, index], C[:, index] * share[:, None]
+
+
+def selective_scan_numba(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+) -> torch.Tensor:
+    r"""
+    Selective scan with compiled CPU kernels; arguments as of [`~ops.selective_scan`], of any strides.
+
+    All arithmetic is float32. The result has `u`'s dtype and is a transposed, contiguous (batch, length, channels)
+    tensor. The backward keeps one state in 24 steps and recomputes the others: memory is linear in the length. The
+    first call compiles the kernels, or loads them from Numba's cache.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, length)`.
+
+    Raises:
+        NotImplementedError: if a tensor is float64, which only the other backends compute in, or not on the CPU.
+    """
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        raise NotImplementedError("The 'numba' backend computes in float32: use backend='torch' for float64.")
+    keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if A.shape[1] % STATES_AT_ONCE:
+        A, B, C = _fill_up_states(A, B, C)
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states)[0]

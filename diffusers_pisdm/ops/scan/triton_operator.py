@@ -1,0 +1,256 @@
+"""Selective scan on GPUs: Triton kernels as operators of torch, differentiable, traceable and exportable.
+
+A scan is a loop over time, and one loop for each batch row and block of channels leaves most of a GPU idle when the
+batch is small. Sequences are therefore cut into chunks that run at the same time, in three passes: what each chunk
+makes of a state of zeros; a short loop over these, which gives the state that enters each chunk; the chunks again,
+each from its own state. This costs the decays twice, but inside a chunk it is the plain loop, with one state in
+registers; a parallel scan within a chunk would move tiles of (steps, states, channels) between threads. Where batch
+and channels fill a GPU there is one chunk and only the last pass. The backward does the same in the other direction,
+and recomputes states from those that the forward kept.
+
+The sizes below were the fastest of those tried on an H200 (`benchmarks/scan.py`).
+
+Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
+Kernels compute in float32 whatever the inputs' dtypes. Chunks depend on the shape alone, partial sums are added in a
+fixed order: equal inputs give equal results.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..common.sequence_layout import adjacent_channels, ceil_div, empty_channels_last
+from ..common.triton_launch import check_device, strides_of
+from .autograd import register_scan_autograd
+
+
+# Of a program that only walks a chunk: a lane of its warp has four channels with all their states, so that sums over
+# the states stay within the lane. The backward also sums over channels, and holds more: there a lane has four channels
+# with a quarter of the states.
+CHANNELS, LANE_CHANNELS = 128, 4
+BACKWARD_CHANNELS, BACKWARD_LANE_CHANNELS = 32, 4
+STEPS = 4  # unrolled, by both; the backward holds as many states in registers, and with 8 would spill them
+KEPT_STEPS = 2 * STEPS  # between two states kept for the backward
+STATES_PER_WARP = 16  # more would spill too
+JOINED = 8  # chunks whose states are loaded at once to be joined
+JOIN_ELEMENTS = 128  # of a state, that a program joins
+# Chunks are made to fill a large GPU, on which so many programs run at once, while a chunk's steps outweigh the
+# reading and writing of its state. Chunks cost a pass more than one walk over the sequence.
+PROGRAMS_AT_ONCE = 1056
+MIN_CHUNK_STEPS = 2 * KEPT_STEPS
+COST_OF_CHUNKS = 1.75
+MAX_ROUNDS = 4
+WORTH = 0.9  # of the time with fewer chunks; more have to be joined
+
+
+@functools.cache
+def _kernels():
+    """The kernels' module. Triton is imported here, at the first call; each kernel compiles at its first launch."""
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def split_length(batch: int, blocks: int, length: int) -> tuple[int, int]:
+    """
+    The number of chunks of a sequence and the steps of a chunk, a multiple of `KEPT_STEPS`: those with which a GPU is
+    through soonest, if its programs run in rounds.
+    """
+    programs = batch * blocks
+    chunks, least = 1, ceil_div(programs, PROGRAMS_AT_ONCE)
+    for rounds in range(1, MAX_ROUNDS + 1):
+        candidate = min(rounds * PROGRAMS_AT_ONCE // programs, length // MIN_CHUNK_STEPS)
+        if candidate > 1 and COST_OF_CHUNKS * rounds / candidate < WORTH * least:
+            chunks, least = candidate, COST_OF_CHUNKS * rounds / candidate
+    steps = ceil_div(ceil_div(length, chunks), KEPT_STEPS) * KEPT_STEPS
+    return ceil_div(length, steps), steps
+
+
+class _Launch:
+    """The sizes that all kernels of one scan share, and how they are started."""
+
+    def __init__(self, u: torch.Tensor, states: int, delta_softplus: bool):
+        self.batch, self.channels, self.length = u.shape
+        self.states = states
+        self.chunks, self.chunk_steps = split_length(self.batch, ceil_div(self.channels, CHANNELS), self.length)
+        self.device = u.device
+        rows = 1 << (self.states - 1).bit_length()  # tiles have powers of two
+        self.walk = {"STATES": self.states, "STATE_ROWS": rows, "SOFTPLUS": delta_softplus, "STEPS": STEPS}
+        self.walk |= {"num_warps": min(8, max(1, rows // STATES_PER_WARP)), "enable_fp_fusion": True}
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=self.device)
+
+    def chunk_sums(self, *shape: int) -> torch.Tensor:
+        """Space for one tensor (*shape, channels) a chunk."""
+        return self.empty(self.batch, self.chunks, *shape, self.channels)
+
+    def start(self, kernel, *tensors, strides: list[int], layout: tuple[int, int] | None = None, **constants) -> None:
+        """One program for each batch row, block and chunk; `layout`: the channels of a block and of a lane."""
+        block, lane = layout or (CHANNELS, LANE_CHANNELS)
+        blocks = ceil_div(self.channels, block)
+        sizes = (self.channels, self.length, self.chunk_steps, blocks, *strides)
+        constants |= {"CHANNELS": block, "LANE_CHANNELS": lane, **self.walk}
+        with torch.cuda.device_of(tensors[0]):
+            kernel[self.batch * blocks, self.chunks](*tensors, *sizes, **constants)
+
+    def enter(self, kernel, *tensors, A: torch.Tensor, strides: list[int], reverse: bool) -> torch.Tensor | None:
+        """What enters each chunk (B, chunks, N, D): the first two passes, by the first one's kernel."""
+        if self.chunks == 1:
+            return None
+        ends, totals, entering = self.chunk_sums(self.states), self.chunk_sums(), self.chunk_sums(self.states)
+        self.start(kernel, *tensors, ends, totals, strides=strides)
+        elements = self.states * self.channels
+        blocks = ceil_div(elements, JOIN_ELEMENTS)
+        sizes = (self.channels, self.chunks, elements, blocks)
+        constants = {"REVERSE": reverse, "ELEMENTS": JOIN_ELEMENTS, "JOINED": JOINED, "num_warps": 1}
+        with torch.cuda.device_of(A):
+            _kernels().join_kernel[self.batch * blocks,](A, ends, totals, entering, *sizes, **constants)
+        return entering
+
+
+def _prepare(u, delta, A, B, C, D, z, delta_bias):
+    """The inputs as the kernels take them."""
+    check_device(u, _kernels().forward_kernel)
+    u, delta, B, C = (adjacent_channels(x) for x in (u, delta, B, C))
+    D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
+    return u, delta, A.float().t().contiguous(), B, C, D, None if z is None else adjacent_channels(z), delta_bias
+
+
+def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
+    """
+    The number of floats in the kept states.
+
+    They are kept as a flat tensor: an axis of chunks could have length 1, which a compiled graph would guard against.
+    """
+    batch, channels, length = u.shape
+    return batch * ceil_div(length, KEPT_STEPS) * A.shape[1] * channels if keep_states else 0
+
+
+@torch.library.custom_op("diffusers_pisdm::selective_scan_triton", mutates_args=())
+def _scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    keep_states: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scan's output, and the kept states for the backward."""
+    out = empty_channels_last(u, u.dtype)
+    kept = u.new_empty(_num_kept(u, A, keep_states), dtype=torch.float32)
+    if out.numel() == 0:  # an empty grid cannot be launched
+        return out, kept
+    u, delta, A, B, C, D, z, delta_bias = _prepare(u, delta, A, B, C, D, z, delta_bias)
+    launch = _Launch(u, A.shape[0], delta_softplus)
+    entering = launch.enter(
+        _kernels().chunk_state_kernel, u, delta, A, B, delta_bias, A=A, strides=strides_of(u, delta, B), reverse=False
+    )
+    launch.start(
+        _kernels().forward_kernel,
+        *(u, delta, A, B, C, D, z, delta_bias, entering, out, kept if keep_states else None),
+        strides=strides_of(u, delta, B, C, z),
+        KEPT_STEPS=KEPT_STEPS,
+    )
+    return out, kept
+
+
+@_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states):
+    return empty_channels_last(u, u.dtype), u.new_empty(_num_kept(u, A, keep_states), dtype=torch.float32)
+
+
+@torch.library.custom_op("diffusers_pisdm::selective_scan_triton_backward", mutates_args=())
+def _scan_backward(
+    grad_out: torch.Tensor,
+    kept: torch.Tensor,
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+) -> list[torch.Tensor]:
+    """Gradients of u, delta, A, B, C, D, z and the bias; empty tensors for what is absent."""
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    grad_u, grad_delta = empty_channels_last(u, u.dtype), empty_channels_last(delta, delta.dtype)
+    grad_z = None if z is None else empty_channels_last(z, z.dtype)
+    if grad_out.numel() == 0:
+        return [grad_out.new_empty(0) if x is None else torch.zeros_like(x) for x in inputs]
+    grad_out = adjacent_channels(grad_out)
+    u, delta, A, B, C, D, z, delta_bias = _prepare(*inputs)
+    launch = _Launch(u, A.shape[0], delta_softplus)
+    # Each program writes its own partial sums; they are added below, in an order that is always the same.
+    grad_A, grad_D, grad_bias = launch.chunk_sums(launch.states), launch.chunk_sums(), launch.chunk_sums()
+    blocks = ceil_div(launch.channels, BACKWARD_CHANNELS)
+    grad_B, grad_C = launch.empty(2, blocks, launch.batch, launch.length, launch.states)
+    entering = launch.enter(
+        _kernels().chunk_gradient_kernel,
+        *(grad_out, delta, A, C, z, delta_bias),
+        A=A,
+        strides=strides_of(grad_out, delta, C, z),
+        reverse=True,
+    )
+    launch.start(
+        _kernels().backward_kernel,
+        *(grad_out, u, delta, A, B, C, D, z, delta_bias, kept, entering),
+        *(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias),
+        strides=strides_of(grad_out, u, delta, B, C, z),
+        layout=(BACKWARD_CHANNELS, BACKWARD_LANE_CHANNELS),
+        KEPT_STEPS=KEPT_STEPS,
+    )
+    _, _, A, B, C, D, z, delta_bias = inputs
+    return [
+        grad_u,
+        grad_delta,
+        grad_A.sum((0, 1)).t().to(A.dtype).contiguous(),
+        grad_B.sum(0).mT.to(B.dtype),
+        grad_C.sum(0).mT.to(C.dtype),
+        grad_out.new_empty(0) if D is None else grad_D.sum((0, 1)).to(D.dtype),
+        grad_out.new_empty(0) if z is None else grad_z,
+        grad_out.new_empty(0) if delta_bias is None else grad_bias.sum((0, 1)).to(delta_bias.dtype),
+    ]
+
+
+register_scan_autograd(_scan, _scan_backward)
+
+
+def selective_scan_triton(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+) -> torch.Tensor:
+    """
+    Selective scan with Triton kernels; arguments as of [`~ops.selective_scan`], of any strides.
+
+    All arithmetic is float32. The result has `u`'s dtype and is a transposed, contiguous (batch, length, channels)
+    tensor. The backward keeps one state in 16 steps and recomputes the others: memory is linear in the length.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, channels, length)`.
+
+    Raises:
+        NotImplementedError:
+            if a tensor is float64, which only the other backends compute in, or on the CPU, where the kernels run in
+            Triton's interpreter alone (`TRITON_INTERPRET=1`).
+    """
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        raise NotImplementedError("The 'triton' backend computes in float32: use backend='torch' for float64.")
+    keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states)[0]

@@ -1,0 +1,83 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusers_pisdm import ops
+
+
+pytest.importorskip("numba")
+
+COMMON = Path(ops.__file__).parent / "common"
+# A package whose kernel inlines a function of another folder: what Numba's own cache would not see change.
+HELPER = """
+from numba import njit
+@njit
+def answer():
+    return {answer}
+"""
+KERNEL = """
+import ctypes
+from ..common.numba_vectors import store_float
+from ..other.numba_helper import answer
+def kernel(address):
+    store_float(address, 0, answer())
+def run():
+    from ..common.numba_compile import kernel_address
+    value = ctypes.c_float()
+    ctypes.CFUNCTYPE(None, ctypes.c_int64)(kernel_address(kernel))(ctypes.addressof(value))
+    return value.value
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    folder = tmp_path / "probe"
+    for name in ("", "common", "kernels", "other"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").touch()
+    for name in ("numba_compile.py", "numba_vectors.py"):
+        (folder / "common" / name).write_text((COMMON / name).read_text())
+    (folder / "kernels" / "numba_kernel.py").write_text(KERNEL)
+    (folder / "other" / "numba_helper.py").write_text(HELPER.format(answer=1))
+    return folder
+
+
+def run_probe(package, **environment):
+    """The kernel's answer in a new process, and how many kernels were compiled there rather than loaded."""
+    code = """
+import numba.core.compiler as compiler
+compiled = []
+compile_extra = compiler.compile_extra
+compiler.compile_extra = lambda *args, **kwargs: (compiled.append(args[2].__name__), compile_extra(*args, **kwargs))[1]
+from probe.kernels.numba_kernel import run
+print(run(), compiled.count("kernel"))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=package.parent,
+        env={**os.environ, "PYTHONPATH": str(package.parent), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer, compiled = result.stdout.split()
+    return float(answer), int(compiled)
+
+
+def test_cache_is_used_and_never_stale(package):
+    assert run_probe(package) == (1.0, 1)
+    assert run_probe(package) == (1.0, 0)
+    (package / "other" / "numba_helper.py").write_text(HELPER.format(answer=2))
+    assert run_probe(package) == (2.0, 1)
+    for file in package.rglob("*.nbc"):
+        file.write_bytes(file.read_bytes()[:100])  # a full disk, say
+    assert run_probe(package) == (2.0, 1)
+
+
+def test_works_without_a_cache(package):
+    # No folder that Numba may write to: it finds no locator and raises.
+    assert run_probe(package, NUMBA_CACHE_LOCATOR_CLASSES="ZipCacheLocator") == (1.0, 1)
+    assert not list(package.rglob("*.nb?"))
