@@ -34,7 +34,7 @@ from benchmarks.device_clock import now
 from benchmarks.measurement import write_report
 from benchmarks.peak_memory import measure_peak_growth
 from diffusers_pisdm import PISDMCascadePipeline
-from diffusers_pisdm.training.machine import describe_machine
+from diffusers_pisdm.utils.machine import describe_machine
 
 
 GENERATE = Path(__file__).parents[1] / "examples" / "generate.py"

@@ -13,8 +13,8 @@ import diffusers
 import torch
 
 from diffusers_pisdm.ops.scan.dispatch import choose_backend
-from diffusers_pisdm.training.machine import describe_machine
-from diffusers_pisdm.training.replace_files import save_in_place
+from diffusers_pisdm.utils.files import save_in_place
+from diffusers_pisdm.utils.machine import describe_machine
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

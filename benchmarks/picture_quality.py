@@ -44,11 +44,11 @@ from diffusers_pisdm.evaluation.frechet_distance import frechet_distance
 from diffusers_pisdm.evaluation.image_sources import ImageSource
 from diffusers_pisdm.evaluation.precision_recall import precision_recall
 from diffusers_pisdm.evaluation.sample_classes import sample_classes
-from diffusers_pisdm.evaluation.whole_files import write_whole
-from diffusers_pisdm.image_grid import make_image_grid
 from diffusers_pisdm.training.image_data import load_image_data
 from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
-from diffusers_pisdm.training.machine import describe_machine
+from diffusers_pisdm.utils.files import write_whole
+from diffusers_pisdm.utils.image_grid import make_image_grid
+from diffusers_pisdm.utils.machine import describe_machine
 
 
 SHOWN = 64

@@ -43,12 +43,12 @@ from diffusers_pisdm.evaluation import (
     load_feature_extractor,
     write_sample_set,
 )
-from diffusers_pisdm.evaluation.whole_files import write_whole
 from diffusers_pisdm.training.device_images import LabelledImages, load_labelled_images
 from diffusers_pisdm.training.image_data import load_image_data
 from diffusers_pisdm.training.image_rows import ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
-from diffusers_pisdm.training.machine import describe_machine
+from diffusers_pisdm.utils.files import write_whole
+from diffusers_pisdm.utils.machine import describe_machine
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

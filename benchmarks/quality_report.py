@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from PIL import Image
 
-from diffusers_pisdm.image_grid import make_image_grid
+from diffusers_pisdm.utils.image_grid import make_image_grid
 
 
 SHOWN_SAMPLES = 24

@@ -37,10 +37,10 @@ from diffusers_pisdm.evaluation import (
     load_feature_extractor,
     write_sample_set,
 )
-from diffusers_pisdm.evaluation.whole_files import write_whole
 from diffusers_pisdm.pipelines.swap_scheduler import swap_scheduler
 from diffusers_pisdm.training.image_transform import decode_image
-from diffusers_pisdm.training.machine import describe_machine
+from diffusers_pisdm.utils.files import write_whole
+from diffusers_pisdm.utils.machine import describe_machine
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

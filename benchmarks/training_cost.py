@@ -23,10 +23,10 @@ import torch
 from diffusers_pisdm import PISDM_SIZES
 from diffusers_pisdm.training.cost_report import cost_report, format_cost_report
 from diffusers_pisdm.training.cost_settings import AUTOCAST_DTYPES, CostSettings
-from diffusers_pisdm.training.machine import describe_machine
 from diffusers_pisdm.training.recipes import read_recipe
 from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
 from diffusers_pisdm.training.stage_speed import StageSpeed, measure_stage_speed
+from diffusers_pisdm.utils.machine import describe_machine
 
 
 VAE_FACTOR = 8  # pixels a latent pixel of Stable Diffusion's VAE

@@ -50,10 +50,10 @@ from diffusers_pisdm.evaluation.sample_files import sample_path
 from diffusers_pisdm.training.cost_settings import CostSettings
 from diffusers_pisdm.training.image_data import ImageData, load_image_data
 from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
-from diffusers_pisdm.training.machine import describe_machine
 from diffusers_pisdm.training.metrics_file import read_metrics
 from diffusers_pisdm.training.recipes import read_recipe
 from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
+from diffusers_pisdm.utils.machine import describe_machine
 
 
 TRAIN_SCRIPT = Path(__file__).with_name("train_pisdm.py")

@@ -53,11 +53,11 @@ from diffusers_pisdm.evaluation import (
 from diffusers_pisdm.evaluation.image_sources import CropImage
 from diffusers_pisdm.evaluation.sample_record import RECORD_FILE
 from diffusers_pisdm.evaluation.sample_settings import CALL_ARGUMENTS, CLASS_RULES
-from diffusers_pisdm.evaluation.whole_files import write_whole
-from diffusers_pisdm.image_grid import make_image_grid
 from diffusers_pisdm.training.image_data import load_image_data
 from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
-from diffusers_pisdm.training.machine import describe_machine
+from diffusers_pisdm.utils.files import write_whole
+from diffusers_pisdm.utils.image_grid import make_image_grid
+from diffusers_pisdm.utils.machine import describe_machine
 
 
 # How long processes that are done wait for the slowest: torch's own 10 minutes would end a run of hours.

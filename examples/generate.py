@@ -7,7 +7,6 @@ Sample a PIS-DM cascade into a labelled grid.
 """
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -17,8 +16,9 @@ import torch
 from PIL import Image
 
 from diffusers_pisdm import PISDMCascadePipeline
-from diffusers_pisdm.image_grid import make_image_grid
 from diffusers_pisdm.pipelines.swap_scheduler import swap_scheduler
+from diffusers_pisdm.utils.files import write_whole
+from diffusers_pisdm.utils.image_grid import make_image_grid
 
 
 NUM_DEFAULT_CLASSES = 8
@@ -101,13 +101,8 @@ def draw_stages(stage_images: list[list[Image.Image]], labels: list[str]) -> Ima
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write an image so that an interruption leaves either the old file or the new one, never a torn one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
+    with write_whole(path, f".unfinished{path.suffix}") as unfinished:  # Pillow goes by the suffix
         image.save(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.evaluation import memorization_report
-from diffusers_pisdm.image_grid import make_image_grid
+from diffusers_pisdm.utils.image_grid import make_image_grid
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 
 import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
-from diffusers_pisdm.models.class_embedding import class_factors_from_names
 from diffusers_pisdm.models.latents import encode_latents, load_vae, vae_scale_factor
+from diffusers_pisdm.models.transformer_pisdm import class_factors_from_names
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
 from diffusers_pisdm.training.checkpoints import (
     CheckpointError,
@@ -51,19 +51,19 @@ from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform
 from diffusers_pisdm.training.latent_cache import LatentCache
 from diffusers_pisdm.training.loss_curves import plot_loss_curves
-from diffusers_pisdm.training.machine import describe_machine, peak_memory_gib
 from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
 from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.training.publishing import publish_cascade
 from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
-from diffusers_pisdm.training.replace_files import save_in_place
 from diffusers_pisdm.training.sample_sheets import draw_samples, forget_later_sheets, save_sample_sheets
 from diffusers_pisdm.training.seeds import noise_seed
 from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
 from diffusers_pisdm.training.stage_speed import measure_stage_speed
 from diffusers_pisdm.training.training_batches import TrainingBatches, validation_batches
 from diffusers_pisdm.training.weight_average import load_average, save_average
+from diffusers_pisdm.utils.files import save_in_place
+from diffusers_pisdm.utils.machine import describe_machine, peak_memory_gib
 
 
 def make_parser() -> argparse.ArgumentParser:

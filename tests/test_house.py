@@ -13,11 +13,12 @@ PACKAGE = ROOT / "diffusers_pisdm"
 
 # What the files of each folder may import from the package: dependencies flow one way.
 MAY_IMPORT = {
+    "utils": {"utils"},
     "ops": {"ops"},
     "models": {"ops", "models"},
     "pipelines": {"ops", "models", "pipelines"},
-    "training": {"ops", "models", "training", "image_grid"},
-    "evaluation": {"ops", "models", "pipelines", "evaluation", "image_grid"},
+    "training": {"ops", "models", "training", "utils"},
+    "evaluation": {"ops", "models", "pipelines", "evaluation", "utils"},
 }
 
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from ..utils.files import write_whole
 from .ablation_rows import AblationRow
-from .whole_files import write_whole
 
 
 class AblationError(ValueError):

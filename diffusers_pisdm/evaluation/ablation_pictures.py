@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from PIL import Image
 
-from ..image_grid import BACKGROUND, make_image_grid
+from ..utils.image_grid import BACKGROUND, make_image_grid
 from .ablation_rows import AblationRow
 from .ablation_table import MISSING
 from .sample_files import sample_path

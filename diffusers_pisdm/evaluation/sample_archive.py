@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..utils.files import write_whole
 from .sample_files import sample_path
 from .sample_record import read_sample_set
 from .sample_set import missing_samples
-from .whole_files import write_whole
 
 
 def write_sample_archive(folder: str | Path, path: str | Path, show_progress: bool = True) -> None:

@@ -15,11 +15,11 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.hub_utils import extract_commit_hash
 
+from ..utils.files import write_whole
 from .sample_classes import count_classes
 from .sample_files import check_no_foreign_images, find_images
 from .sample_settings import SampleSettings
 from .weights_fingerprint import weights_fingerprint
-from .whole_files import write_whole
 
 
 RECORD_FILE = "sample_set.json"

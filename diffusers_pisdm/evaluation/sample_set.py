@@ -12,12 +12,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..pipelines.swap_scheduler import swap_scheduler
+from ..utils.files import write_whole
 from .sample_classes import count_classes, sample_classes
 from .sample_files import check_no_foreign_images, find_damaged, sample_path
 from .sample_record import claim_folder, describe_samples, read_sample_set
 from .sample_seeds import sample_generators
 from .sample_settings import CALL_ARGUMENTS, SampleSettings
-from .whole_files import write_whole
 
 
 def write_sample_set(

@@ -14,8 +14,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.utils import USE_PEFT_BACKEND, _get_model_file
 from safetensors import SafetensorError, safe_open
 
-from ..models.class_embedding import get_class_embedding, set_class_embedding
-from ..models.transformer_pisdm import PISDMTransformer2DModel
+from ..models.transformer_pisdm import PISDMTransformer2DModel, get_class_embedding, set_class_embedding
 from .lora_fit import CLASS_EMBEDDING, check_adapter_fits, quote
 
 

@@ -11,8 +11,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 
-from ..models.class_embedding import get_class_embedding, set_class_embedding
-from ..models.transformer_pisdm import PISDMTransformer2DModel
+from ..models.transformer_pisdm import PISDMTransformer2DModel, get_class_embedding, set_class_embedding
 
 
 # The projections around the scan and those of the long skips. Those that steer the scan (`x_proj`, `dt_proj`) are left

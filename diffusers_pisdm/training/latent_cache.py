@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..utils.files import write_whole
 from .data_errors import DataError
 from .training_batch import TrainingRow
 
@@ -77,9 +78,8 @@ class CacheIndex:
 
     def write(self, folder: Path) -> None:
         """Writes `index.json`, whole or not at all."""
-        partial = folder / f"{INDEX_FILE}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        partial.replace(folder / INDEX_FILE)
+        with write_whole(folder / INDEX_FILE) as unfinished:
+            unfinished.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> CacheIndex:

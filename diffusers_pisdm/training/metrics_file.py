@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from ..utils.files import write_whole
 
 
 def append_metrics(file: str | Path, step: int, values: dict[str, float]) -> None:
@@ -43,6 +44,5 @@ def forget_later_metrics(file: str | Path, step: int) -> None:
     """Removes what was logged after `step`: a run that goes on from there logs it anew."""
     file = Path(file)
     kept = [row for row in read_metrics(file) if row["step"] <= step]
-    partial = file.with_name(f"partial-{file.name}")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(partial, file)
+    with write_whole(file) as unfinished:
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))

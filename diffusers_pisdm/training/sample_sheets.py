@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..image_grid import make_image_grid
+from ..utils.files import write_whole
+from ..utils.image_grid import make_image_grid
 
 
 STRIP_LENGTH = 8  # images a row of the sheet over time
@@ -92,9 +92,8 @@ def _over_time(strips: Path, width: int, height: int) -> Image.Image:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    partial = path.with_name(f"partial-{path.name}")
-    picture.save(partial)
-    os.replace(partial, path)
+    with write_whole(path) as unfinished:
+        picture.save(unfinished, format="PNG")
 
 
 def _step_of(picture: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..models.latents import encode_moments, vae_scale_factor
+from ..utils.files import write_whole
 from .data_errors import DataError
 from .image_pyramid import image_pyramid
 from .image_rows import ImageRows
@@ -93,10 +93,8 @@ def write_latent_cache(
             count = len(list(_batches(index, shard, batch_size)))
             parts = [_encode(batch, vae, index) for batch in _watched(islice(batches, count), progress, report)]
             tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
-            path = shard_path(folder, shard)
-            unfinished = path.with_suffix(".partial")
-            save_file(tensors, unfinished)
-            os.replace(unfinished, path)
+            with write_whole(shard_path(folder, shard)) as unfinished:
+                save_file(tensors, unfinished)
     accelerator.wait_for_everyone()
 
 

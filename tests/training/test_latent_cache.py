@@ -144,7 +144,7 @@ def test_an_interrupted_cache_is_completed_to_the_same_bytes(images, tmp_path, v
     last = shard_path(tmp_path / "latents", 2)
     if harm == "remove":
         last.unlink()
-        last.with_suffix(".partial").write_bytes(b"half a file")
+        last.with_name(f"{last.name}.unfinished").write_bytes(b"half a file")
     else:
         last.write_bytes(last.read_bytes()[: -100 if harm == "cut" else 0])
     with pytest.raises(DataError, match=r"of 3 files 1 are missing or damaged: shard-00002.*cache_latents.py again"):

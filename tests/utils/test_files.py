@@ -2,7 +2,7 @@ import resource
 
 import pytest
 
-from diffusers_pisdm.evaluation.whole_files import write_whole
+from diffusers_pisdm.utils.files import save_in_place, write_whole
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -43,3 +43,28 @@ def test_a_folder_that_cannot_be_is_told(tmp_path):
     with pytest.raises(OSError, match=r"Cannot write .*file/inner: .*File exists"):
         with write_whole(tmp_path / "file" / "inner"):
             pass
+
+
+def test_files_are_replaced_and_others_stay(tmp_path):
+    (tmp_path / "other").write_text("kept")
+
+    def write(folder, text):
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").write_text(text)
+
+    for text in ("first", "second"):
+        save_in_place(lambda folder, text=text: write(folder, text), tmp_path)
+        assert (tmp_path / "inner" / "a").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inner", "other"]
+
+
+def test_a_failed_save_changes_nothing(tmp_path):
+    (tmp_path / "a").write_text("whole")
+
+    def fail(folder):
+        (folder / "a").write_text("ha")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_in_place(fail, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "whole"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_pisdm.models.class_embedding import (
+from diffusers_pisdm.models.transformer_pisdm import (
     class_factors_from_names,
     get_class_embedding,
     set_class_embedding,

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image, ImageFont
 
-from diffusers_pisdm.image_grid import GAP, fit_into_cell, make_image_grid, shorten_to_width
+from diffusers_pisdm.utils.image_grid import GAP, fit_into_cell, make_image_grid, shorten_to_width
 
 
 def checkerboard(size):
