@@ -30,6 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when thi
 from benchmarks.class_centroids import class_centroids, nearest_class
 from benchmarks.patch_borders import patch_border_ratio, white_roughness
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.data.image_data import load_image_data
+from diffusers_pisdm.data.image_sources import ImageSource
+from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.evaluation import (
     DatasetImages,
     FeatureStatistics,
@@ -41,11 +44,8 @@ from diffusers_pisdm.evaluation import (
     write_sample_set,
 )
 from diffusers_pisdm.evaluation.frechet_distance import frechet_distance
-from diffusers_pisdm.evaluation.image_sources import ImageSource
 from diffusers_pisdm.evaluation.precision_recall import precision_recall
 from diffusers_pisdm.evaluation.sample_classes import sample_classes
-from diffusers_pisdm.training.image_data import load_image_data
-from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.machine import describe_machine

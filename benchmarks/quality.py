@@ -34,6 +34,10 @@ from benchmarks.quality_report import format_table, plot_quality, plot_samples, 
 from benchmarks.reference_images import reference_statistics
 from benchmarks.small_training import TrainingSettings, train_contestant
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.data.device_images import LabelledImages, load_labelled_images
+from diffusers_pisdm.data.image_data import load_image_data
+from diffusers_pisdm.data.image_rows import ImageRows
+from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.evaluation import (
     FeatureExtractor,
     FeatureStatistics,
@@ -43,10 +47,6 @@ from diffusers_pisdm.evaluation import (
     load_feature_extractor,
     write_sample_set,
 )
-from diffusers_pisdm.training.device_images import LabelledImages, load_labelled_images
-from diffusers_pisdm.training.image_data import load_image_data
-from diffusers_pisdm.training.image_rows import ImageRows
-from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.machine import describe_machine
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusers_pisdm.data.image_data import load_image_data
+from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.evaluation import (
     DatasetImages,
     FeatureExtractor,
@@ -15,8 +17,6 @@ from diffusers_pisdm.evaluation import (
     read_reference_file,
     write_reference_file,
 )
-from diffusers_pisdm.training.image_data import load_image_data
-from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
 
 
 def reference_statistics(

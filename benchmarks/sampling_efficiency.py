@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when thi
 from benchmarks.reference_images import reference_statistics
 from benchmarks.sampler_settings import SamplerSettings, sampler_grid
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.data.image_transform import decode_image
 from diffusers_pisdm.evaluation import (
     FolderImages,
     evaluate_images,
@@ -38,7 +39,6 @@ from diffusers_pisdm.evaluation import (
     write_sample_set,
 )
 from diffusers_pisdm.pipelines.swap_scheduler import swap_scheduler
-from diffusers_pisdm.training.image_transform import decode_image
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.machine import describe_machine
 

@@ -12,9 +12,9 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from benchmarks.contestants import Contestant
+from diffusers_pisdm.data.device_images import LabelledImages
 from diffusers_pisdm.training import CascadeObjective, LossMeter, image_pyramid
 from diffusers_pisdm.training.checkpoints import find_checkpoints, read_state, save_checkpoint
-from diffusers_pisdm.training.device_images import LabelledImages
 from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.training.seeds import noise_seed

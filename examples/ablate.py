@@ -30,6 +30,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_pisdm import PISDMCascadePipeline, __version__
+from diffusers_pisdm.data.image_data import ImageData, load_image_data
+from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.evaluation import (
     DatasetImages,
     FeatureExtractor,
@@ -48,8 +50,6 @@ from diffusers_pisdm.evaluation.ablation_report import write_ablation_report
 from diffusers_pisdm.evaluation.ablation_rows import PER_STAGE_ARGUMENTS, TABLES, check_complete
 from diffusers_pisdm.evaluation.sample_files import sample_path
 from diffusers_pisdm.training.cost_settings import CostSettings
-from diffusers_pisdm.training.image_data import ImageData, load_image_data
-from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.training.metrics_file import read_metrics
 from diffusers_pisdm.training.recipes import read_recipe
 from diffusers_pisdm.training.stage_cost import estimate_cascade_cost

@@ -17,13 +17,13 @@ import sys
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
+from diffusers_pisdm.data.image_data import ImageData, load_image_data, read_class_names
+from diffusers_pisdm.data.image_rows import ON_BAD_IMAGE, ImageRows
+from diffusers_pisdm.data.image_transform import ImageTransform
+from diffusers_pisdm.data.latent_cache import DTYPES, CacheIndex
+from diffusers_pisdm.data.latent_cache_writer import vae_fingerprint, write_latent_cache
 from diffusers_pisdm.models.latents import load_vae, vae_scale_factor
-from diffusers_pisdm.training.image_data import ImageData, load_image_data, read_class_names
-from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
-from diffusers_pisdm.training.image_transform import ImageTransform
-from diffusers_pisdm.training.latent_cache import DTYPES, CacheIndex
 from diffusers_pisdm.training.recipes import read_recipe
-from diffusers_pisdm.training.write_latent_cache import vae_fingerprint, write_latent_cache
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

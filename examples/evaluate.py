@@ -31,6 +31,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import diffusers_pisdm
+from diffusers_pisdm.data.image_data import load_image_data
+from diffusers_pisdm.data.image_sources import CropImage
+from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.evaluation import (
     DatasetImages,
     EvaluationResult,
@@ -50,11 +53,8 @@ from diffusers_pisdm.evaluation import (
     write_reference_file,
     write_sample_set,
 )
-from diffusers_pisdm.evaluation.image_sources import CropImage
 from diffusers_pisdm.evaluation.sample_record import RECORD_FILE
 from diffusers_pisdm.evaluation.sample_settings import CALL_ARGUMENTS, CLASS_RULES
-from diffusers_pisdm.training.image_data import load_image_data
-from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.machine import describe_machine

@@ -28,16 +28,16 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
+from diffusers_pisdm.data.device_images import LabelledImages, load_labelled_images
+from diffusers_pisdm.data.image_data import load_image_data
+from diffusers_pisdm.data.image_rows import ON_BAD_IMAGE, ImageRows
+from diffusers_pisdm.data.image_transform import ImageTransform
+from diffusers_pisdm.data.rows import DataError
 from diffusers_pisdm.models.transformer_pisdm import class_factors_from_names
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state, save_checkpoint
-from diffusers_pisdm.training.data_errors import DataError
-from diffusers_pisdm.training.device_images import LabelledImages, load_labelled_images
 from diffusers_pisdm.training.device_step import WARM_UP_STEPS, DeviceStep
 from diffusers_pisdm.training.fine_tuning import check_noise_schedules, pretrained_defaults, start_cascade
-from diffusers_pisdm.training.image_data import load_image_data
-from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
-from diffusers_pisdm.training.image_transform import ImageTransform
 from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
 from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups

@@ -32,6 +32,12 @@ from tqdm.auto import tqdm
 
 import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
+from diffusers_pisdm.data.batches import TrainingBatches, validation_batches
+from diffusers_pisdm.data.image_data import load_image_data, read_class_names
+from diffusers_pisdm.data.image_rows import ON_BAD_IMAGE, ImageRows
+from diffusers_pisdm.data.image_transform import ImageTransform
+from diffusers_pisdm.data.latent_cache import LatentCache
+from diffusers_pisdm.data.rows import DataError
 from diffusers_pisdm.models.latents import encode_latents, load_vae, vae_scale_factor
 from diffusers_pisdm.models.transformer_pisdm import class_factors_from_names
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
@@ -44,12 +50,7 @@ from diffusers_pisdm.training.checkpoints import (
 )
 from diffusers_pisdm.training.cost_report import cost_report, format_cost_report
 from diffusers_pisdm.training.cost_settings import CostSettings
-from diffusers_pisdm.training.data_errors import DataError
 from diffusers_pisdm.training.fine_tuning import add_lora, check_noise_schedules, pretrained_defaults, start_cascade
-from diffusers_pisdm.training.image_data import load_image_data, read_class_names
-from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
-from diffusers_pisdm.training.image_transform import ImageTransform
-from diffusers_pisdm.training.latent_cache import LatentCache
 from diffusers_pisdm.training.loss_curves import plot_loss_curves
 from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
 from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
@@ -60,7 +61,6 @@ from diffusers_pisdm.training.sample_sheets import draw_samples, forget_later_sh
 from diffusers_pisdm.training.seeds import noise_seed
 from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
 from diffusers_pisdm.training.stage_speed import measure_stage_speed
-from diffusers_pisdm.training.training_batches import TrainingBatches, validation_batches
 from diffusers_pisdm.training.weight_average import load_average, save_average
 from diffusers_pisdm.utils.files import save_in_place
 from diffusers_pisdm.utils.machine import describe_machine, peak_memory_gib

@@ -17,8 +17,9 @@ MAY_IMPORT = {
     "ops": {"ops"},
     "models": {"ops", "models"},
     "pipelines": {"ops", "models", "pipelines"},
-    "training": {"ops", "models", "training", "utils"},
-    "evaluation": {"ops", "models", "pipelines", "evaluation", "utils"},
+    "data": {"data", "models", "utils"},
+    "training": {"ops", "models", "data", "training", "utils"},
+    "evaluation": {"ops", "models", "data", "pipelines", "evaluation", "utils"},
 }
 
 

@@ -1,8 +1,8 @@
+from ..data.image_sources import DatasetImages, FolderImages, ImageSource, ImageSourceError, ListImages, NpzImages
 from .efficientnet_lite0 import EfficientNetLite0
 from .evaluation import EvaluationResult, Score, evaluate_images
 from .feature_statistics import FeatureStatistics, Gaussian, collect_statistics
 from .features import FeatureExtractor, Features, load_feature_extractor, register_feature_extractor
-from .image_sources import DatasetImages, FolderImages, ImageSource, ImageSourceError, ListImages, NpzImages
 from .inception_v3 import InceptionV3
 from .nearest_neighbors import MemorizationReport, memorization_report, nearest_neighbors
 from .precision_recall import PrecisionRecall, precision_recall

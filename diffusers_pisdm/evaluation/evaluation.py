@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..data.image_sources import ImageSource
 from .feature_statistics import FeatureStatistics, collect_statistics
 from .features import FeatureExtractor, Features
-from .image_sources import ImageSource
 from .precision_recall import precision_recall
 
 

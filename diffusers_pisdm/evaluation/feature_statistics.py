@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from ..data.image_sources import ImageSource
 from .features import FeatureExtractor, Features
-from .image_sources import ImageSource
 
 
 class Gaussian(NamedTuple):

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.nn.utils import clip_grad_norm_
 
+from ..data.device_images import LabelledImages
+from ..data.image_pyramid import image_pyramid
 from .cascade_objective import CascadeObjective
-from .device_images import LabelledImages, augment_images
-from .image_pyramid import image_pyramid
 from .loss_meter import LossMeter
 from .row_noise import RowNoise
 
@@ -136,3 +136,31 @@ class DeviceStep:
         torch._foreach_mul_(differences, self.average_weight)
         torch._foreach_add_(self.average.shadow_params, differences)
         self.meter.add(losses)
+
+
+def augment_images(
+    images: torch.Tensor, noise: RowNoise, may_flip: torch.Tensor | None = None, max_shift: int = 0
+) -> torch.Tensor:
+    """
+    Mirrors every second image that may be, and moves all by up to `max_shift` pixels, repeating their borders.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): The images.
+        noise ([`RowNoise`]): Draws both.
+        may_flip (`torch.Tensor` of shape `(B,)`, bool, *optional*): Which may be mirrored; none without it.
+        max_shift (`int`, defaults to 0): Pixels in each direction.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, H, W)`, uint8.
+    """
+    batch_size, _, height, width = images.shape
+    if may_flip is not None:
+        flip = (noise.uniform(batch_size) < 0.5) & may_flip  # (B,)
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    if max_shift > 0:
+        down, right = noise.integers(2 * max_shift + 1, batch_size, 2).sub(max_shift).unbind(1)  # (B,) each
+        rows = (torch.arange(height, device=images.device) + down[:, None]).clamp(0, height - 1)  # (B, H)
+        columns = (torch.arange(width, device=images.device) + right[:, None]).clamp(0, width - 1)  # (B, W)
+        images = images.gather(2, rows[:, None, :, None].expand_as(images))
+        images = images.gather(3, columns[:, None, None, :].expand_as(images))
+    return images

@@ -5,8 +5,8 @@ from PIL import Image
 
 from benchmarks.picture_quality import main
 from diffusers_pisdm import PISDMCascadePipeline
+from tests.data.image_folders import copy_folder
 from tests.pipelines.tiny_cascade import make_scheduler, make_transformer
-from tests.training.image_sources import copy_folder
 
 
 CLASSES = ["noto/animal-mammal", "noto/clothing", "other/face-smiling", "other/heart"]

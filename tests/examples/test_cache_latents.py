@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from diffusers_pisdm.training.latent_cache import LatentCache
+from diffusers_pisdm.data.latent_cache import LatentCache
 from examples import cache_latents
+from tests.data.image_folders import copy_folder, write_parquet
 from tests.models.tiny_vae import make_kl, make_tiny
-from tests.training.image_sources import copy_folder, write_parquet
 
 
 STAGE = {"patch_size": 2, "in_channels": 4, "num_layers": 2, "hidden_size": 16}

@@ -10,14 +10,14 @@ import pytest
 from accelerate.state import PartialState
 from PIL import Image
 
+from diffusers_pisdm.data.image_transform import decode_image
 from diffusers_pisdm.evaluation import FolderImages, missing_samples, register_feature_extractor
 from diffusers_pisdm.evaluation import features as features_module
-from diffusers_pisdm.training.image_transform import decode_image
 from examples import evaluate
+from tests.data.image_folders import copy_folder, write_parquet
 from tests.evaluation.pixel_features import PixelFeatures
 from tests.examples import evaluate_in_processes
 from tests.pipelines.tiny_cascade import make_cascade
-from tests.training.image_sources import copy_folder, write_parquet
 
 
 ROOT = Path(__file__).parents[2]

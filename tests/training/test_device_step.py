@@ -11,9 +11,9 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
 from diffusers_pisdm import PISDMTransformer2DModel
+from diffusers_pisdm.data.device_images import LabelledImages
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
-from diffusers_pisdm.training.device_images import LabelledImages, augment_images
-from diffusers_pisdm.training.device_step import DeviceStep
+from diffusers_pisdm.training.device_step import DeviceStep, augment_images
 from diffusers_pisdm.training.optimization import make_optimizer, parameter_groups
 from diffusers_pisdm.training.row_noise import RowNoise
 
@@ -142,3 +142,33 @@ def test_a_recorded_step_trains_as_the_plain_one_and_waits_for_nothing(data):
         step(chosen, 9, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_every_other_image_that_may_be_is_mirrored():
+    images = torch.randint(0, 256, (1000, 3, 4, 4), dtype=torch.uint8)
+    may_flip = torch.arange(1000) % 4 != 0
+    augmented = augment_images(images, RowNoise(0, torch.device("cpu")), may_flip)
+    same = (augmented == images).flatten(1).all(dim=1)
+    mirrored = (augmented == images.flip(-1)).flatten(1).all(dim=1)
+    assert (same ^ mirrored).all()
+    assert same[~may_flip].all()
+    assert abs(mirrored[may_flip].float().mean() - 0.5) < 0.06
+    assert torch.equal(augment_images(images, RowNoise(0, torch.device("cpu")), may_flip), augmented)
+    assert torch.equal(augment_images(images, RowNoise(0, torch.device("cpu"))), images)
+
+
+def test_images_move_in_all_directions_and_repeat_their_borders():
+    images = torch.randint(0, 256, (500, 3, 6, 5), dtype=torch.uint8)
+    moved = augment_images(images, RowNoise(0, torch.device("cpu")), max_shift=2)
+    padded = torch.nn.functional.pad(images.float(), (2, 2, 2, 2), mode="replicate").to(torch.uint8)
+    found = set()
+    for image, around in zip(moved, padded):
+        matches = {
+            (down, right)
+            for down in range(5)
+            for right in range(5)
+            if torch.equal(image, around[:, down : down + 6, right : right + 5])
+        }
+        assert matches
+        found |= matches
+    assert len(found) == 25

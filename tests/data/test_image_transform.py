@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
+from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
 
 
 def encode(image: Image.Image, **options) -> bytes:

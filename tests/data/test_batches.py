@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_pisdm.training import stream_batches
-from diffusers_pisdm.training.data_errors import BadImageError, DataError
-from diffusers_pisdm.training.image_rows import ImageRows
-from diffusers_pisdm.training.image_transform import ImageTransform
-from diffusers_pisdm.training.training_batches import TrainingBatches, validation_batches
-from tests.training.image_sources import copy_folder, damaged_images, load, write_tars
+from diffusers_pisdm.data import stream_batches
+from diffusers_pisdm.data.batches import TrainingBatches, validation_batches
+from diffusers_pisdm.data.image_rows import ImageRows
+from diffusers_pisdm.data.image_transform import ImageTransform
+from diffusers_pisdm.data.rows import BadImageError, DataError
+from tests.data.image_folders import copy_folder, damaged_images, load, write_tars
 
 
 NUM_ROWS = 12

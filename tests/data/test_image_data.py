@@ -4,10 +4,10 @@ import pytest
 from datasets import ClassLabel, Dataset
 from datasets import Image as ImageFeature
 
-from diffusers_pisdm.training import image_data
-from diffusers_pisdm.training.data_errors import DataError
-from diffusers_pisdm.training.image_data import load_image_data, read_class_names
-from tests.training.image_sources import copy_folder, load, write_parquet, write_tars
+from diffusers_pisdm.data import image_data
+from diffusers_pisdm.data.image_data import load_image_data, read_class_names
+from diffusers_pisdm.data.rows import DataError
+from tests.data.image_folders import copy_folder, load, write_parquet, write_tars
 
 
 PARQUET = {"image_column": "picture", "label_column": "kind"}

@@ -12,16 +12,16 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from diffusers_pisdm.data.batches import TrainingBatches, validation_batches
+from diffusers_pisdm.data.image_pyramid import image_pyramid
+from diffusers_pisdm.data.image_rows import ImageRows
+from diffusers_pisdm.data.image_transform import ImageTransform
+from diffusers_pisdm.data.latent_cache import CacheIndex, LatentCache, find_shard_fault, shard_path
+from diffusers_pisdm.data.latent_cache_writer import vae_fingerprint, write_latent_cache
+from diffusers_pisdm.data.rows import BadImageError, DataError
 from diffusers_pisdm.models.latents import encode_moments
-from diffusers_pisdm.training.data_errors import BadImageError, DataError
-from diffusers_pisdm.training.image_pyramid import image_pyramid
-from diffusers_pisdm.training.image_rows import ImageRows
-from diffusers_pisdm.training.image_transform import ImageTransform
-from diffusers_pisdm.training.latent_cache import CacheIndex, LatentCache, find_shard_fault, shard_path
-from diffusers_pisdm.training.training_batches import TrainingBatches, validation_batches
-from diffusers_pisdm.training.write_latent_cache import vae_fingerprint, write_latent_cache
+from tests.data.image_folders import copy_folder, damaged_images, load
 from tests.models.tiny_vae import make_dc, make_kl, make_tiny
-from tests.training.image_sources import copy_folder, damaged_images, load
 
 
 NUM_ROWS = 12

@@ -18,13 +18,12 @@ from tqdm.auto import tqdm
 
 from ..models.latents import encode_moments, vae_scale_factor
 from ..utils.files import write_whole
-from .data_errors import DataError
+from .batches import read_rows
 from .image_pyramid import image_pyramid
 from .image_rows import ImageRows
 from .latent_cache import DTYPES, INDEX_FILE, CacheIndex, find_shard_fault, shard_path, tensor_name
 from .parallel_read import read_batches
-from .shuffled_batches import read_rows
-from .training_batch import TrainingBatch
+from .rows import DataError, TrainingBatch
 
 
 def vae_fingerprint(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC) -> str:

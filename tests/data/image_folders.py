@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset
 from PIL import Image
 
-from diffusers_pisdm.training.image_data import ImageData, load_image_data
+from diffusers_pisdm.data.image_data import ImageData, load_image_data
 
 
 def copy_folder(files: list[Path], folder: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 
-# `diffusers_pisdm.training.image_transform` has both: `decode_image`, and an `ImageTransform` without random numbers.
+# `diffusers_pisdm.data.image_transform` has both: `decode_image`, and an `ImageTransform` without random numbers.
 # Images should be read and cropped as those of the training were; but this package does not import that one.
 DecodeImage = Callable[[bytes], Image.Image]
 CropImage = Callable[[Image.Image], torch.Tensor]
@@ -87,7 +87,7 @@ class FolderImages(ImageSource):
         folder (`str` or `Path`): The folder. Files and folders whose name starts with a dot are left out.
         decode (`Callable`):
             Makes the content of a file an image of mode RGB:
-            [`~diffusers_pisdm.training.image_transform.decode_image`].
+            [`~diffusers_pisdm.data.image_transform.decode_image`].
         crop (`Callable`, *optional*): See [`ImageSource`].
 
     Raises:
@@ -169,7 +169,7 @@ class NpzImages(ImageSource):
 
 
 class EncodedRows(Protocol):
-    """What [`DatasetImages`] reads: [`~diffusers_pisdm.training.image_data.ImageData`] is of this form."""
+    """What [`DatasetImages`] reads: [`~diffusers_pisdm.data.image_data.ImageData`] is of this form."""
 
     dataset: Sequence[dict]
 
@@ -182,7 +182,7 @@ class EncodedRows(Protocol):
 
 class DatasetImages(ImageSource):
     """
-    The images of a data set that [`~diffusers_pisdm.training.image_data.load_image_data`] loaded.
+    The images of a data set that [`~diffusers_pisdm.data.image_data.load_image_data`] loaded.
 
     Args:
         name (`str`): The data set's.

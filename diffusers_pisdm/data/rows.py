@@ -1,4 +1,4 @@
-"""What a data loader hands to a training step."""
+"""What a data loader hands to a training step, and what can be wrong with it."""
 
 from __future__ import annotations
 
@@ -44,3 +44,11 @@ def stack_rows(rows: Sequence[TrainingRow]) -> TrainingBatch:
     return TrainingBatch(
         images, torch.tensor([row.label for row in rows]), [bad for row in rows for bad in row.bad_images]
     )
+
+
+class DataError(ValueError):
+    """The data set holds something that cannot be trained on; the message says where, and what to do."""
+
+
+class BadImageError(DataError):
+    """An image cannot be read."""

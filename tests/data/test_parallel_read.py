@@ -4,8 +4,8 @@ from itertools import count, islice
 
 import pytest
 
-from diffusers_pisdm.training.data_errors import DataError
-from diffusers_pisdm.training.parallel_read import read_ahead, read_batches
+from diffusers_pisdm.data.parallel_read import read_ahead, read_batches
+from diffusers_pisdm.data.rows import DataError
 
 
 def total(keys):

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .data_errors import DataError
+from .rows import DataError
 
 
 Item = TypeVar("Item")

@@ -2,11 +2,11 @@ import pytest
 import torch
 from datasets import Dataset, Image
 
-from diffusers_pisdm.training import image_rows
-from diffusers_pisdm.training.data_errors import BadImageError, DataError
-from diffusers_pisdm.training.image_rows import ImageRows
-from diffusers_pisdm.training.image_transform import ImageTransform
-from tests.training.image_sources import copy_folder, damaged_images, load, write_parquet
+from diffusers_pisdm.data import image_rows
+from diffusers_pisdm.data.image_rows import ImageRows
+from diffusers_pisdm.data.image_transform import ImageTransform
+from diffusers_pisdm.data.rows import BadImageError, DataError
+from tests.data.image_folders import copy_folder, damaged_images, load, write_parquet
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.evaluation import DatasetImages, FolderImages, ImageSourceError, ListImages, NpzImages
-from diffusers_pisdm.training.image_transform import ImageTransform, decode_image
-from tests.training.image_sources import copy_folder, damaged_images, load, write_parquet
+from tests.data.image_folders import copy_folder, damaged_images, load, write_parquet
 
 
 def crop_to(size):

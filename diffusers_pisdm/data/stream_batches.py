@@ -12,10 +12,9 @@ import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 
-from .data_errors import BadImageError, DataError
 from .image_rows import MAX_BAD_IN_A_ROW, ImageRows, all_bad
 from .parallel_read import read_ahead, read_batches
-from .training_batch import TrainingBatch
+from .rows import BadImageError, DataError, TrainingBatch
 
 
 # datasets mixes the rows of several files, but its buffer must not hold 2 GiB (an Arrow column's limit), which 10,000

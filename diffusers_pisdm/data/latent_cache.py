@@ -11,8 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..utils.files import write_whole
-from .data_errors import DataError
-from .training_batch import TrainingRow
+from .rows import DataError, TrainingRow
 
 
 INDEX_FILE = "index.json"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .data_errors import BadImageError
 from .image_data import ImageData
 from .image_transform import ImageTransform, decode_image
-from .training_batch import TrainingRow
+from .rows import BadImageError, TrainingRow
 
 
 ON_BAD_IMAGE = ("stop", "skip")

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 
-from .data_errors import DataError
+from .rows import DataError
 
 
 @dataclass

@@ -10,7 +10,6 @@ import torch
 from tqdm.auto import tqdm
 
 from .image_rows import ImageRows
-from .row_noise import RowNoise
 
 
 @dataclass(frozen=True)
@@ -58,31 +57,3 @@ def load_labelled_images(rows: ImageRows, num_threads: int | None = None) -> Lab
         read_rows = [row for row in tqdm(done, total=len(rows), desc="reading images") if row is not None]
     images, labels, may_flip = zip(*read_rows)
     return LabelledImages(torch.stack(images), torch.tensor(labels), rows.data.class_names, torch.tensor(may_flip))
-
-
-def augment_images(
-    images: torch.Tensor, noise: RowNoise, may_flip: torch.Tensor | None = None, max_shift: int = 0
-) -> torch.Tensor:
-    """
-    Mirrors every second image that may be, and moves all by up to `max_shift` pixels, repeating their borders.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): The images.
-        noise ([`RowNoise`]): Draws both.
-        may_flip (`torch.Tensor` of shape `(B,)`, bool, *optional*): Which may be mirrored; none without it.
-        max_shift (`int`, defaults to 0): Pixels in each direction.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 3, H, W)`, uint8.
-    """
-    batch_size, _, height, width = images.shape
-    if may_flip is not None:
-        flip = (noise.uniform(batch_size) < 0.5) & may_flip  # (B,)
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    if max_shift > 0:
-        down, right = noise.integers(2 * max_shift + 1, batch_size, 2).sub(max_shift).unbind(1)  # (B,) each
-        rows = (torch.arange(height, device=images.device) + down[:, None]).clamp(0, height - 1)  # (B, H)
-        columns = (torch.arange(width, device=images.device) + right[:, None]).clamp(0, width - 1)  # (B, W)
-        images = images.gather(2, rows[:, None, :, None].expand_as(images))
-        images = images.gather(3, columns[:, None, None, :].expand_as(images))
-    return images

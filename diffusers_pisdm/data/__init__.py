@@ -1,0 +1,1 @@
+"""From image folders, data sets and latents to batches of training rows."""

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from diffusers_pisdm.data.device_images import load_labelled_images
+from diffusers_pisdm.data.image_rows import ImageRows
+from diffusers_pisdm.data.image_transform import ImageTransform
+from tests.data.image_folders import copy_folder, damaged_images, load
+
+
+@pytest.fixture
+def folder(real_image_files, tmp_path):
+    return copy_folder(real_image_files[::4], tmp_path / "images")
+
+
+def test_all_images_in_their_order(folder, tmp_path):
+    rows = ImageRows(load(folder, tmp_path / "cache"), ImageTransform(16))
+    data = load_labelled_images(rows, num_threads=3)
+    read = [rows.read(i, 0, 0) for i in range(len(rows))]
+    assert torch.equal(data.images, torch.stack([row.images for row in read]))
+    assert data.labels.tolist() == [row.label for row in read]
+    assert data.class_names == rows.data.class_names
+    assert data.may_flip.all()
+    moved = data.to(torch.device("meta"))
+    assert {moved.images.device.type, moved.labels.device.type, moved.may_flip.device.type} == {"meta"}
+
+
+def test_bad_images_are_left_out(folder, tmp_path, capsys):
+    file = sorted(folder.glob("*/*.png"))[3]
+    file.write_bytes(damaged_images(file.read_bytes())["truncated"])
+    rows = ImageRows(load(folder, tmp_path / "cache"), ImageTransform(16), on_bad_image="skip")
+    data = load_labelled_images(rows)
+    good = [rows.read(i, 0, 0).images for i in range(len(rows)) if i != 3]
+    assert torch.equal(data.images, torch.stack(good))
+    assert file.name in capsys.readouterr().out
