@@ -48,7 +48,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["diffusers_pisdm", "diffusers_pisdm.*"]),
-    package_data={"diffusers_pisdm.training": ["model_card.md"]},
+    package_data={"diffusers_pisdm.publishing": ["model_card.md"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.0",

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_pisdm.models.transformer_pisdm import PISDMBlock, PISDMMambaMixer
 from diffusers_pisdm.ops.common.backends import force_backends
-from diffusers_pisdm.training.step_trace import StepTrace
+from diffusers_pisdm.training.cost.flops import StepTrace
 
 
 STATE_SIZE, CONV_KERNEL, EXPAND = 16, 3, 2  # the model's defaults

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.contestants import Contestant
 from diffusers_pisdm.training import image_pyramid
-from diffusers_pisdm.training.step_trace import StepTrace
+from diffusers_pisdm.training.cost.flops import StepTrace
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,16 @@ from tqdm.auto import tqdm
 from benchmarks.contestants import Contestant
 from diffusers_pisdm.data.device_images import LabelledImages
 from diffusers_pisdm.training import CascadeObjective, LossMeter, image_pyramid
-from diffusers_pisdm.training.checkpoints import find_checkpoints, read_state, save_checkpoint
-from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
+from diffusers_pisdm.training.checkpoints import (
+    find_checkpoints,
+    load_average,
+    read_state,
+    save_average,
+    save_checkpoint,
+)
+from diffusers_pisdm.training.metrics import append_metrics, forget_later_metrics
+from diffusers_pisdm.training.noise import noise_seed
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
-from diffusers_pisdm.training.seeds import noise_seed
-from diffusers_pisdm.training.weight_average import load_average, save_average
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """
 What training costs: images a second and memory of the sizes S, L and H, each as a single stage on latents of 64 and
-256 pixel images, or of all stages of a recipe. It runs a few training steps of each; see
-`stage_cost.py` and `stage_speed.py` in `diffusers_pisdm/training/` for what is counted and what is measured; what is
-extrapolated stands below the table of a recipe.
+256 pixel images, or of all stages of a recipe. It runs a few training steps of each; see `stage_cost.py` and
+`stage_speed.py` in `diffusers_pisdm/training/cost/` for what is counted and what is measured; what is extrapolated
+stands below the table of a recipe.
 
     python benchmarks/training_cost.py
     python benchmarks/training_cost.py --recipe examples/recipes/imagenet256.json --num-processes 8 \\
@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 
 from diffusers_pisdm import PISDM_SIZES
-from diffusers_pisdm.training.cost_report import cost_report, format_cost_report
-from diffusers_pisdm.training.cost_settings import AUTOCAST_DTYPES, CostSettings
+from diffusers_pisdm.training.cost.report import cost_report, format_cost_report
+from diffusers_pisdm.training.cost.stage_cost import AUTOCAST_DTYPES, CostSettings, estimate_cascade_cost
+from diffusers_pisdm.training.cost.stage_speed import StageSpeed, measure_stage_speed
 from diffusers_pisdm.training.recipes import read_recipe
-from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
-from diffusers_pisdm.training.stage_speed import StageSpeed, measure_stage_speed
 from diffusers_pisdm.utils.machine import describe_machine
 
 

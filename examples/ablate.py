@@ -49,10 +49,9 @@ from diffusers_pisdm.evaluation.ablation_folder import AblationError, AblationFo
 from diffusers_pisdm.evaluation.ablation_report import write_ablation_report
 from diffusers_pisdm.evaluation.ablation_rows import PER_STAGE_ARGUMENTS, TABLES, check_complete
 from diffusers_pisdm.evaluation.sample_files import sample_path
-from diffusers_pisdm.training.cost_settings import CostSettings
-from diffusers_pisdm.training.metrics_file import read_metrics
+from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_cascade_cost
+from diffusers_pisdm.training.metrics import read_metrics
 from diffusers_pisdm.training.recipes import read_recipe
-from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
 from diffusers_pisdm.utils.machine import describe_machine
 
 

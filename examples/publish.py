@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from diffusers_pisdm.training.publishing import VARIANTS, prepare_upload, upload
+from diffusers_pisdm.publishing.hub import VARIANTS, prepare_upload, upload
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

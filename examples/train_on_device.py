@@ -35,16 +35,22 @@ from diffusers_pisdm.data.image_transform import ImageTransform
 from diffusers_pisdm.data.rows import DataError
 from diffusers_pisdm.models.transformer_pisdm import class_factors_from_names
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
-from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state, save_checkpoint
+from diffusers_pisdm.training.checkpoints import (
+    CheckpointError,
+    find_checkpoints,
+    load_average,
+    read_state,
+    save_average,
+    save_checkpoint,
+)
 from diffusers_pisdm.training.device_step import WARM_UP_STEPS, DeviceStep
 from diffusers_pisdm.training.fine_tuning import check_noise_schedules, pretrained_defaults, start_cascade
-from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
+from diffusers_pisdm.training.metrics import append_metrics, forget_later_metrics
+from diffusers_pisdm.training.noise import noise_seed
 from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
 from diffusers_pisdm.training.sample_sheets import draw_samples, save_sample_sheets
-from diffusers_pisdm.training.seeds import noise_seed
-from diffusers_pisdm.training.weight_average import load_average, save_average
 from diffusers_pisdm.utils.files import save_in_place
 from diffusers_pisdm.utils.machine import describe_machine, peak_memory_gib
 

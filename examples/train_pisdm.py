@@ -40,28 +40,27 @@ from diffusers_pisdm.data.latent_cache import LatentCache
 from diffusers_pisdm.data.rows import DataError
 from diffusers_pisdm.models.latents import encode_latents, load_vae, vae_scale_factor
 from diffusers_pisdm.models.transformer_pisdm import class_factors_from_names
+from diffusers_pisdm.publishing.hub import publish_cascade
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
 from diffusers_pisdm.training.checkpoints import (
     CheckpointError,
     find_checkpoints,
     find_fault,
+    load_average,
     read_state,
+    save_average,
     save_checkpoint,
 )
-from diffusers_pisdm.training.cost_report import cost_report, format_cost_report
-from diffusers_pisdm.training.cost_settings import CostSettings
+from diffusers_pisdm.training.cost.report import cost_report, format_cost_report
+from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_cascade_cost
+from diffusers_pisdm.training.cost.stage_speed import measure_stage_speed
 from diffusers_pisdm.training.fine_tuning import add_lora, check_noise_schedules, pretrained_defaults, start_cascade
-from diffusers_pisdm.training.loss_curves import plot_loss_curves
-from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
+from diffusers_pisdm.training.metrics import append_metrics, forget_later_metrics, plot_loss_curves
+from diffusers_pisdm.training.noise import noise_seed
 from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
-from diffusers_pisdm.training.publishing import publish_cascade
 from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
 from diffusers_pisdm.training.sample_sheets import draw_samples, forget_later_sheets, save_sample_sheets
-from diffusers_pisdm.training.seeds import noise_seed
-from diffusers_pisdm.training.stage_cost import estimate_cascade_cost
-from diffusers_pisdm.training.stage_speed import measure_stage_speed
-from diffusers_pisdm.training.weight_average import load_average, save_average
 from diffusers_pisdm.utils.files import save_in_place
 from diffusers_pisdm.utils.machine import describe_machine, peak_memory_gib
 

@@ -11,9 +11,8 @@ from diffusers import DDPMScheduler
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, image_to_residual, upsample_low_res
-from .batch_shares import stage_batch_size
 from .denoising_loss import denoising_target, denoising_weights
-from .row_noise import RowNoise
+from .noise import RowNoise
 from .scale_invariant_loss import ScaleInvariantLoss
 
 
@@ -221,3 +220,17 @@ class CascadeObjective(nn.Module):
         target = denoising_target(scheduler, clean, noise, timesteps)
         errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
         return self.get_buffer(f"loss_weights_{index}")[timesteps] * errors, features
+
+
+def stage_batch_size(share: float, batch_size: int) -> int:
+    """
+    A stage's part of the batch, rounded, but never empty.
+
+    Args:
+        share (`float`): The share of the batch for this stage, in (0, 1].
+        batch_size (`int`): Images of the batch.
+
+    Returns:
+        `int`: From 1 to `batch_size`.
+    """
+    return max(1, round(share * batch_size))

@@ -1,4 +1,7 @@
-"""Checkpoints of a training run: written whole or not at all, found by their step, checked before they are used."""
+"""Checkpoints of a training run: written whole or not at all, found by their step, checked before they are used.
+
+Averaged weights are kept in them as safetensors.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -166,3 +173,46 @@ def _flush(path: Path) -> None:
 
 def _step_of(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
+
+
+def save_average(average: EMAModel, names: list[str], file: Path, is_main_process: bool = True) -> None:
+    """
+    Writes the averaged weights. With sharded parameters (FSDP2) all processes have to call it.
+
+    Args:
+        average (`EMAModel`): The averages.
+        names (`list[str]`): The parameters' names, in the order they were given to `average`.
+        file (`Path`): The safetensors file to write.
+        is_main_process (`bool`, defaults to `True`): Whether this process writes; the others only take part.
+    """
+    whole = {name: _gather(tensor) for name, tensor in zip(names, average.shadow_params, strict=True)}
+    if is_main_process:
+        save_file(whole, file)
+
+
+def load_average(average: EMAModel, names: list[str], file: Path, step: int) -> None:
+    """
+    Reads what [`save_average`] wrote.
+
+    Args:
+        average (`EMAModel`): Takes the averages; its present ones say how each is sharded and where it lies.
+        names (`list[str]`): As there.
+        file (`Path`): The safetensors file.
+        step (`int`): How many updates the averages have seen.
+    """
+    whole = load_file(file)
+    average.shadow_params = [
+        _shard_like(whole[name], present) for name, present in zip(names, average.shadow_params, strict=True)
+    ]
+    average.optimization_step = step
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def _shard_like(tensor: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.to(present.device)
+    if isinstance(present, DTensor):
+        return distribute_tensor(tensor, present.device_mesh, present.placements)
+    return tensor

@@ -12,7 +12,7 @@ from ..data.device_images import LabelledImages
 from ..data.image_pyramid import image_pyramid
 from .cascade_objective import CascadeObjective
 from .loss_meter import LossMeter
-from .row_noise import RowNoise
+from .noise import RowNoise
 
 
 WARM_UP_STEPS = 3  # steps before the recording: kernels are compiled and tables are made in them

@@ -3,7 +3,7 @@ import torch
 
 from benchmarks.candidates import PISDM, make_candidates, make_inputs, num_tokens
 from benchmarks.peers import PEERS
-from diffusers_pisdm.training.step_trace import StepTrace
+from diffusers_pisdm.training.cost.flops import StepTrace
 
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 from benchmarks.contestants import Contestant
 from benchmarks.small_training import LabelledImages, TrainingSettings, batch_rows, train_contestant
 from diffusers_pisdm.training.checkpoints import find_checkpoints
-from diffusers_pisdm.training.metrics_file import read_metrics
+from diffusers_pisdm.training.metrics import read_metrics
 
 
 STAGE = {"patch_size": 2, "in_channels": 3, "num_layers": 2, "hidden_size": 16, "state_size": 4}

@@ -8,7 +8,7 @@ import pytest
 
 from examples import publish
 from tests.hub_server import connect, serve_hub
-from tests.training.finished_run import make_finished_run
+from tests.publishing.finished_run import make_finished_run
 
 
 ROOT = Path(__file__).parents[2]

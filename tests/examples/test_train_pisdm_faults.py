@@ -16,7 +16,7 @@ import torch
 from diffusers_pisdm.data.rows import BadImageError
 from diffusers_pisdm.training import CascadeObjective
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state
-from diffusers_pisdm.training.metrics_file import read_metrics
+from diffusers_pisdm.training.metrics import read_metrics
 from tests.examples.tiny_training import weights
 
 

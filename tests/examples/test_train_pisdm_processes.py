@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
-from diffusers_pisdm.training.metrics_file import read_metrics
+from diffusers_pisdm.training.metrics import read_metrics
 from tests.examples.tiny_training import weights
 
 

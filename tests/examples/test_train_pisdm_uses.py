@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
-from diffusers_pisdm.training.metrics_file import read_metrics
+from diffusers_pisdm.training.metrics import read_metrics
 from examples import cache_latents, train_pisdm
 from tests.examples.tiny_training import CASCADE, weights
 from tests.hub_server import connect, serve_hub

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from diffusers_pisdm import PISDMTransformer2DModel
-from diffusers_pisdm.training.weight_average import load_average, save_average
+from diffusers_pisdm.training.checkpoints import load_average, save_average
 
 
 def main(folder: Path) -> None:

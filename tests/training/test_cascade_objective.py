@@ -5,6 +5,7 @@ from diffusers import DDPMScheduler
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.ops.conditioning_augmentation import augment_low_res, upsample_low_res
 from diffusers_pisdm.training import CascadeObjective, image_pyramid, shift_noise_schedule
+from diffusers_pisdm.training.cascade_objective import stage_batch_size
 
 
 NUM_CLASSES = 4
@@ -300,3 +301,10 @@ def test_training_lowers_every_loss(batch):
         objective(pyramid, labels, step).total.backward()
         optimizer.step()
     assert (evaluate() < 0.9 * before).all()
+
+
+@pytest.mark.parametrize(
+    ("share", "batch_size", "images"), [(1.0, 8, 8), (0.25, 8, 2), (0.3, 8, 2), (0.4, 8, 3), (0.1, 4, 1), (0.5, 1, 1)]
+)
+def test_a_share_is_rounded_to_whole_images_and_never_empty(share, batch_size, images):
+    assert stage_batch_size(share, batch_size) == images

@@ -1,16 +1,25 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 
 from diffusers_pisdm.training.checkpoints import (
     STATE_FILE,
     CheckpointError,
     find_checkpoints,
     find_fault,
+    load_average,
     read_state,
+    save_average,
     save_checkpoint,
 )
+from tests.training import sharded_average
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +133,22 @@ def test_other_folders_are_not_checkpoints(tmp_path):
     (tmp_path / "checkpoint-5" / STATE_FILE).write_text(json.dumps({"step": 5, "files": {}}))
     assert complete(tmp_path) == ["checkpoint-5"]
     assert find_checkpoints(tmp_path / "nowhere") == ([], {})
+
+
+def test_averages_are_saved_by_name_and_loaded(tmp_path):
+    first, second = (torch.nn.Linear(3, 2) for _ in range(2))
+    names, parameters = zip(*first.named_parameters())
+    average = EMAModel(parameters)
+    average.step(list(second.parameters()))
+    save_average(average, names, tmp_path / "ema.safetensors")
+    other = EMAModel(list(second.parameters()))
+    load_average(other, names, tmp_path / "ema.safetensors", step=7)
+    assert other.optimization_step == 7
+    assert all(torch.equal(a, b) for a, b in zip(average.shadow_params, other.shadow_params))
+
+
+def test_averages_of_sharded_weights_are_saved_whole(tmp_path):
+    script = Path(sharded_average.__file__)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, str(script), str(tmp_path)], check=True, env=environment, timeout=280)

@@ -14,8 +14,8 @@ from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.data.device_images import LabelledImages
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
 from diffusers_pisdm.training.device_step import DeviceStep, augment_images
+from diffusers_pisdm.training.noise import RowNoise
 from diffusers_pisdm.training.optimization import make_optimizer, parameter_groups
-from diffusers_pisdm.training.row_noise import RowNoise
 
 
 SETTINGS = {"weight_decay": 0.1, "betas": (0.8, 0.9), "epsilon": 1e-6}

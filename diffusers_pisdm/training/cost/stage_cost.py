@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..ops.common.backends import force_backends
-from ..ops.scan.dispatch import choose_backend
-from .batch_shares import stage_batch_size
-from .cost_settings import CostSettings
-from .step_trace import StepTrace
-from .trial_step import make_stage, stage_loss
+from ...models.transformer_pisdm import PISDMTransformer2DModel
+from ...ops.common.backends import force_backends
+from ...ops.scan.dispatch import choose_backend
+from ..cascade_objective import stage_batch_size
+from .flops import StepTrace
 
 
 FLOAT32_BYTES = 4
@@ -155,3 +154,66 @@ def estimate_cascade_cost(
         estimate_stage_cost(config, num_classes, stage_batch_size(share, batch_size), settings)
         for config, share in zip(stages, shares, strict=True)
     ]
+
+
+AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """
+    What decides the cost of training besides the stages and the batch.
+
+    Args:
+        gradient_checkpointing (`bool`, defaults to `False`): Whether layers are recomputed in the backward pass.
+        mixed_precision (`str`, defaults to `"no"`): `"no"`, `"fp16"` or `"bf16"`; weights are float32 in all of them.
+        ema (`bool`, defaults to `True`): Whether a float32 average of the weights is kept on the device.
+        use_8bit_adam (`bool`, defaults to `False`): Whether Adam's moments take a byte each instead of four.
+        num_processes (`int`, defaults to 1): Processes, one a device.
+        gradient_accumulation_steps (`int`, defaults to 1): Batches a process and optimizer step.
+        device_type (`str`, defaults to `"cpu"`): Where training runs: what kernels keep depends on it.
+        fused_scan (`bool`, *optional*):
+            Whether the scan is one kernel, which keeps little for the backward pass; if not given, whether it is on
+            this machine for `device_type`. On CUDA it is where `mamba_ssm` or Triton imports.
+
+    Raises:
+        ValueError: `mixed_precision` is unknown.
+    """
+
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "no"
+    ema: bool = True
+    use_8bit_adam: bool = False
+    num_processes: int = 1
+    gradient_accumulation_steps: int = 1
+    device_type: str = "cpu"
+    fused_scan: bool | None = None
+
+    def __post_init__(self):
+        if self.mixed_precision not in AUTOCAST_DTYPES:
+            raise ValueError(
+                f"`mixed_precision` must be one of {', '.join(AUTOCAST_DTYPES)}, got {self.mixed_precision}."
+            )
+
+
+def make_stage(config: dict, num_classes: int, settings: CostSettings) -> PISDMTransformer2DModel:
+    """A stage as it is at the start of training; `config` is without `num_classes`."""
+    model = PISDMTransformer2DModel(num_classes=num_classes, **config).train()
+    if settings.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def stage_loss(model: PISDMTransformer2DModel, batch_size: int, settings: CostSettings) -> torch.Tensor:
+    """A forward pass as the cascade's objective makes it, on noise, up to a loss that reaches every parameter."""
+    config, device = model.config, model.device
+    noisy = torch.randn(batch_size, config.in_channels, config.sample_size, config.sample_size, device=device)
+    zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
+    low_res = noise_level = None
+    if config.low_res_channels is not None:
+        low_res = torch.randn(batch_size, config.low_res_channels, *noisy.shape[2:], device=device)
+        noise_level = torch.zeros(batch_size, device=device)
+    dtype = AUTOCAST_DTYPES[settings.mixed_precision]
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        sample, features = model(noisy, zeros, zeros, low_res=low_res, noise_level=noise_level, return_dict=False)
+    return sample.float().square().mean() + features.mean(dim=1).float().square().mean()

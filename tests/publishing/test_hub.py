@@ -15,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors.torch import load, load_file, save_file
 
 from diffusers_pisdm import PISDMCascadePipeline
-from diffusers_pisdm.training.publishing import publish_cascade
+from diffusers_pisdm.publishing.hub import publish_cascade
 from tests.hub_server import connect, serve_hub
-from tests.training.finished_run import make_finished_run
+from tests.publishing.finished_run import make_finished_run
 
 
 pytestmark = [

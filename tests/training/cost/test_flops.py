@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from diffusers_pisdm.training.cost_settings import CostSettings
-from diffusers_pisdm.training.flop_formulas import FLOP_FORMULAS
-from diffusers_pisdm.training.stage_cost import estimate_stage_cost
-from diffusers_pisdm.training.step_trace import StepTrace
-from tests.training.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE, make_model, run_loss
+from diffusers_pisdm.training.cost.flops import FLOP_FORMULAS, StepTrace
+from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_stage_cost
+from tests.training.cost.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE, make_model, run_loss
 
 
 def flops_by_hand(config, conv_backward):
@@ -90,3 +88,39 @@ def test_attention_on_a_cpu_is_counted_as_its_matrix_products():
         assert trace.flops == 2 * product
         out.sum().backward()
     assert trace.flops == (2 + 5) * product  # the scores again, and a gradient for each factor of both products
+
+
+def test_operators_are_counted_forward_and_backward():
+    x, weight = torch.ones(2, 3), torch.ones(3, 5, requires_grad=True)
+    with StepTrace() as trace:
+        loss = (x @ weight).sum()
+        assert trace.flops == 2 * 2 * 3 * 5
+        loss.backward()
+    assert trace.flops == 2 * (2 * 2 * 3 * 5)  # x needs no gradient
+
+
+def test_a_storage_counts_once_and_while_it_is_alive():
+    with StepTrace() as trace:
+        first = torch.zeros(100)
+        view = first.view(10, 10)[2:]
+        first.add_(1)
+        assert trace.live_bytes == 400
+        second = torch.zeros(50)
+        assert trace.live_bytes == 600
+        del first
+        assert trace.live_bytes == 600  # the view holds it
+        del view
+        assert trace.live_bytes == 200
+        third = torch.zeros(25)
+    del second, third
+    assert (trace.live_bytes, trace.peak_bytes) == (0, 600)
+
+
+def test_what_was_there_before_can_be_left_out():
+    weight = torch.zeros(100)
+    trace = StepTrace()
+    trace.ignore(weight)
+    with trace:
+        weight.mul_(2)
+        weight.view(10, 10)
+    assert trace.peak_bytes == 0

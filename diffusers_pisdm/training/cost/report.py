@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from .cost_settings import CostSettings
-from .stage_cost import StageCost
+from .stage_cost import CostSettings, StageCost
 from .stage_speed import StageSpeed, seconds_per_step
 
 

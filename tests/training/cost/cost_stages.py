@@ -1,7 +1,6 @@
 """Two small stages whose cost is estimated in tests."""
 
-from diffusers_pisdm.training.cost_settings import CostSettings
-from diffusers_pisdm.training.trial_step import make_stage, stage_loss
+from diffusers_pisdm.training.cost.stage_cost import CostSettings, make_stage, stage_loss
 
 
 NUM_CLASSES = 10

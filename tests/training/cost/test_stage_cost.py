@@ -5,9 +5,8 @@ from torch.profiler import ProfilerActivity, profile
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.ops.common.backends import forced_backend
 from diffusers_pisdm.ops.scan import dispatch
-from diffusers_pisdm.training.cost_settings import CostSettings
-from diffusers_pisdm.training.stage_cost import estimate_cascade_cost, estimate_stage_cost
-from tests.training.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE, make_model, run_loss
+from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_cascade_cost, estimate_stage_cost
+from tests.training.cost.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE, make_model, run_loss
 
 
 def test_checkpointing_runs_the_layers_forward_once_more():
@@ -127,3 +126,29 @@ def test_stages_get_their_share_of_the_batch():
     costs = estimate_cascade_cost([tiny, tiny], NUM_CLASSES, 8, CostSettings(), [1.0, 0.25])
     assert [cost.batch_size for cost in costs] == [8, 2]
     assert [cost.batch_size for cost in estimate_cascade_cost([tiny], NUM_CLASSES, 8, CostSettings())] == [8]
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="`mixed_precision` must be one of no, fp16, bf16, got fp8"):
+        CostSettings(mixed_precision="fp8")
+
+
+@pytest.mark.parametrize("config", [STAGE, HIGHER_STAGE], ids=["first", "higher"])
+def test_the_loss_reaches_every_parameter(config):
+    model = make_model(config | {"num_layers": 2})
+    run_loss(model, 2).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_stage_is_set_up_for_training(checkpointing):
+    model = make_model(STAGE | {"num_layers": 2}, gradient_checkpointing=checkpointing)
+    assert model.training and model.is_gradient_checkpointing == checkpointing
+
+
+def test_the_precision_is_that_of_the_settings():
+    model = make_model(STAGE | {"num_layers": 2})
+    dtypes = []
+    model.transformer_blocks[0].mixer.in_proj.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    assert run_loss(model, 1).dtype == run_loss(model, 1, mixed_precision="bf16").dtype == torch.float32
+    assert dtypes == [torch.float32, torch.bfloat16]

@@ -1,8 +1,7 @@
-from diffusers_pisdm.training import stage_speed
-from diffusers_pisdm.training.cost_settings import CostSettings
-from diffusers_pisdm.training.stage_cost import estimate_stage_cost
-from diffusers_pisdm.training.stage_speed import measure_stage_speed
-from tests.training.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE
+from diffusers_pisdm.training.cost import stage_speed
+from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_stage_cost
+from diffusers_pisdm.training.cost.stage_speed import measure_stage_speed
+from tests.training.cost.cost_stages import HIGHER_STAGE, NUM_CLASSES, STAGE
 
 
 def test_a_small_stage_is_run_whole():

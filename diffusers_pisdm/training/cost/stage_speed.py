@@ -9,9 +9,7 @@ import psutil
 import torch
 from diffusers.training_utils import EMAModel
 
-from .cost_settings import CostSettings
-from .stage_cost import StageCost, estimate_stage_cost
-from .trial_step import make_stage, stage_loss
+from .stage_cost import CostSettings, StageCost, estimate_stage_cost, make_stage, stage_loss
 
 
 MEASURED_LAYERS = 2  # one of each half, of which the whole model has as many

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from diffusers_pisdm.training.model_card import SKELETON, TAGS, find_pictures, make_model_card
-from tests.training.finished_run import write_run_files
+from diffusers_pisdm.publishing.model_card import SKELETON, TAGS, find_pictures, make_model_card
+from tests.publishing.finished_run import write_run_files
 
 
 ROOT = Path(__file__).parents[2]

@@ -3,10 +3,9 @@ import json
 
 import pytest
 
-from diffusers_pisdm.training.cost_report import cost_report, format_cost_report
-from diffusers_pisdm.training.cost_settings import CostSettings
-from diffusers_pisdm.training.stage_cost import StageCost
-from diffusers_pisdm.training.stage_speed import StageSpeed
+from diffusers_pisdm.training.cost.report import cost_report, format_cost_report
+from diffusers_pisdm.training.cost.stage_cost import CostSettings, StageCost
+from diffusers_pisdm.training.cost.stage_speed import StageSpeed
 
 
 COST = StageCost(

@@ -1,0 +1,1 @@
+"""A trained cascade on the Hub: what is uploaded, and its model card."""

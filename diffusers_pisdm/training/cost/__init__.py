@@ -1,0 +1,1 @@
+"""What training costs, counted and measured before it is started."""
