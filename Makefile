@@ -45,7 +45,7 @@ test: $(VENV)/.installed-test
 	@$(VENV_PYTHON) -m pytest $(or $(PYTEST_ARGS),$(TWO_PROCESSES))
 
 test-inception: $(INCEPTION_VENV)/.installed
-	@$(INCEPTION_PYTHON) -m pytest tests/evaluation/test_inception_v3.py $(PYTEST_ARGS)
+	@$(INCEPTION_PYTHON) -m pytest tests/evaluation/networks/test_inception_v3.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-lint
 	@$(VENV_PYTHON) -m ruff check .

@@ -43,9 +43,9 @@ from diffusers_pisdm.evaluation import (
     memorization_report,
     write_sample_set,
 )
-from diffusers_pisdm.evaluation.frechet_distance import frechet_distance
-from diffusers_pisdm.evaluation.precision_recall import precision_recall
-from diffusers_pisdm.evaluation.sample_classes import sample_classes
+from diffusers_pisdm.evaluation.metrics.frechet_distance import frechet_distance
+from diffusers_pisdm.evaluation.metrics.precision_recall import precision_recall
+from diffusers_pisdm.evaluation.samples.settings import sample_classes
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.machine import describe_machine

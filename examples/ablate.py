@@ -48,7 +48,7 @@ from diffusers_pisdm.evaluation import (
 from diffusers_pisdm.evaluation.ablation_folder import AblationError, AblationFolder, hold_lock
 from diffusers_pisdm.evaluation.ablation_report import write_ablation_report
 from diffusers_pisdm.evaluation.ablation_rows import PER_STAGE_ARGUMENTS, TABLES, check_complete
-from diffusers_pisdm.evaluation.sample_files import sample_path
+from diffusers_pisdm.evaluation.samples.files import sample_path
 from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_cascade_cost
 from diffusers_pisdm.training.metrics import read_metrics
 from diffusers_pisdm.training.recipes import read_recipe

@@ -53,8 +53,8 @@ from diffusers_pisdm.evaluation import (
     write_reference_file,
     write_sample_set,
 )
-from diffusers_pisdm.evaluation.sample_record import RECORD_FILE
-from diffusers_pisdm.evaluation.sample_settings import CALL_ARGUMENTS, CLASS_RULES
+from diffusers_pisdm.evaluation.samples.record import RECORD_FILE
+from diffusers_pisdm.evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.machine import describe_machine

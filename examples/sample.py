@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 
 import diffusers_pisdm  # noqa: F401  (makes diffusers know PISDMCascadePipeline)
 from diffusers_pisdm.evaluation import SampleSettings, missing_samples, write_sample_archive, write_sample_set
-from diffusers_pisdm.evaluation.sample_settings import CALL_ARGUMENTS, CLASS_RULES
+from diffusers_pisdm.evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES
 
 
 # How long processes that are done wait for the slowest: torch's own 10 minutes would end a run of hours.

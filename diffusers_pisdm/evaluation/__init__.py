@@ -1,18 +1,16 @@
 from ..data.image_sources import DatasetImages, FolderImages, ImageSource, ImageSourceError, ListImages, NpzImages
-from .efficientnet_lite0 import EfficientNetLite0
-from .evaluation import EvaluationResult, Score, evaluate_images
-from .feature_statistics import FeatureStatistics, Gaussian, collect_statistics
-from .features import FeatureExtractor, Features, load_feature_extractor, register_feature_extractor
-from .inception_v3 import InceptionV3
-from .nearest_neighbors import MemorizationReport, memorization_report, nearest_neighbors
-from .precision_recall import PrecisionRecall, precision_recall
-from .reference_file import ReferenceFileError, read_reference_file, write_reference_file
-from .sample_archive import write_sample_archive
-from .sample_classes import sample_classes
-from .sample_record import read_sample_set
-from .sample_set import missing_samples, write_sample_set
-from .sample_settings import SampleSettings
-from .transformers_features import TransformersFeatures
+from .evaluate_images import EvaluationResult, Score, evaluate_images
+from .metrics.feature_statistics import FeatureStatistics, Gaussian, collect_statistics
+from .metrics.nearest_neighbors import MemorizationReport, memorization_report, nearest_neighbors
+from .metrics.precision_recall import PrecisionRecall, precision_recall
+from .metrics.statistics_file import ReferenceFileError, read_reference_file, write_reference_file
+from .networks.efficientnet_lite0 import EfficientNetLite0
+from .networks.extractor import FeatureExtractor, Features, load_feature_extractor, register_feature_extractor
+from .networks.inception_v3 import InceptionV3
+from .networks.transformers_model import TransformersFeatures
+from .samples.record import read_sample_set
+from .samples.sample_set import missing_samples, write_sample_archive, write_sample_set
+from .samples.settings import SampleSettings, sample_classes
 
 
 __all__ = [

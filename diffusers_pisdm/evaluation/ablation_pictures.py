@@ -11,7 +11,7 @@ from PIL import Image
 from ..utils.image_grid import BACKGROUND, make_image_grid
 from .ablation_rows import AblationRow
 from .ablation_table import MISSING
-from .sample_files import sample_path
+from .samples.files import sample_path
 
 
 SHOWN_SAMPLES = 16

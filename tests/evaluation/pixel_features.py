@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_pisdm.evaluation.features import FeatureExtractor, Features
+from diffusers_pisdm.evaluation.networks.extractor import FeatureExtractor, Features
 
 
 class PixelFeatures(FeatureExtractor):

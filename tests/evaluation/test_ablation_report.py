@@ -6,7 +6,7 @@ from PIL import Image
 
 from diffusers_pisdm.evaluation.ablation_folder import AblationFolder
 from diffusers_pisdm.evaluation.ablation_report import write_ablation_report
-from diffusers_pisdm.evaluation.sample_files import sample_path
+from diffusers_pisdm.evaluation.samples.files import sample_path
 
 
 CONDITIONS = {"train_data_dir": "/data/emoji", "num_inference_steps": 20, "guidance_scale": 1.5}

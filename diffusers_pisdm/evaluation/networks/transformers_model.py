@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .features import FeatureExtractor, Features, check_images, register_feature_extractor
+from .extractor import FeatureExtractor, Features, check_images, register_feature_extractor
 
 
 if TYPE_CHECKING:

@@ -1,14 +1,15 @@
-"""What a set of samples is drawn with."""
+"""What a set of samples is drawn with, and each sample's class and noise, which follow from it."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral
 
+import numpy as np
+import torch
 from diffusers import DiffusionPipeline
-
-from .sample_seeds import MAX_SAMPLES
 
 
 CLASS_RULES = ("balanced", "uniform")
@@ -22,6 +23,11 @@ CALL_ARGUMENTS = (
     "relay_strength",
 )
 NEEDED_ARGUMENTS = ("class_labels", "generator", "output_type")
+# PIS-DM's, DiT's and the U-Net's name for the number of classes, none of which counts the null class of guidance.
+NUM_CLASSES = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
+# What numbers are for: those of one purpose have nothing to do with those of another.
+NOISE, CLASSES = 1, 2
+MAX_SAMPLES = 2**32
 
 
 @dataclass(frozen=True)
@@ -115,3 +121,93 @@ def _integer(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} has to be an integer but is {value!r} of type {type(value)}.")
     return int(value)
+
+
+def count_classes(pipe: DiffusionPipeline) -> int | None:
+    """The number of classes that a pipeline's model knows; `None` if it does not say."""
+    configs = [model.config for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
+    return next((config[name] for config in configs for name in NUM_CLASSES if config.get(name) is not None), None)
+
+
+def sample_classes(settings: SampleSettings, num_classes: int | None) -> list[int]:
+    """
+    The class of every sample: sample i's follows from the settings' `classes` and `seed` and i, not from the number of
+    samples. Balanced ones come in rounds: each is a random order of all classes.
+
+    Args:
+        settings ([`SampleSettings`]): `num_samples`, `seed` and `classes` are used.
+        num_classes (`int`, *optional*):
+            The model's. Of a set on disk, it is `read_sample_set(folder)["num_classes"]`.
+
+    Returns:
+        `list[int]`: `num_samples` class ids.
+
+    Raises:
+        ValueError: A class id is out of range, or `num_classes` is unknown but needed.
+    """
+    if num_classes is None and isinstance(settings.classes, str):
+        raise ValueError(f"The model does not say how many classes it has, as {settings.classes!r} needs: list them.")
+    if settings.classes == "uniform":
+        words = random_words(settings.seed, CLASSES, settings.num_samples)  # (num_samples,)
+        return (words % np.uint64(num_classes)).tolist()  # of 2^64 values: uneven by one part in 2^64 / num_classes
+    ids = np.array(range(num_classes) if settings.classes == "balanced" else settings.classes)
+    wrong = ids[(ids < 0) if num_classes is None else (ids < 0) | (ids >= num_classes)]
+    if len(wrong) > 0:
+        known = "are not negative" if num_classes is None else f"are 0 to {num_classes - 1}"
+        raise ValueError(f"`classes` contains {wrong[0]}, but this model's classes {known}.")
+    rounds = -(-settings.num_samples // len(ids))
+    words = random_words(settings.seed, CLASSES, rounds * len(ids)).reshape(rounds, len(ids))
+    orders = words.argsort(axis=1, kind="stable")  # (rounds, len(ids)): a random permutation a row
+    return ids[orders].reshape(-1)[: settings.num_samples].tolist()
+
+
+def random_words(seed: int, purpose: int, count: int) -> np.ndarray:
+    """
+    Random numbers; the first of them are the same for any `count`.
+
+    Args:
+        seed (`int`): Not negative.
+        purpose (`int`): Positive.
+        count (`int`): How many.
+
+    Returns:
+        `np.ndarray` of shape `(count,)`, uint64.
+    """
+    # NumPy promises that `SeedSequence` stays as it is, unlike its generators.
+    return split_mix(np.random.SeedSequence((seed, purpose)).generate_state(1, np.uint64)[0], count)
+
+
+def noise_seeds(seed: int, indices: Iterable[int]) -> np.ndarray:
+    """
+    A seed of 32 bits for each sample's noise, no two the same: torch's CPU generator does not look at the other bits
+    of a seed, and of 50,000 random ones two or more would be the same in a quarter of all sample sets.
+
+    Args:
+        seed (`int`): The sample set's, not negative.
+        indices (`Iterable[int]`): Samples, in `0..2^32 - 1`.
+
+    Returns:
+        `np.ndarray` of shape `(B,)`, uint32.
+    """
+    start = np.random.SeedSequence((seed, NOISE)).generate_state(1, np.uint32)  # (1,)
+    return murmur_finalizer(start + np.fromiter(indices, dtype=np.uint32))
+
+
+def sample_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
+    """The generators that all noise of the samples comes from; on the CPU, for it to be the same on every device."""
+    return [torch.Generator().manual_seed(word) for word in noise_seeds(seed, indices).tolist()]
+
+
+def split_mix(start: np.uint64, count: int) -> np.ndarray:
+    """The first `count` numbers, uint64, of SplitMix64 (Steele, Lea and Flood, 2014) from a state."""
+    words = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def murmur_finalizer(words: np.ndarray) -> np.ndarray:
+    """Scrambles 32-bit integers one to one: the last step of MurmurHash3 (Appleby, 2011)."""
+    words = (words ^ (words >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    words = (words ^ (words >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return words ^ (words >> np.uint32(16))

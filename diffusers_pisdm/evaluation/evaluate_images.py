@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from ..data.image_sources import ImageSource
-from .feature_statistics import FeatureStatistics, collect_statistics
-from .features import FeatureExtractor, Features
-from .precision_recall import precision_recall
+from .metrics.feature_statistics import FeatureStatistics, collect_statistics
+from .metrics.precision_recall import precision_recall
+from .networks.extractor import FeatureExtractor, Features
 
 
 PUBLISHED_NUM_SAMPLES = 50_000
@@ -126,8 +126,8 @@ def evaluate_images(
         ImageSourceError: An image cannot be read.
         ValueError: `reference` is statistics of another network.
     """
-    from .frechet_distance import frechet_distance  # torchmetrics is an extra
-    from .inception_score import InceptionScore
+    from .metrics.frechet_distance import frechet_distance  # torchmetrics is an extra
+    from .metrics.inception_score import InceptionScore
 
     if isinstance(reference, FeatureStatistics) and (reference.extractor, reference.weights_hash) != (
         extractor.name,

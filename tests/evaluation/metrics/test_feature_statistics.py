@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from diffusers_pisdm.evaluation import ImageSource, ListImages, collect_statistics
-from diffusers_pisdm.evaluation.feature_statistics import draw_indices
+from diffusers_pisdm.evaluation.metrics.feature_statistics import draw_indices
 from tests.evaluation.pixel_features import PixelFeatures, PooledOnly
 
 

@@ -6,8 +6,7 @@ import io
 
 import torch
 
-from .features import FeatureExtractor, Features, check_images, register_feature_extractor
-from .weights_file import read_weights
+from .extractor import FeatureExtractor, Features, check_images, read_weights, register_feature_extractor
 
 
 SPATIAL_CHANNELS = 7  # of the 192 of the map, as in ADM: a covariance of 17 * 17 * 7 = 2023 features is feasible

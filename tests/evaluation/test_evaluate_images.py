@@ -73,8 +73,8 @@ def test_the_distances_grow_with_blur_and_with_noise(pictures, efficientnet, ref
 
 def test_the_scores_are_those_of_their_parts(pixels, pictures):
     from diffusers_pisdm.evaluation import precision_recall
-    from diffusers_pisdm.evaluation.frechet_distance import frechet_distance
-    from diffusers_pisdm.evaluation.inception_score import InceptionScore
+    from diffusers_pisdm.evaluation.metrics.frechet_distance import frechet_distance
+    from diffusers_pisdm.evaluation.metrics.inception_score import InceptionScore
 
     samples, reference = pictures[:20], pictures[20:]
     result = evaluate(samples, reference, pixels, batch_size=6, split_size=5, seed=4, num_neighbors=2)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from ..data.image_sources import ImageSource
-from .features import FeatureExtractor, Features
+from ...data.image_sources import ImageSource
+from ..networks.extractor import FeatureExtractor, Features
 
 
 class Gaussian(NamedTuple):

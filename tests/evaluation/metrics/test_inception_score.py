@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.image.inception import InceptionScore as TorchmetricsInceptionScore
 
-from diffusers_pisdm.evaluation.inception_score import InceptionScore
+from diffusers_pisdm.evaluation.metrics.inception_score import InceptionScore
 
 
 def score_of(logits, **options):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.image_sources import CropImage, NpzImages
-from ..utils.files import write_whole
+from ...data.image_sources import CropImage, NpzImages
+from ...utils.files import write_whole
+from ..networks.extractor import FeatureExtractor
 from .feature_statistics import FeatureStatistics, Gaussian, collect_statistics, draw_indices, iterate_features
-from .features import FeatureExtractor
 
 
 FORMAT = "diffusers-pisdm feature statistics, version 1"

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffusers_pisdm.evaluation import precision_recall
-from diffusers_pisdm.evaluation.precision_recall import squared_distances
+from diffusers_pisdm.evaluation.metrics.precision_recall import squared_distances
 
 
 def line(*positions):

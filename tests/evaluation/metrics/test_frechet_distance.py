@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.image.fid import _compute_fid
 
-from diffusers_pisdm.evaluation.frechet_distance import FrechetDistance, frechet_distance
+from diffusers_pisdm.evaluation.metrics.frechet_distance import FrechetDistance, frechet_distance
 
 
 def randn(*shape, seed=0):
@@ -133,7 +133,7 @@ def test_features_that_do_not_fit():
 def test_a_missing_or_broken_package_says_what_to_install(monkeypatch, tmp_path, fault):
     """torchmetrics imports a torchvision that is there, even one of another torch."""
     (tmp_path / "torchmetrics.py").write_text(f"raise {fault}")
-    module = "diffusers_pisdm.evaluation.frechet_distance"
+    module = "diffusers_pisdm.evaluation.metrics.frechet_distance"
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics" or name == module]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)

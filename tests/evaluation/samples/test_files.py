@@ -3,7 +3,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from diffusers_pisdm.evaluation.sample_files import check_no_foreign_images, find_damaged, sample_path
+from diffusers_pisdm.evaluation.samples.files import check_no_foreign_images, find_damaged, sample_path
 
 
 @pytest.fixture

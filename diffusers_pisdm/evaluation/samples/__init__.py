@@ -1,0 +1,1 @@
+"""Sample sets: reproducible samples of a model, in a folder."""
