@@ -1,10 +1,10 @@
 """
 Time and memory of a PIS-DM block against those of DiT and U-ViT, over numbers of tokens.
 
-    python benchmarks/block.py
-    python benchmarks/block.py --width 384 --image-sizes 128 256 512
-    python benchmarks/block.py --dtype bfloat16
-    python benchmarks/block.py --training
+    python -m benchmarks.block
+    python -m benchmarks.block --width 384 --image-sizes 128 256 512
+    python -m benchmarks.block --dtype bfloat16
+    python -m benchmarks.block --training
 
 What is timed is first checked against float64. A block here is a layer of each half of the model, with what reorders
 its tokens and takes in a long skip; they take turns, and medians count. Blocks differ in size, so that ratios are of
@@ -23,20 +23,14 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import sys
 from pathlib import Path
 
 import torch
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
-
-from benchmarks.block_pair import BlockPair, median_seconds
-from benchmarks.block_shares import PARTS, time_shares
-from benchmarks.block_training import check_training, describe_training, measure_training
-from benchmarks.candidates import PISDM, make_candidates, num_tokens, parse_image_size
-from benchmarks.check_candidates import check_candidates
-from benchmarks.measurement import DTYPES, describe_conditions, parse_positive, print_conditions, write_report
+from benchmarks.measuring.report import DTYPES, describe_conditions, parse_positive, print_conditions, write_report
+from benchmarks.speed.block_parts import PARTS, BlockPair, median_seconds, time_shares
+from benchmarks.speed.block_training import check_training, describe_training, measure_training
+from benchmarks.speed.candidates import PISDM, check_candidates, make_candidates, num_tokens, parse_image_size
 
 
 PRODUCTS = next(iter(PARTS))

@@ -3,8 +3,8 @@
 Where the time of `make demo` goes: the share of its sampling that lies inside the transformers' forwards, beside the
 schedulers' steps and the rest, stage by stage; and what guidance slicing does to time and memory.
 
-    python benchmarks/demo_profile.py
-    python benchmarks/demo_profile.py --steps 50 20 20 20 --repeats 5 --threads 1 --output-dir results
+    python -m benchmarks.demo_profile
+    python -m benchmarks.demo_profile --steps 50 20 20 20 --repeats 5 --threads 1 --output-dir results
 
 `examples/generate.py` is run up to its call of the pipeline. That call is repeated, with guidance in one forward and
 in two, in turns, after one call that warms up, and the run of the median time counts. Writing the pictures is no part
@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import functools
 import runpy
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +26,9 @@ from unittest import mock
 
 import torch
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
-
-from benchmarks.device_clock import now
-from benchmarks.measurement import write_report
-from benchmarks.peak_memory import measure_peak_growth
+from benchmarks.measuring.memory import measure_peak_growth
+from benchmarks.measuring.report import write_report
+from benchmarks.measuring.timing import now
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.utils.machine import describe_machine
 

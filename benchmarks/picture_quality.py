@@ -4,8 +4,8 @@ Judges the pictures of a class-conditional cascade as a whole: Frechet distances
 precision and recall, share of pictures nearest to their own class, the grid of the patches, dirt on a white ground,
 repeated training images, and the time a picture takes.
 
-    python benchmarks/picture_quality.py --model checkpoints/pisdm-emoji128 --data_dir data/emoji128 --output quality
-    python benchmarks/picture_quality.py ... --size 64 --styles fluent3d noto twemoji  # as a model of these is judged
+    python -m benchmarks.picture_quality --model checkpoints/pisdm-emoji128 --data_dir data/emoji128 --output quality
+    python -m benchmarks.picture_quality ... --size 64 --styles fluent3d noto twemoji  # as a model of these is judged
 
 Samples have the classes of the training images, in their proportions. The same command again completes what was
 interrupted. Written are the samples, `picture_quality.json`, and a grid of the first 64 samples, as they come.
@@ -23,9 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
 
 from benchmarks.class_centroids import class_centroids, nearest_class
 from benchmarks.patch_borders import patch_border_ratio, white_roughness

@@ -4,9 +4,9 @@ How good the images are at equal budget: PIS-DM as a single stage and as a casca
 parameters, data, training FLOPs, optimizer and sampler; the Frechet distance to held-out images, over several seeds.
 
     python examples/datasets/fashion_mnist.py --output_dir data/fashion-mnist32
-    python benchmarks/quality.py --data_dir data/fashion-mnist32 --held_out_split test --output outputs/quality/fashion
+    python -m benchmarks.quality --data_dir data/fashion-mnist32 --held_out_split test --output outputs/quality/fashion
     python examples/datasets/emoji.py --output_dir data/emoji64
-    python benchmarks/quality.py --data_dir data/emoji64 --held_out_split validation --output outputs/quality/emoji
+    python -m benchmarks.quality --data_dir data/emoji64 --held_out_split validation --output outputs/quality/emoji
 
 Every run (a contestant and a seed) leaves its checkpoint, samples and `result.json` in a folder of its own. Killed,
 the same command goes on; several of them, with other `--seeds`, may share an output folder. Written besides are a
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,14 +24,10 @@ from pathlib import Path
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
-
-from benchmarks.contestants import CONTESTANTS, Contestant
-from benchmarks.equal_budget import Budget, measure_budget
-from benchmarks.quality_report import format_table, plot_quality, plot_samples, summarize
-from benchmarks.reference_images import reference_statistics
-from benchmarks.small_training import TrainingSettings, train_contestant
+from benchmarks.equal_budget.contestants import CONTESTANTS, Budget, Contestant, measure_budget
+from benchmarks.equal_budget.reference_images import reference_statistics
+from benchmarks.equal_budget.report import format_table, plot_quality, plot_samples, summarize
+from benchmarks.equal_budget.training import TrainingSettings, train_contestant
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.device_images import LabelledImages, load_labelled_images
 from diffusers_pisdm.data.image_data import load_image_data

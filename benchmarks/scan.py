@@ -2,9 +2,9 @@
 Compares selective scans: this package's backends, and on the CPU mambapy (`pip install mambapy`) and the loop that
 Mamba models fall back to without CUDA kernels.
 
-    python benchmarks/scan.py
-    python benchmarks/scan.py --shapes 2x1024x1024 --repeats 15 --threads 2 --output-dir results
-    python benchmarks/scan.py --device cuda
+    python -m benchmarks.scan
+    python -m benchmarks.scan --shapes 2x1024x1024 --repeats 15 --threads 2 --output-dir results
+    python -m benchmarks.scan --device cuda
 
 Every candidate is first checked against float64, outputs and gradients; one that is off by more than `--tolerance` of
 the largest value is not timed. Then the candidates take turns, so that a disturbance of the machine hits all alike,
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,11 +31,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
-
-from benchmarks.cuda_graph import record_graph
-from benchmarks.measurement import DTYPES, write_report
+from benchmarks.measuring.report import DTYPES, write_report
+from benchmarks.measuring.timing import record_graph
 from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops.common.backends import missing_backend
 

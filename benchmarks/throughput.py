@@ -2,12 +2,12 @@
 Throughput and memory of PIS-DM against U-ViT and DiT at equal width and parameters, over image sizes: the paper's
 table 5. Class-conditional models on 8x latents in 2x2 patches, so that 256 px are 256 tokens and 2048 px are 16,384.
 
-    python benchmarks/throughput.py
-    python benchmarks/throughput.py --size H --layers 4
-    python benchmarks/throughput.py --size H --device cuda --dtype bfloat16
-    python benchmarks/throughput.py --size H --device cuda --dtype bfloat16 --cuda-graph
-    python benchmarks/throughput.py --cascade
-    python benchmarks/throughput.py --cascade examples/recipes/imagenet256.json --steps 10
+    python -m benchmarks.throughput
+    python -m benchmarks.throughput --size H --layers 4
+    python -m benchmarks.throughput --size H --device cuda --dtype bfloat16
+    python -m benchmarks.throughput --size H --device cuda --dtype bfloat16 --cuda-graph
+    python -m benchmarks.throughput --cascade
+    python -m benchmarks.throughput --cascade examples/recipes/imagenet256.json --steps 10
 
 The peers are in `benchmarks/peers/`; what is timed is first checked against float64. Then the models take turns, so
 that a disturbance of the machine hits all alike, and the medians are reported, ratios first. With `--layers` a stack
@@ -29,26 +29,27 @@ import argparse
 import gc
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, when this file is run as a script
-
-from benchmarks.candidates import PISDM, Candidate, make_candidates, make_inputs, num_tokens, parse_image_size
-from benchmarks.cascade_sampling import DEFAULT_RECIPE, describe_cascade, measure_cascade, plot_cascade
-from benchmarks.check_candidates import check_candidates
-from benchmarks.crossover import find_crossover
-from benchmarks.cuda_graph import record_graph
-from benchmarks.device_clock import now
-from benchmarks.measurement import DTYPES, describe_conditions, parse_positive, print_conditions, write_report
-from benchmarks.pass_time import MIN_STACK, time_pass, whole_seconds
-from benchmarks.peak_memory import measure_peak_growth
+from benchmarks.measuring.memory import measure_peak_growth
+from benchmarks.measuring.report import DTYPES, describe_conditions, parse_positive, print_conditions, write_report
+from benchmarks.measuring.timing import MIN_STACK, now, record_graph, time_pass, whole_seconds
 from benchmarks.peers import PEERS
+from benchmarks.speed.candidates import (
+    PISDM,
+    Candidate,
+    check_candidates,
+    make_candidates,
+    make_inputs,
+    num_tokens,
+    parse_image_size,
+)
+from benchmarks.speed.cascade_sampling import DEFAULT_RECIPE, describe_cascade, measure_cascade, plot_cascade
+from benchmarks.speed.crossover import find_crossover
 from diffusers_pisdm import PISDM_SIZES
 from diffusers_pisdm.training.recipes import read_recipe
 

@@ -4,8 +4,8 @@ What training costs: images a second and memory of the sizes S, L and H, each as
 `stage_speed.py` in `diffusers_pisdm/training/cost/` for what is counted and what is measured; what is extrapolated
 stands below the table of a recipe.
 
-    python benchmarks/training_cost.py
-    python benchmarks/training_cost.py --recipe examples/recipes/imagenet256.json --num-processes 8 \\
+    python -m benchmarks.training_cost
+    python -m benchmarks.training_cost --recipe examples/recipes/imagenet256.json --num-processes 8 \\
         --device cuda --fused-scan --count-only
 
 `--count-only` needs neither the device nor the memory. Written are a table and `training_cost.json`.

@@ -29,6 +29,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ablation.folder import AblationError, AblationFolder, hold_lock
+from ablation.report import write_ablation_report
+from ablation.rows import PER_STAGE_ARGUMENTS, TABLES, check_complete
 from diffusers_pisdm import PISDMCascadePipeline, __version__
 from diffusers_pisdm.data.image_data import ImageData, load_image_data
 from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
@@ -45,9 +48,6 @@ from diffusers_pisdm.evaluation import (
     write_reference_file,
     write_sample_set,
 )
-from diffusers_pisdm.evaluation.ablation_folder import AblationError, AblationFolder, hold_lock
-from diffusers_pisdm.evaluation.ablation_report import write_ablation_report
-from diffusers_pisdm.evaluation.ablation_rows import PER_STAGE_ARGUMENTS, TABLES, check_complete
 from diffusers_pisdm.evaluation.samples.files import sample_path
 from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_cascade_cost
 from diffusers_pisdm.training.metrics import read_metrics

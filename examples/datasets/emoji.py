@@ -29,11 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
-from dataset_folder import check_replaceable, write_dataset_folder
 from datasets import ClassLabel, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageColor
 from tqdm import tqdm
+
+from dataset_folder import check_replaceable, write_dataset_folder
 
 
 @dataclass(frozen=True)

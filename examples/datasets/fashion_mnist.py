@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from dataset_folder import check_replaceable, write_dataset_folder
 from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm import tqdm
+
+from dataset_folder import check_replaceable, write_dataset_folder
 
 
 IDX_DIR = Path("/usr/share/datasets/fashion-mnist")

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from benchmarks import block
-from benchmarks.block_training import OURS, SLOW
-from benchmarks.candidates import PISDM
 from benchmarks.peers import PEERS
+from benchmarks.speed.block_training import OURS, SLOW
+from benchmarks.speed.candidates import PISDM
 
 
 NAMES = [PISDM, *PEERS]

@@ -4,9 +4,9 @@ import re
 import pytest
 
 from benchmarks import quality
-from benchmarks.contestants import CONTESTANTS, Contestant
+from benchmarks.equal_budget.contestants import CONTESTANTS, Contestant
+from benchmarks.equal_budget.training import TrainingSettings
 from benchmarks.peers import DiTPeer
-from benchmarks.small_training import TrainingSettings
 
 
 PISDM = {"patch_size": 2, "in_channels": 3, "num_layers": 2, "hidden_size": 16, "state_size": 4}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import throughput
-from benchmarks.candidates import PISDM
 from benchmarks.peers import PEERS
+from benchmarks.speed.candidates import PISDM
 
 
 NAMES = [PISDM, *PEERS]

@@ -15,13 +15,13 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+import dataset_folder
+import emoji
+
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "tests" / "data" / "fluent3d"
 SCRIPT = ROOT / "examples" / "datasets" / "emoji.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import dataset_folder  # noqa: E402
-import emoji  # noqa: E402
 
 
 TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")

@@ -13,11 +13,11 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+import emoji
+
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "tests" / "data" / "fluent3d"
-sys.path.insert(0, str(ROOT / "examples" / "datasets"))
-import emoji  # noqa: E402
 
 
 PACKAGES = {source.style: source.package for source in emoji.SVG_SOURCES}

@@ -2,7 +2,6 @@
 
 import gzip
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,10 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+import fashion_mnist
+
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "datasets"))
-import fashion_mnist  # noqa: E402
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

@@ -64,7 +64,7 @@ def test_compiled():
 
 @torch.no_grad()
 def test_replayed_as_a_graph():
-    from benchmarks.cuda_graph import record_graph
+    from benchmarks.measuring.timing import record_graph
 
     model = make_model().to("cuda")
     inputs = to_cuda(make_inputs(model, **SIZE))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
 
-from benchmarks.contestants import NOISE_SCHEDULE
+from benchmarks.equal_budget.contestants import NOISE_SCHEDULE
 from benchmarks.peers.dit import DiTPeer
 from benchmarks.peers.equal_parameters import count_parameters
 from diffusers_pisdm import PISDMCascadePipeline

@@ -1,0 +1,107 @@
+"""Who competes at equal budget, and at what size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+from diffusers import DDPMScheduler
+
+from benchmarks.peers import DiTPeer
+from diffusers_pisdm import PISDMTransformer2DModel
+from diffusers_pisdm.training import CascadeObjective, image_pyramid
+from diffusers_pisdm.training.cost.flops import StepTrace
+
+
+# The velocity on a cosine schedule, as the published checkpoint is trained.
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """
+    A model, or a cascade of models, and the objective it is trained with.
+
+    Args:
+        label (`str`): For tables and plots.
+        stages (`list[dict]`): Arguments of each stage's class, without `num_classes`; the last is at full resolution.
+        stage_class (`type`, defaults to [`PISDMTransformer2DModel`]): Of all stages.
+        objective (`dict`, *optional*): Arguments of [`CascadeObjective`].
+    """
+
+    label: str
+    stages: list[dict]
+    stage_class: type[nn.Module] = PISDMTransformer2DModel
+    objective: dict = field(default_factory=dict)
+
+    def make_objective(self, num_classes: int) -> CascadeObjective:
+        """New stages, initialised from torch's global generator, and their loss."""
+        stages = [self.stage_class(num_classes=num_classes, **stage) for stage in self.stages]
+        return CascadeObjective(stages, [DDPMScheduler(**NOISE_SCHEDULE)] * len(stages), **self.objective)
+
+
+# 32 px in patches of 2, as the paper's: 256 tokens. The tests hold the parameters equal within 5%.
+_SHAPE = {"patch_size": 2, "in_channels": 3}
+CONTESTANTS = {
+    "dit": Contestant(
+        "DiT",
+        [{"sample_size": 32, "num_layers": 4, "hidden_size": 100, "num_heads": 4, **_SHAPE}],
+        stage_class=DiTPeer,
+    ),
+    "pisdm": Contestant("PIS-DM, one stage", [{"sample_size": 32, "num_layers": 9, "hidden_size": 96, **_SHAPE}]),
+    "pisdm_cascade": Contestant(
+        "PIS-DM, cascade",
+        [
+            {"sample_size": 16, "num_layers": 5, "hidden_size": 92, **_SHAPE},
+            {"sample_size": 32, "num_layers": 3, "hidden_size": 92, "low_res_channels": 3, **_SHAPE},
+        ],
+        objective={"sil_weight": 0.1},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    What a contestant has and spends.
+
+    Args:
+        parameters (`int`): Of all stages; heads of the scale-invariant loss, which only training has, not among them.
+        training_flops (`int`): Floating point operations of forward and backward, an image, these heads included.
+    """
+
+    parameters: int
+    training_flops: int
+
+    def steps(self, training_tflop: float, batch_size: int) -> int:
+        """Whole steps of `batch_size` images that `training_tflop` (10^12 operations) pay for."""
+        return int(training_tflop * 1e12 / (self.training_flops * batch_size))
+
+
+def measure_budget(contestant: Contestant, num_classes: int, batch_size: int = 8) -> Budget:
+    """
+    Counts the operators of one training step.
+
+    Args:
+        contestant ([`Contestant`]): Whose.
+        num_classes (`int`): Classes of the data.
+        batch_size (`int`, defaults to 8): A multiple of what the stages' batch shares need.
+
+    Returns:
+        [`Budget`].
+    """
+    with torch.random.fork_rng():
+        objective = contestant.make_objective(num_classes).train()
+    sizes = [stage.config.sample_size for stage in objective.stages]
+    images = torch.zeros(batch_size, 3, sizes[-1], sizes[-1])
+    pyramid, labels = image_pyramid(images, sizes), torch.zeros(batch_size, dtype=torch.long)
+    with StepTrace() as trace:
+        objective(pyramid, labels, seed=0).total.backward()
+    parameters = sum(parameter.numel() for parameter in objective.stages.parameters())
+    return Budget(parameters, trace.flops // batch_size)

@@ -1,0 +1,116 @@
+"""The time of one forward pass, and that of a deeper model from the times of its layers."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+
+
+MIN_STACK = 4  # layers: the first of each half is a special case and needs one more beside it
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """
+    Args:
+        seconds (`float`): Of the whole pass.
+        layers (`tuple[float, ...]`): Seconds from the end of one layer to that of the next, first layer first.
+    """
+
+    seconds: float
+    layers: tuple[float, ...]
+
+
+def time_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...], by_layer: bool = False) -> PassTime:
+    """
+    Runs a model once, without gradients.
+
+    Args:
+        model (`nn.Module`): With its layers in `transformer_blocks`.
+        inputs (`tuple[torch.Tensor, ...]`): Its arguments, on its device.
+        by_layer (`bool`, defaults to `False`): Whether layers are timed, for which a GPU has to wait after each.
+
+    Returns:
+        [`PassTime`], its `layers` empty if they were not to be timed.
+    """
+    device = inputs[0].device
+
+    stamps: list[float] = []
+    hooks = []
+    if by_layer:
+        first, *_ = blocks = list(model.transformer_blocks)
+        hooks = [block.register_forward_hook(lambda *_: stamps.append(now(device))) for block in blocks]
+        hooks.append(first.register_forward_pre_hook(lambda *_: stamps.append(now(device))))
+    try:
+        with torch.no_grad():
+            start = now(device)
+            model(*inputs, return_dict=False)
+            seconds = now(device) - start
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return PassTime(seconds, tuple(end - begin for begin, end in zip(stamps, stamps[1:])))
+
+
+def whole_seconds(stack: PassTime, num_layers: int) -> float:
+    """
+    The time of a model of `num_layers` layers from that of a stack of fewer: each missing layer adds the time of a
+    layer of its half. The first layer of a half is no example of these: in PIS-DM, whose halves mirror each other, it
+    alone need not reorder the tokens.
+
+    Args:
+        stack ([`PassTime`]): Timed by layer; an even number of layers, at least [`MIN_STACK`].
+        num_layers (`int`): Of the whole model, at least as many.
+
+    Returns:
+        `float`: Seconds.
+    """
+    half = len(stack.layers) // 2
+    first, second = stack.layers[1:half], stack.layers[half + 1 :]
+    missing = (num_layers - num_layers // 2 - half, num_layers // 2 - half)
+    return stack.seconds + missing[0] * statistics.mean(first) + missing[1] * statistics.mean(second)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was given to the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+WARM_UPS = 3  # calls before the recorded one, as PyTorch advises; the first may compile kernels
+
+
+def record_graph(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """
+    Records a call's kernels, to be launched all at once.
+
+    Args:
+        call (`Callable`): Launches the same kernels on the same memory each time, and never waits for the GPU.
+        device (`torch.device`): The GPU.
+
+    Returns:
+        `Callable`: Replays the kernels. It keeps the call, and so whatever that computes with.
+    """
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    return partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Callable[[], object]) -> None:
+    """A graph has the addresses of its call's tensors only: were the call gone, so might they be."""
+    graph.replay()

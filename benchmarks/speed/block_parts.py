@@ -1,0 +1,166 @@
+"""A layer of each half of a model, as the model runs it: what deep models are made of."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.measuring.memory import measure_peak_growth
+from benchmarks.measuring.timing import MIN_STACK, time_pass
+from benchmarks.speed.candidates import Candidate, make_inputs
+from diffusers_pisdm.ops.scan_paths import TokenMove, move_tokens
+
+
+SECOND, LAST = 1, 3  # of four layers: the first of each half is a special case (see measuring/timing.py)
+
+
+@dataclass
+class BlockPair:
+    """
+    Args:
+        model (`nn.Module`): A stack of four layers.
+        inputs (`tuple[torch.Tensor, ...]`): What the stack is called with.
+    """
+
+    model: nn.Module
+    inputs: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def build(
+        cls, candidate: Candidate, image_size: int, batch_size: int, device: torch.device, dtype: torch.dtype
+    ) -> BlockPair:
+        """The pair of a candidate with random weights, for images of `image_size` pixels."""
+        with device:
+            model = candidate.build(image_size, MIN_STACK, dtype)
+        return cls(model, make_inputs(batch_size, image_size, device, dtype))
+
+    @property
+    def blocks(self) -> tuple[nn.Module, nn.Module]:
+        return self.model.transformer_blocks[SECOND], self.model.transformer_blocks[LAST]
+
+    @property
+    def parameters(self) -> int:
+        """Of both blocks, without the embeddings that diffusers' DiT keeps inside its blocks."""
+        return self._count(excluded=(".emb.",))
+
+    @property
+    def token_parameters(self) -> int:
+        """
+        Of those, what every token is multiplied with. DiT's blocks each compute a modulation from timestep and class,
+        once an image: a third of their parameters costs nothing.
+        """
+        return self._count(excluded=(".emb.", "norm1.linear."))
+
+    def _count(self, excluded: tuple[str, ...]) -> int:
+        named = [item for block in self.blocks for item in block.named_parameters()]
+        return sum(parameter.numel() for name, parameter in named if not any(part in name for part in excluded))
+
+    def seconds(self) -> float:
+        """One pass through both, with the reordering of tokens before each."""
+        layers = time_pass(self.model, self.inputs, by_layer=True).layers
+        return layers[SECOND] + layers[LAST]
+
+    def arguments(self) -> list[tuple[tuple, dict]]:
+        """What each of the two blocks is called with in a pass, by position and by name."""
+        caught: list[tuple[tuple, dict]] = []
+
+        def catch(block: nn.Module, given: tuple, named: dict) -> None:
+            caught.append((given, named))
+
+        hooks = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in self.blocks]
+        try:
+            with torch.no_grad():
+                self.model(*self.inputs, return_dict=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return caught
+
+    def peak_bytes(self) -> int | None:
+        """
+        What the hungrier of the two blocks needs beside its weights, its input among it. Both have run before, so that
+        workspaces that stay are not counted.
+        """
+        needed = []
+        for block, (given, named) in zip(self.blocks, self.arguments()):
+
+            def call(block: nn.Module = block, given: tuple = given, named: dict = named) -> None:
+                with torch.no_grad():
+                    block(*given, **named)
+
+            growth = measure_peak_growth(call, self.inputs[0].device)
+            if growth is None:
+                return None
+            needed.append(growth + sum(tensor.nbytes for tensor in given))
+        return max(needed)
+
+
+def median_seconds(pairs: dict[str, BlockPair], repeats: int) -> dict[str, float]:
+    """The medians of `repeats` turns of each pair; a turn before the first warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in pairs}
+    for repeat in range(-1, repeats):
+        for name, pair in pairs.items():
+            elapsed = pair.seconds()
+            if repeat >= 0:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(own) for name, own in seconds.items()}
+
+
+# Operators whose own time counts for a part; all others are `elsewhere`.
+PARTS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "scan": ("diffusers_pisdm::selective_scan", "_scan_fwd"),
+    "convolution": ("diffusers_pisdm::causal_conv",),
+    "norm, modulation, gate": ("aten::native_layer_norm", "aten::addcmul", "aten::add", "aten::mul"),
+    "reordering": ("aten::index_select", "aten::gather", "aten::cat", "aten::copy_"),
+}
+ELSEWHERE = "elsewhere"
+
+
+def part_of(operator: str) -> str:
+    """The part that an operator belongs to."""
+    for part, names in PARTS.items():
+        # The package's own operators bear their backend's name; torch's are meant exactly.
+        if operator in names or any(name in operator for name in names if not name.startswith("aten::")):
+            return part
+    return ELSEWHERE
+
+
+def time_shares(pair: BlockPair, repeats: int) -> dict[str, float]:
+    """
+    Runs the two blocks of a PIS-DM stack, each after a reordering of its tokens.
+
+    Args:
+        pair ([`BlockPair`]): PIS-DM's.
+        repeats (`int`): Turns that are profiled.
+
+    Returns:
+        `dict[str, float]`: The share of every part of [`PARTS`] and of [`ELSEWHERE`], adding up to 1.
+    """
+    calls = [(block, given) for block, (given, _) in zip(pair.blocks, pair.arguments())]
+    length = calls[0][1][0].shape[1]
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(0)).to(pair.inputs[0].device)
+    move = TokenMove(order, None)
+
+    def run() -> None:
+        for block, (tokens, *others) in calls:
+            block(move_tokens(tokens, move), *others)
+
+    on_gpu = pair.inputs[0].device.type == "cuda"
+    with torch.no_grad():
+        run()
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
+            for _ in range(repeats):
+                run()
+    spent = dict.fromkeys((*PARTS, ELSEWHERE), 0.0)
+    for event in trace.key_averages():
+        if event.device_type != DeviceType.CPU:  # a kernel, counted with the operator that launched it
+            continue
+        spent[part_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    total = sum(spent.values())
+    return {part: time / total for part, time in spent.items()}

@@ -1,0 +1,161 @@
+"""What is compared: PIS-DM and its peers of equal parameters, built whole or as a stack of few layers."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+
+from benchmarks.peers import HEAD_SIZE, PEERS, DiTPeer, UViT2DModel, equal_parameters
+from diffusers_pisdm import PISDMTransformer2DModel
+from diffusers_pisdm.ops.common.backends import force_backends
+
+
+VAE_FACTOR = 8  # pixels a latent pixel of Stable Diffusion's VAE
+PATCH_SIZE = 2
+PISDM = "PIS-DM"
+
+
+def num_tokens(image_size: int) -> int:
+    """Patches of a square image's latent."""
+    return (image_size // (VAE_FACTOR * PATCH_SIZE)) ** 2
+
+
+def parse_image_size(text: str) -> int:
+    """An argument: the side of an image that is whole patches."""
+    unit = VAE_FACTOR * PATCH_SIZE
+    if not text.isdecimal() or int(text) == 0 or int(text) % unit != 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive multiple of {unit} pixels")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    One of the models that are compared.
+
+    Args:
+        name (`str`): As it is printed.
+        model_class (`type`): Called with `config`.
+        config (`dict`): Its arguments, for the whole model.
+        parameters (`int`): Of the whole model.
+        has_long_skips (`bool`): Whether the outputs of the first half of the layers are kept for the second.
+    """
+
+    name: str
+    model_class: type[ModelMixin]
+    config: dict
+    parameters: int
+    has_long_skips: bool
+
+    @property
+    def num_layers(self) -> int:
+        """Of the whole model."""
+        return self.config["num_layers"]
+
+    def build(self, image_size: int, num_layers: int | None = None, dtype: torch.dtype = torch.float32) -> ModelMixin:
+        """The model for images of `image_size` pixels with random weights, whole or as `num_layers` layers."""
+        config = {**self.config, "num_layers": num_layers or self.num_layers}
+        # DiT's positions are a table without parameters for one size; those of the others fit every size.
+        if self.model_class is DiTPeer:
+            config["sample_size"] = image_size // VAE_FACTOR
+        return cast_model(self.model_class(**config).eval(), dtype)
+
+    def missing_skip_bytes(self, num_layers: int, batch_size: int, image_size: int, dtype: torch.dtype) -> int:
+        """
+        What the whole model holds at its middle layer and a stack of `num_layers` does not: the outputs of more
+        layers, kept for the second half. To within a token tensor or two: a stack may need most at another moment.
+        """
+        if not self.has_long_skips:
+            return 0
+        missing = (self.num_layers + 1) // 2 - (num_layers + 1) // 2
+        return missing * batch_size * num_tokens(image_size) * self.config["hidden_size"] * dtype.itemsize
+
+
+def cast_model(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """As `from_pretrained` casts with `torch_dtype`: all parameters but those that the model keeps in float32."""
+    kept = set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def make_candidates(pisdm_config: dict) -> list[Candidate]:
+    """
+    PIS-DM and all peers at its width and number of parameters.
+
+    Args:
+        pisdm_config (`dict`): `num_layers`, `hidden_size` and any other arguments of [`PISDMTransformer2DModel`].
+
+    Returns:
+        `list[Candidate]`: PIS-DM first.
+    """
+    pisdm_config = {**pisdm_config, "patch_size": PATCH_SIZE}
+    peers = {name: equal_parameters(pisdm_config, name) for name in PEERS}
+    parameters = next(iter(peers.values())).pisdm_parameters
+    candidates = [Candidate(PISDM, PISDMTransformer2DModel, pisdm_config, parameters, has_long_skips=True)]
+    for name, peer in peers.items():
+        has_long_skips = PEERS[name] is UViT2DModel
+        candidates.append(Candidate(name, PEERS[name], peer.config, peer.parameters, has_long_skips))
+    return candidates
+
+
+def make_inputs(
+    batch_size: int, image_size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise for latents of `image_size` pixels, a timestep and a class: what every candidate is called with."""
+    side = image_size // VAE_FACTOR
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch_size, 4, side, side, generator=generator).to(device, dtype)  # (B, 4, S, S)
+    timestep = torch.full((batch_size,), 500, device=device)
+    return latents, timestep, torch.zeros(batch_size, dtype=torch.long, device=device)
+
+
+SMALL_CONFIG = {"num_layers": 16, "hidden_size": 128, "num_classes": 10}  # PIS-DM's eight directions twice
+SMALL_IMAGE = 64  # pixels: 16 tokens
+TOLERANCE = 1e-4  # of the largest value
+
+
+def check_candidates(candidates: list[Candidate], device: torch.device) -> dict[str, float]:
+    """
+    Compares every candidate, narrow and in float32 with the device's kernels, with itself in float64 on the CPU, where
+    PIS-DM scans with the textbook loop.
+
+    Args:
+        candidates (`list[Candidate]`): Of any size.
+        device (`torch.device`): Where the models will be timed.
+
+    Returns:
+        `dict[str, float]`: The largest error of each candidate, as a share of the largest value.
+
+    Raises:
+        RuntimeError: One is off by more than [`TOLERANCE`], or not finite.
+    """
+    errors = {}
+    for candidate in candidates:
+        small = {**candidate.config, **SMALL_CONFIG}
+        if "num_heads" in small:
+            small["num_heads"] = SMALL_CONFIG["hidden_size"] // HEAD_SIZE
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = replace(candidate, config=small).build(SMALL_IMAGE)
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))  # what starts at zero would hide errors
+        inputs = make_inputs(2, SMALL_IMAGE, torch.device("cpu"), torch.float64)
+        with torch.no_grad(), force_backends(selective_scan="reference", causal_conv="torch"):
+            wanted = copy.deepcopy(model).double()(*inputs, return_dict=False)[0]  # (B, C, H, W)
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):  # cuDNN's convolutions round by default
+            inputs = make_inputs(2, SMALL_IMAGE, device, torch.float32)
+            sample = model.to(device)(*inputs, return_dict=False)[0].double().cpu()  # (B, C, H, W)
+        errors[candidate.name] = ((sample - wanted).abs().max() / wanted.abs().max()).item()
+    wrong = [name for name, error in errors.items() if not error <= TOLERANCE]  # a NaN is wrong, too
+    if wrong:
+        raise RuntimeError(
+            f"{', '.join(wrong)} differ from float64 by more than {TOLERANCE} of the largest value: {errors}."
+            + (" Run the tests of diffusers_pisdm.ops to find the kernel at fault." if PISDM in wrong else "")
+        )
+    return errors

@@ -1,0 +1,63 @@
+"""From how many tokens on one model is faster than another."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from benchmarks.speed.candidates import PATCH_SIZE, VAE_FACTOR
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """
+    Args:
+        faster (`str`):
+            `"from"`: from `tokens` on; `"always"`: at all sizes measured; `"never"`: not at the largest of them.
+        tokens (`float`, *optional*): Where the times are equal.
+    """
+
+    faster: str
+    tokens: float | None = None
+
+    @property
+    def image_size(self) -> float | None:
+        """Side of the square image of so many tokens, in pixels."""
+        return None if self.tokens is None else math.sqrt(self.tokens) * VAE_FACTOR * PATCH_SIZE
+
+    def __str__(self) -> str:
+        if self.faster == "from":
+            return f"faster from {self.tokens:,.0f} tokens ({self.image_size:,.0f} px) on"
+        return "faster at all sizes measured" if self.faster == "always" else "not faster at the largest size measured"
+
+
+def find_crossover(tokens: list[int], seconds: list[float], peer_seconds: list[float]) -> Crossover:
+    """
+    Finds the number of tokens from which on a model is faster than a peer, up to the largest number measured. Between
+    two measurements, times are powers of the number of tokens (straight lines on logarithmic axes).
+
+    Args:
+        tokens (`list[int]`): Where was measured, ascending.
+        seconds, peer_seconds (`list[float]`): Times of the model and of its peer there.
+
+    Returns:
+        [`Crossover`]: The last one, if noise makes several.
+
+    Raises:
+        ValueError: The lists are empty or of different lengths, or `tokens` does not ascend.
+    """
+    if not tokens or not len(tokens) == len(seconds) == len(peer_seconds):
+        raise ValueError(
+            f"Expected as many times as numbers of tokens, got {len(tokens)} tokens, {len(seconds)} times and"
+            f" {len(peer_seconds)} of the peer."
+        )
+    if any(after <= before for before, after in zip(tokens, tokens[1:])):
+        raise ValueError(f"`tokens` must ascend, got {tokens}.")
+    gains = [math.log(peer / own) for own, peer in zip(seconds, peer_seconds)]  # positive: the model is faster
+    if gains[-1] <= 0:
+        return Crossover("never")
+    for i in range(len(gains) - 2, -1, -1):
+        if gains[i] <= 0:
+            share = -gains[i] / (gains[i + 1] - gains[i])
+            return Crossover("from", tokens[i] * (tokens[i + 1] / tokens[i]) ** share)
+    return Crossover("always")

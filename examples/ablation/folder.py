@@ -1,0 +1,137 @@
+"""The folder of an ablation: what it is of, whose turn a run is, and what is done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from diffusers_pisdm.utils.files import write_whole
+
+from .rows import AblationRow
+
+
+class AblationError(ValueError):
+    """What the user has to mend; the message says how."""
+
+
+class AblationFolder:
+    """
+    `ablation.json` says what all runs have in common, `VARIANT/seed-N/` is the folder of a run, and `result.json` in
+    it what came out. Any number of processes may work in it.
+
+    Args:
+        path (`str` or `Path`): The folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.conditions_file = self.path / "ablation.json"
+
+    def claim(self, conditions: dict) -> None:
+        """
+        Makes the folder that of an ablation, or checks that it is that already.
+
+        Args:
+            conditions (`dict`): All that decides the outcome besides row and seed, as JSON has it.
+
+        Raises:
+            AblationError: It holds runs under other conditions.
+        """
+        if not self.conditions_file.exists():
+            self.write_json("ablation.json", conditions)
+        changed = _differences(self.conditions(), conditions)
+        if changed:
+            raise AblationError(
+                f"{self.path} holds an ablation with other arguments: {'; '.join(changed)}. Rows would not compare:"
+                " use its arguments, or name another folder."
+            )
+
+    def conditions(self) -> dict:
+        """
+        Raises:
+            AblationError: The folder is not an ablation's.
+        """
+        if not self.conditions_file.exists():
+            raise AblationError(f"{self.path} holds no ablation: there is no {self.conditions_file}.")
+        return json.loads(self.conditions_file.read_text())
+
+    def run(self, variant: str, seed: int) -> Path:
+        """The folder of a run."""
+        return self.path / variant / f"seed-{seed}"
+
+    def is_done(self, variant: str, seed: int) -> bool:
+        return (self.run(variant, seed) / "result.json").exists()
+
+    def write_result(self, variant: str, seed: int, result: dict) -> None:
+        """Adds a run's result to those of [`~AblationFolder.results`]."""
+        content = {"variant": variant, "seed": seed, **result, "conditions": self.conditions()}
+        self.write_json((self.run(variant, seed) / "result.json").relative_to(self.path), content)
+
+    def results(self, rows: Sequence[AblationRow]) -> list[dict]:
+        """
+        Args:
+            rows (`Sequence[AblationRow]`): Of a table.
+
+        Returns:
+            `list[dict]`: Of the runs that are done, `variant`, `seed` and what was written of them.
+
+        Raises:
+            AblationError: One was made under other conditions, or the folder is not an ablation's.
+        """
+        conditions, results = self.conditions(), []
+        for row in rows:
+            for file in sorted(self.path.glob(f"{row.variant}/seed-*/result.json")):
+                results.append(json.loads(file.read_text()))
+                changed = _differences(results[-1].pop("conditions"), conditions)
+                if changed:
+                    raise AblationError(
+                        f"{file} does not belong to {self.conditions_file}: {'; '.join(changed)}. Remove its folder."
+                    )
+        return results
+
+    def write_json(self, name: str | Path, content: dict) -> None:
+        """Writes a file as a whole."""
+        with self.write(name) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n")
+
+    @contextmanager
+    def write(self, name: str | Path) -> Iterator[Path]:
+        """[`write_whole`], by several processes at a time if need be: the last one's file stays."""
+        with write_whole(self.path / name, f".{os.getpid()}.unfinished") as unfinished:
+            yield unfinished
+
+
+@contextmanager
+def hold_lock(file: Path, wait: bool) -> Iterator[TextIO | None]:
+    """
+    Holds a lock until the block has ended, and every process that the file was passed on to: what a killed process has
+    started still keeps others away.
+
+    Args:
+        file (`Path`): The lock; it is empty and stays.
+        wait (`bool`): Whether to wait for whoever holds it.
+
+    Yields:
+        `TextIO` or `None`: The open file; `None` if somebody else holds the lock.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as lock:
+        is_mine = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_mine = False
+        yield lock if is_mine else None
+
+
+def _differences(found: object, wanted: object, name: str = "") -> list[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted(found.keys() | wanted.keys())
+        nested = (_differences(found.get(key), wanted.get(key), f"{name}.{key}") for key in keys)
+        return [text for texts in nested for text in texts]
+    return [] if found == wanted else [f"{name.removeprefix('.')} was {found!r}, is {wanted!r}"]
