@@ -4,7 +4,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from examples import train_pisdm
-from tests.examples.tiny_training import CASCADE
+from tests.examples.training.tiny_training import CASCADE
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from diffusers_pisdm.training.checkpoints import (
     save_average,
     save_checkpoint,
 )
-from tests.training import sharded_average
+from tests.training.processes import sharded_average
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffusers_pisdm.training import ScaleInvariantLoss, info_nce
 from diffusers_pisdm.training.scale_invariant_loss import gather_rows
-from tests.training import objective_in_processes
+from tests.training.processes import objective_in_processes
 
 
 def info_nce_by_loops(queries, keys, temperature, labels=None):

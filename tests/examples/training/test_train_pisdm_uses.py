@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.training.metrics import read_metrics
 from examples import cache_latents, train_pisdm
-from tests.examples.tiny_training import CASCADE, weights
+from tests.examples.training.tiny_training import CASCADE, weights
 from tests.hub_server import connect, serve_hub
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def generate(pipe, names):

@@ -19,7 +19,7 @@ import dataset_folder
 import emoji
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PICTURES = ROOT / "tests" / "data" / "fluent3d"
 SCRIPT = ROOT / "examples" / "datasets" / "emoji.py"
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from diffusers_pisdm import PISDMCascadePipeline
 from examples import train_pisdm
 from tests.conftest import REAL_IMAGES
-from tests.examples.tiny_training import CASCADE, weights
+from tests.examples.training.tiny_training import CASCADE, weights
 
 
 def test_a_run_leaves_a_pipeline_samples_curves_and_checkpoints(train):

@@ -16,7 +16,7 @@ from PIL import Image
 import emoji
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PICTURES = ROOT / "tests" / "data" / "fluent3d"
 
 

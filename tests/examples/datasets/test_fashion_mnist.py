@@ -12,7 +12,7 @@ from PIL import Image
 import fashion_mnist
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

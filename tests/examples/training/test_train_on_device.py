@@ -10,7 +10,7 @@ from diffusers_pisdm.training.checkpoints import CheckpointError
 from diffusers_pisdm.training.device_step import DeviceStep
 from examples import train_on_device
 from examples.train_on_device import batch_rows, parse_args
-from tests.examples.tiny_training import STAGE, weights
+from tests.examples.training.tiny_training import STAGE, weights
 
 
 CASCADE = {

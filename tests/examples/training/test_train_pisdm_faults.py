@@ -17,10 +17,10 @@ from diffusers_pisdm.data.rows import BadImageError
 from diffusers_pisdm.training import CascadeObjective
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state
 from diffusers_pisdm.training.metrics import read_metrics
-from tests.examples.tiny_training import weights
+from tests.examples.training.tiny_training import weights
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 SLOW_DISK = """

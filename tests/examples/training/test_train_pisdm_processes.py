@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.training.metrics import read_metrics
-from tests.examples.tiny_training import weights
+from tests.examples.training.tiny_training import weights
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIGURATIONS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
 
 
