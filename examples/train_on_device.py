@@ -5,25 +5,22 @@
         --train_data_dir data/emoji128 --output_dir outputs/emoji128
 
 For small pictures and short times: the images lie decoded on the device, and on a GPU a whole training step is one
-CUDA graph. Every stage has a batch size, learning rate and time of its own. The same command again continues from the
+CUDA graph. Every stage has a batch size, learning rate and time of its own. Rerun the same command to resume from the
 newest checkpoints; `train_pisdm.py` trains everything else (large data, several processes, stages together, latents).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -33,99 +30,103 @@ from diffusers_pisdm.data.image_data import load_image_data
 from diffusers_pisdm.data.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.data.image_transform import ImageTransform
 from diffusers_pisdm.data.rows import DataError
-from diffusers_pisdm.models.transformer_pisdm import class_factors_from_names
-from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
-from diffusers_pisdm.training.checkpoints import (
-    CheckpointError,
-    find_checkpoints,
-    load_average,
-    read_state,
-    save_average,
-    save_checkpoint,
-)
-from diffusers_pisdm.training.device_step import WARM_UP_STEPS, DeviceStep
-from diffusers_pisdm.training.fine_tuning import check_noise_schedules, pretrained_defaults, start_cascade
-from diffusers_pisdm.training.metrics import append_metrics, forget_later_metrics
-from diffusers_pisdm.training.noise import noise_seed
+from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective
+from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints
+from diffusers_pisdm.training.device_trainer import DeviceSettings, DeviceTrainer
+from diffusers_pisdm.training.fine_tuning import check_noise_schedules, new_cascade, pretrained_defaults, start_cascade
 from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
-from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
-from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
+from diffusers_pisdm.training.recipes import Recipe, argument, make_parser, parse_arguments, write_training_config
 from diffusers_pisdm.training.sample_sheets import draw_samples, save_sample_sheets
+from diffusers_pisdm.training.trainer import Trainer
 from diffusers_pisdm.utils.files import save_in_place
-from diffusers_pisdm.utils.machine import describe_machine, peak_memory_gib
+from diffusers_pisdm.utils.machine import describe_machine
 
 
-PROBE_SECONDS = 4  # over which the speed is measured that decides how many steps there will be
-PER_STAGE = "One value, or one for each stage."
+ONE_OR_EACH = "One value, or one for each stage."
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+@dataclass(kw_only=True)
+class RunArguments:
+    cascade_config: str = argument(help="A recipe: JSON of noise schedule, stages, and defaults of these.")
+    train_data_dir: str = argument(help="A folder of images, or a data set on the Hub.")
+    output_dir: str = argument()
+    pretrained_model_name_or_path: str | None = argument(
+        None, "A cascade of the same stages to start from; its classes may differ."
     )
-    add = parser.add_argument
-    add("--cascade_config", required=True, help="A recipe: JSON of noise schedule, stages, and defaults of these.")
-    add("--train_data_dir", required=True, help="A folder of images, or a data set on the Hub.")
-    add("--output_dir", type=Path, required=True)
-    add("--pretrained_model_name_or_path", help="A cascade of the same stages to start from; its classes may differ.")
-    add("--train_split", default="train")
-    add("--validation_split", help="A held-out split, whose loss is measured.")
-    add("--flip_column", help="A column of truth values: which images may be mirrored.")
-    add("--random_flip", action="store_true", help="Mirror every other image, of those that may be.")
-    add("--random_shift", type=int, default=0, help="Move images by up to so many pixels.")
-    add("--on_bad_image", choices=ON_BAD_IMAGE, default="stop")
-    add("--class_name_factors", help="Embed a class as the sum of its name's parts, separated by this.")
-    add("--seed", type=int, default=0)
-
-    time_ = parser.add_argument_group("how long: one of the two")
-    time_.add_argument("--minutes", type=float, nargs="+", help=f"Time to train. {PER_STAGE}")
-    time_.add_argument("--max_train_steps", type=int, nargs="+", help=PER_STAGE)
-    time_.add_argument("--rehearse", action="store_true", help="A tenth of the time, steps and batches.")
-
-    stage = parser.add_argument_group("stages")
-    stage.add_argument("--train_stages", type=int, nargs="+", help="Which, in this order, from 1; all, highest first.")
-    stage.add_argument("--train_batch_size", type=int, nargs="+", default=[64], help=PER_STAGE)
-    stage.add_argument("--learning_rate", type=float, nargs="+", default=[1e-3], help=PER_STAGE)
-    stage.add_argument("--ema_decay", type=float, nargs="+", default=[0.999], help=PER_STAGE)
-    stage.add_argument("--prediction_types", nargs="+", help="Of each stage, instead of the recipe's scheduler's.")
-    stage.add_argument("--noise_shifts", type=float, nargs="+", help="Shift of each stage's noise schedule.")
-    stage.add_argument("--loss_weighting", choices=LOSS_WEIGHTINGS, nargs="+", default=["uniform"], help=PER_STAGE)
-
-    loss = parser.add_argument_group("the same for all stages")
-    loss.add_argument("--snr_gamma", type=float, default=5.0, help="gamma of min_snr")
-    loss.add_argument("--label_dropout", type=float, default=0.1)
-    loss.add_argument("--factor_dropout", type=float, default=0.0)
-    loss.add_argument("--max_noise_level", type=float, default=0.5, help="conditioning augmentation")
-    loss.add_argument("--lr_warmup_steps", type=int, default=200)
-    loss.add_argument("--lr_cooldown", type=float, default=0.3, help="Share of the steps over which the rate falls.")
-    loss.add_argument("--adam_beta1", type=float, default=0.9)
-    loss.add_argument("--adam_beta2", type=float, default=0.99)
-    loss.add_argument("--adam_weight_decay", type=float, default=0.03)
-    loss.add_argument("--adam_epsilon", type=float, default=1e-8)
-    loss.add_argument("--max_grad_norm", type=float, default=1.0)
-    loss.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
-    loss.add_argument("--no_cuda_graph", action="store_true", help="Launch a GPU's kernels one by one.")
-
-    watch = parser.add_argument_group("watching and resuming")
-    watch.add_argument("--logging_steps", type=int, default=100)
-    watch.add_argument("--validation_minutes", type=float, default=10, help="Held-out loss, and the pipeline saved.")
-    watch.add_argument("--checkpointing_minutes", type=float, default=5)
-    watch.add_argument("--validation_classes", type=int, default=32, help="Classes in the sample grid.")
-    watch.add_argument("--validation_inference_steps", type=int, default=10)
-    watch.add_argument("--validation_guidance_scale", type=float, nargs="+", default=[2.0], help=PER_STAGE)
-    return parser
+    train_split: str = "train"
+    validation_split: str | None = argument(None, "A held-out split, whose loss is measured.")
+    flip_column: str | None = argument(None, "A column of truth values: which images may be mirrored.")
+    random_flip: bool = argument(False, "Mirror every other image, of those that may be.")
+    random_shift: int = argument(0, "Move images by up to so many pixels.")
+    on_bad_image: str = argument("stop", choices=ON_BAD_IMAGE)
+    class_name_factors: str | None = argument(None, "Embed a class as the sum of its name's parts, separated by this.")
+    seed: int = 0
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
-    """The recipe's training arguments are defaults: what the command line says counts more."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        recipe = read_recipe(args.cascade_config)
-        apply_recipe(recipe, parser)
-    except (OSError, ValueError) as error:
-        parser.error(f"--cascade_config {args.cascade_config}: {error}")
-    given, args = args, parser.parse_args(argv)
+@dataclass(kw_only=True)
+class TimeArguments:
+    title: ClassVar[str] = "how long: one of the first two"
+
+    minutes: list[float] | None = argument(None, f"Time to train. {ONE_OR_EACH}")
+    max_train_steps: list[int] | None = argument(None, ONE_OR_EACH)
+    rehearse: bool = argument(False, "A tenth of the time, steps and batches.")
+
+
+@dataclass(kw_only=True)
+class StageArguments:
+    title: ClassVar[str] = "stages"
+
+    train_stages: list[int] | None = argument(None, "Which, in this order, from 1; all, highest first.")
+    train_batch_size: list[int] = argument([64], ONE_OR_EACH)
+    learning_rate: list[float] = argument([1e-3], ONE_OR_EACH)
+    ema_decay: list[float] = argument([0.999], ONE_OR_EACH)
+    prediction_types: list[str] | None = argument(None, "Of each stage, instead of the recipe's scheduler's.")
+    noise_shifts: list[float] | None = argument(None, "Shift of each stage's noise schedule.")
+    loss_weighting: list[str] = argument(["uniform"], ONE_OR_EACH, LOSS_WEIGHTINGS)
+
+
+@dataclass(kw_only=True)
+class SharedArguments:
+    title: ClassVar[str] = "the same for all stages"
+
+    snr_gamma: float = argument(5.0, "gamma of min_snr")
+    label_dropout: float = 0.1
+    factor_dropout: float = 0.0
+    max_noise_level: float = argument(0.5, "conditioning augmentation")
+    lr_warmup_steps: int = 200
+    lr_cooldown: float = argument(0.3, "Share of the steps over which the rate falls.")
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.99
+    adam_weight_decay: float = 0.03
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    mixed_precision: str = argument("no", choices=("no", "bf16"))
+    no_cuda_graph: bool = argument(False, "Launch a GPU's kernels one by one.")
+
+
+@dataclass(kw_only=True)
+class WatchArguments:
+    title: ClassVar[str] = "watching and resuming"
+
+    logging_steps: int = 100
+    validation_minutes: float = argument(10, "Held-out loss, and the pipeline saved.")
+    checkpointing_minutes: float = 5
+    validation_classes: int = argument(32, "Classes in the sample grid.")
+    validation_inference_steps: int = 10
+    validation_guidance_scale: list[float] = argument([2.0], ONE_OR_EACH)
+
+
+@dataclass(kw_only=True)
+class DeviceArguments(  # the last one's come first
+    WatchArguments, SharedArguments, StageArguments, TimeArguments, RunArguments
+):
+    """All arguments of this script; their defaults stand here, and recipes fill the same fields."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[DeviceArguments, Recipe]:
+    parser = make_parser(DeviceArguments, __doc__)
+    given = parser.parse_args(argv)
+    args, recipe = parse_arguments(parser, DeviceArguments, argv)
     if given.max_train_steps is not None and given.minutes is None:  # the command line overrides the recipe
         args.minutes = None
     elif given.minutes is not None and given.max_train_steps is None:
@@ -152,7 +153,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, Recip
     return args, recipe
 
 
-def load_data(args: argparse.Namespace, size: int, device: torch.device) -> tuple[LabelledImages, ...]:
+def load_data(args: DeviceArguments, size: int, device: torch.device) -> tuple[LabelledImages, ...]:
     """Training images and, where a split is named, held-out ones."""
     splits, class_names, data = [args.train_split, args.validation_split], None, []
     for split in filter(None, splits):
@@ -165,29 +166,16 @@ def load_data(args: argparse.Namespace, size: int, device: torch.device) -> tupl
     return tuple(data)
 
 
-def batch_rows(step: int, num_images: int, batch_size: int, seed: int) -> np.ndarray:
-    """The rows of one step's batch: each epoch goes through all images in an order of its own."""
-    first = step * batch_size
-    positions = np.arange(first, first + batch_size)
-    rows = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(positions // num_images):
-        order = np.random.default_rng((seed, epoch)).permutation(num_images)
-        now = positions // num_images == epoch
-        rows[now] = order[positions[now] % num_images]
-    return rows
-
-
-@torch.no_grad()
-def held_out_losses(accelerator: Accelerator, objective: CascadeObjective, data: LabelledImages, seed: int) -> dict:
-    """Mean losses on held-out images, with the same noise at every call."""
-    meter, size = LossMeter(objective), 64
-    sizes = [stage.config.sample_size for stage in objective.stages]
-    for first in range(0, len(data.images), size):
-        batch = slice(first, first + size)
-        pyramid = image_pyramid(data.images[batch].float() / 127.5 - 1.0, sizes)
-        with accelerator.autocast():
-            meter.add(objective(pyramid, data.labels[batch], noise_seed(seed, first)))
-    return meter.means("validation")
+def stage_settings(args: DeviceArguments, index: int, on_gpu: bool) -> DeviceSettings:
+    """What the arguments say of one stage."""
+    shared = ("lr_warmup_steps", "lr_cooldown", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+    shared += ("max_grad_norm", "logging_steps", "validation_minutes", "checkpointing_minutes", "seed")
+    own = ("minutes", "max_train_steps", "train_batch_size", "learning_rate", "ema_decay")
+    return DeviceSettings(
+        **{name: getattr(args, name) for name in (*shared, "random_flip", "random_shift")},
+        **{name: getattr(args, name) and getattr(args, name)[index] for name in own},
+        record=on_gpu and not args.no_cuda_graph,
+    )
 
 
 def train_stage(
@@ -195,19 +183,15 @@ def train_stage(
     stages: list[PISDMTransformer2DModel],
     schedulers: list[DDPMScheduler],
     data: tuple[LabelledImages, ...],
-    args: argparse.Namespace,
-    save: Callable[[int, int], None],
+    args: DeviceArguments,
+    save: Callable[[Trainer], None],
 ) -> None:
     """Trains one stage; its averaged weights are in the model afterwards."""
-    index, folder = number - 1, args.output_dir / f"stage_{number}"
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision, gradient_accumulation_steps=1
-    )
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise DataError("This script trains in one process: start it with `python`, or use train_pisdm.py.")
-    device, train, on_gpu = accelerator.device, data[0], accelerator.device.type == "cuda"
     for stage in stages:
-        stage.to(device).requires_grad_(True)
+        stage.to(accelerator.device).requires_grad_(True)
     objective = CascadeObjective(
         stages,
         schedulers,
@@ -218,131 +202,25 @@ def train_stage(
         max_noise_level=args.max_noise_level,
         sil_weight=0.0,
         train_stages=[number],
-    ).train()
-    optimizer = make_optimizer(
-        parameter_groups(objective, args.adam_weight_decay),
-        args.learning_rate[index],
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_epsilon,
-        capturable=on_gpu,
     )
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    named = [(name, p) for name, p in objective.stages.named_parameters() if p.requires_grad]
-    names, parameters = [name for name, _ in named], [p for _, p in named]
-    average = EMAModel(parameters, decay=args.ema_decay[index])
-    batch_size = args.train_batch_size[index]
-    train_step = DeviceStep(
-        accelerator,
-        objective,
-        optimizer,
-        average,
-        train,
-        batch_size,
-        args.max_grad_norm,
-        random_flip=args.random_flip,
-        max_shift=args.random_shift,
-        record=on_gpu and not args.no_cuda_graph,
-    )
-
-    step, before = 0, 0.0
-    settings = {"batch_size": batch_size, "minutes": args.minutes and args.minutes[index]}
-    total = None if args.max_train_steps is None else args.max_train_steps[index]
-    complete, _ = find_checkpoints(folder)
-    if complete:
-        accelerator.load_state(complete[-1])
-        state = read_state(complete[-1])
-        if state["settings"] != settings:
-            raise CheckpointError(
-                f"{complete[-1]} is of a run with {state['settings']}, but this one has {settings}. Rerun the command"
-                " that made it (with --rehearse, if it was a rehearsal), or name another --output_dir."
-            )
-        step, before = state["step"], state["elapsed_seconds"]
-        total = state["total_steps"] if args.max_train_steps is None else total
-        load_average(average, names, complete[-1] / "ema.safetensors", state["average_updates"])
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics_file, started = folder / "metrics.jsonl", time.time()
-    forget_later_metrics(metrics_file, step)
-
-    def write(checkpoint: Path) -> None:
-        accelerator.save_state(checkpoint)
-        save_average(average, names, checkpoint / "ema.safetensors")
-
-    def write_checkpoint() -> None:
-        state = {
-            "elapsed_seconds": before + time.time() - started,
-            "total_steps": total,
-            "average_updates": average.optimization_step,
-            "settings": settings,
-        }
-        save_checkpoint(accelerator, folder, step, state, write, total_limit=1)
-
-    def validate() -> None:
-        average.store(parameters)
-        average.copy_to(parameters)
-        objective.eval()
-        if len(data) > 1:
-            append_metrics(metrics_file, step, held_out_losses(accelerator, objective, data[1], args.seed))
-        save(step, number)
-        objective.train()
-        average.restore(parameters)
-
-    if total is not None and step >= total:
-        tqdm.write(f"stage {number}: complete, with {step} steps")
-    progress = tqdm(total=total, initial=step, desc=f"stage {number}")
-    first_step, logged, logged_at, saved_at, validated_at = step, step, *[time.time()] * 3
-    probe_at = None
-    while total is None or step < total:
-        # While the number of steps is unknown, the end is not in sight.
-        cooldown = 0 if total is None else max(1, round(args.lr_cooldown * total))
-        factor = learning_rate_factor(step, args.lr_warmup_steps, cooldown, step + 1 if total is None else total)
-        rows = batch_rows(step, len(train.images), batch_size, args.seed + number)
-        train_step(rows, noise_seed(args.seed, number, step), args.learning_rate[index] * factor)
-        step += 1
-        progress.update()
-        if total is None and step - first_step > WARM_UP_STEPS + 1:
-            if on_gpu:
-                torch.cuda.synchronize()
-            now = time.time()
-            if probe_at is None:
-                probe_at, probe_step = now, step
-            elif now - probe_at > PROBE_SECONDS:
-                rate = (step - probe_step) / (now - probe_at)
-                total = step + max(1, int((args.minutes[index] * 60 - (before + now - started)) * rate))
-                progress.total = total
-                tqdm.write(f"stage {number}: {rate * batch_size:.0f} images/s, {total} steps of {batch_size} images")
-        done = step == total
-        if step % args.logging_steps == 0 or done:
-            values = train_step.meter.means("train")  # waits for the device
-            now = time.time()
-            values |= {
-                "images_per_second": (step - logged) * batch_size / (now - logged_at),
-                "learning_rate": args.learning_rate[index] * factor,
-                "peak_memory_gib": peak_memory_gib(device),
-                "skipped_steps": train_step.skipped_steps.item(),
-                "seconds": before + now - started,
-            }
-            append_metrics(metrics_file, step, values)
-            progress.set_postfix(loss=f"{values[f'train/denoising_{number}']:.4f}")
-            train_step.meter.reset()
-            logged, logged_at = step, now
-        if done or time.time() - validated_at > args.validation_minutes * 60:
-            validate()
-            validated_at = time.time()
-        if done or time.time() - saved_at > args.checkpointing_minutes * 60:
-            write_checkpoint()
-            saved_at = time.time()
-    progress.close()
-    average.copy_to(parameters)
+    settings = stage_settings(args, number - 1, accelerator.device.type == "cuda")
+    folder = Path(args.output_dir) / f"stage_{number}"
+    trainer = DeviceTrainer(accelerator, objective, data[0], settings, folder, *data[1:], on_validation=save)
+    trainer.resume()
+    if trainer.is_done:
+        tqdm.write(f"stage {number}: complete, with {trainer.state.step} steps")
+    trainer.train()
+    trainer.average.copy_to(trainer.parameters)
     accelerator.free_memory()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args, recipe = parse_args(argv)
+    output_dir = Path(args.output_dir)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
-    sizes = [stage["sample_size"] for stage in recipe.stages]
-    data = load_data(args, sizes[-1], device)
+    data = load_data(args, recipe.stages[-1]["sample_size"], device)
     class_names = data[0].class_names
     schedulers = stage_noise_schedules(
         DDPMScheduler(**recipe.scheduler), len(recipe.stages), args.noise_shifts, args.prediction_types
@@ -357,26 +235,22 @@ def main(argv: list[str] | None = None) -> None:
             print("The classes are others than the pretrained ones, a row each: --factor_dropout does nothing.")
             args.factor_dropout = 0.0
     else:
-        factors = None
-        if args.class_name_factors is not None:
-            factors = class_factors_from_names(class_names, args.class_name_factors)
-        classes = {"num_classes": len(class_names), "class_factors": factors}
-        stages = [PISDMTransformer2DModel(**classes, **config) for config in recipe.stages]
+        stages = new_cascade(recipe.stages, class_names, args.class_name_factors)
     for number, stage in enumerate(stages, start=1):  # what an earlier run has trained
-        complete, _ = find_checkpoints(args.output_dir / f"stage_{number}")
+        complete, _ = find_checkpoints(output_dir / f"stage_{number}")
         if complete:
             prefix, weights = f"{number - 1}.", load_file(complete[-1] / "ema.safetensors")
             stage.load_state_dict({name.removeprefix(prefix): weight for name, weight in weights.items()})
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    config = {"arguments": {k: str(v) for k, v in vars(args).items()}, "hardware": describe_machine(device)}
-    (args.output_dir / "training_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    arguments = {name: str(value) for name, value in vars(args).items()}
+    write_training_config(output_dir, arguments, hardware=describe_machine(device))
 
-    def save(step: int, number: int) -> None:
+    def save(trainer: Trainer) -> None:
         """The pipeline as it is now, and samples of it."""
         pipeline = PISDMCascadePipeline.from_stages(
             stages, sampling_schedulers(schedulers), id2label=dict(enumerate(class_names)), **defaults
         )
-        save_in_place(partial(pipeline.save_pretrained, max_shard_size="15MB"), args.output_dir)
+        save_in_place(partial(pipeline.save_pretrained, max_shard_size="15MB"), output_dir)
         images, labels = draw_samples(
             pipeline,
             args.validation_classes,
@@ -384,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
             guidance_scale=args.validation_guidance_scale,
             num_inference_steps=args.validation_inference_steps,
         )
-        save_sample_sheets(args.output_dir / "samples" / f"stage_{number}", step, images, labels)
+        save_sample_sheets(output_dir / "samples" / trainer.output_dir.name, trainer.state.step, images, labels)
 
     for number in args.train_stages:
         train_stage(number, stages, schedulers, data, args, save)
@@ -393,5 +267,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, CheckpointError, ValueError) as error:  # the user's to mend: no traceback
+    except (DataError, CheckpointError, ValueError) as error:  # the user's to fix: no traceback
         sys.exit(f"error: {error}")

@@ -8,22 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
 
 from benchmarks.equal_budget.contestants import Contestant
-from diffusers_pisdm.data.device_images import LabelledImages
-from diffusers_pisdm.training import CascadeObjective, LossMeter, image_pyramid
-from diffusers_pisdm.training.checkpoints import (
-    find_checkpoints,
-    load_average,
-    read_state,
-    save_average,
-    save_checkpoint,
-)
-from diffusers_pisdm.training.metrics import append_metrics, forget_later_metrics
-from diffusers_pisdm.training.noise import noise_seed
-from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
+from diffusers_pisdm.data.device_images import DeviceBatches, LabelledImages
+from diffusers_pisdm.training import CascadeObjective
+from diffusers_pisdm.training.recipes import TrainerSettings
+from diffusers_pisdm.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -74,59 +64,31 @@ def train_contestant(
     """
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     torch.manual_seed(seed)
-    objective = contestant.make_objective(len(data.class_names)).train()
-    optimizer = make_optimizer(
-        parameter_groups(objective, settings.weight_decay), settings.learning_rate, settings.betas, epsilon=1e-8
+    objective = contestant.make_objective(len(data.class_names))
+    trainer_settings = TrainerSettings(
+        seed=seed,
+        train_batch_size=settings.batch_size,
+        max_train_steps=steps,
+        learning_rate=settings.learning_rate,
+        lr_warmup_steps=steps // 10,
+        lr_cooldown_steps=steps // 5,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        ema_decay=settings.ema_decay,
+        logging_steps=settings.logging_steps,
+        validation_steps=0,
+        checkpointing_steps=settings.checkpointing_steps,
+        checkpoints_total_limit=1,
     )
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    names, parameters = zip(*objective.stages.named_parameters())
-    average = EMAModel(parameters, decay=settings.ema_decay)
-    sizes = [stage.config.sample_size for stage in objective.stages]
-
-    step, metrics_file = 0, folder / "metrics.jsonl"
-    complete, _ = find_checkpoints(folder)
-    if complete:
-        accelerator.load_state(complete[-1])
-        state = read_state(complete[-1])
-        step = state["step"]
-        load_average(average, names, complete[-1] / "ema.safetensors", state["average_updates"])
-    folder.mkdir(parents=True, exist_ok=True)
-    forget_later_metrics(metrics_file, step)
-
-    def write(checkpoint: Path) -> None:
-        accelerator.save_state(checkpoint)
-        save_average(average, names, checkpoint / "ema.safetensors")
-
-    meter = LossMeter(objective)
-    progress = tqdm(total=steps, initial=step, desc=f"{contestant.label}, seed {seed}")
-    while step < steps:
-        for group in optimizer.param_groups:
-            factor = learning_rate_factor(step, steps // 10, steps // 5, steps)
-            group["lr"] = settings.learning_rate * factor
-        rows = torch.from_numpy(batch_rows(step, len(data.images), settings.batch_size, seed))
-        pixels = data.images[rows].to(accelerator.device).float() / 127.5 - 1.0  # (B, 3, H, W)
-        losses = objective(
-            image_pyramid(pixels, sizes), data.labels[rows].to(accelerator.device), noise_seed(seed, step)
-        )
-        accelerator.backward(losses.total)
-        accelerator.clip_grad_norm_(objective.parameters(), settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.step(parameters)
-        meter.add(losses)
-        step += 1
-        progress.update()
-        if step % settings.logging_steps == 0 or step == steps:
-            values = meter.means("train")
-            append_metrics(metrics_file, step, values)
-            progress.set_postfix({k.split("/")[1]: f"{v:.3f}" for k, v in values.items() if "_t" not in k})
-            meter.reset()
-        if step % settings.checkpointing_steps == 0 or step == steps:
-            state = {"average_updates": average.optimization_step}
-            save_checkpoint(accelerator, folder, step, state, write, total_limit=1)
-    progress.close()
-    average.copy_to(parameters)
-    return objective.eval()
+    batches = DeviceBatches(data, settings.batch_size, seed, batch_rows)
+    title = f"{contestant.label}, seed {seed}"
+    trainer = Trainer(accelerator, objective, batches, trainer_settings, folder, title=title)
+    trainer.resume()
+    trainer.train()
+    trainer.average.copy_to(trainer.parameters)
+    return trainer.objective.eval()
 
 
 def batch_rows(step: int, num_images: int, batch_size: int, seed: int) -> np.ndarray:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from .image_rows import ImageRows
+from .rows import TrainingBatch
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,57 @@ def load_labelled_images(rows: ImageRows, num_threads: int | None = None) -> Lab
         read_rows = [row for row in tqdm(done, total=len(rows), desc="reading images") if row is not None]
     images, labels, may_flip = zip(*read_rows)
     return LabelledImages(torch.stack(images), torch.tensor(labels), rows.data.class_names, torch.tensor(may_flip))
+
+
+class DeviceBatches:
+    """
+    Endless batches of images on a device. The rows of a batch follow from its number and the seed alone.
+
+    Args:
+        data ([`LabelledImages`]): Where they come from.
+        batch_size (`int`): Images per batch.
+        seed (`int`): Of the order of the images.
+        choose_rows (`Callable`, *optional*): The rows of a batch, from its number and the arguments of [`batch_rows`].
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        batch_size: int,
+        seed: int,
+        choose_rows: Callable[[int, int, int, int], np.ndarray] | None = None,
+    ):
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.choose_rows = batch_rows if choose_rows is None else choose_rows
+        self.step = 0
+
+    def __iter__(self) -> DeviceBatches:
+        return self
+
+    def __next__(self) -> TrainingBatch:
+        rows = torch.from_numpy(self.next_rows())
+        return TrainingBatch(self.data.images[rows], self.data.labels[rows], [])
+
+    def next_rows(self) -> np.ndarray:
+        """The rows of the next batch, of shape `(batch_size,)`."""
+        rows = self.choose_rows(self.step, len(self.data.images), self.batch_size, self.seed)
+        self.step += 1
+        return rows
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def batch_rows(step: int, num_images: int, batch_size: int, seed: int) -> np.ndarray:
+    """The rows of one step's batch: each epoch goes through all images in an order of its own."""
+    first = step * batch_size
+    positions = np.arange(first, first + batch_size)
+    rows = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(positions // num_images):
+        order = np.random.default_rng((seed, epoch)).permutation(num_images)
+        now = positions // num_images == epoch
+        rows[now] = order[positions[now] % num_images]
+    return rows

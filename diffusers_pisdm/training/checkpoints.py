@@ -13,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+import torch.nn as nn
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..models.transformer_pisdm import PISDMTransformer2DModel
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -76,6 +79,37 @@ def find_fault(checkpoint: str | Path) -> str | None:
         if path.stat().st_size != size:
             return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
     return None
+
+
+def find_resume_point(output_dir: str | Path, resume_from: str, report: Callable[[str], None] = print) -> Path | None:
+    """
+    Args:
+        output_dir (`str` or `Path`): The run's folder; may be missing.
+        resume_from (`str`): `"latest"`, `"none"`, or a checkpoint: its path, or its name in `output_dir`.
+        report (`Callable`, defaults to `print`): Is told which checkpoint it is, and which ones are incomplete.
+
+    Returns:
+        `Path` or `None`: The checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: The named checkpoint is not there, or not whole.
+    """
+    if resume_from == "none":
+        return None
+    if resume_from != "latest":
+        checkpoint = next((path for path in (Path(resume_from), Path(output_dir, resume_from)) if path.exists()), None)
+        checkpoint = checkpoint or Path(resume_from)
+        fault = find_fault(checkpoint)
+        if fault is not None:
+            raise ValueError(f"Cannot resume from {checkpoint}: {fault}.")
+    else:
+        complete, incomplete = find_checkpoints(output_dir)
+        for path, fault in incomplete.items():
+            report(f"Ignoring {path}: {fault}.")
+        checkpoint = complete[-1] if complete else None
+    if checkpoint is not None:
+        report(f"Resuming from {checkpoint}")
+    return checkpoint
 
 
 def save_checkpoint(
@@ -205,6 +239,21 @@ def load_average(average: EMAModel, names: list[str], file: Path, step: int) -> 
         _shard_like(whole[name], present) for name, present in zip(names, average.shadow_params, strict=True)
     ]
     average.optimization_step = step
+
+
+def whole_stages(accelerator: Accelerator, model: nn.Module) -> list[PISDMTransformer2DModel]:
+    """The stages of a prepared objective with all weights; copies in main memory where processes hold a part each."""
+    objective = accelerator.unwrap_model(model)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return list(objective.stages)
+    state, stages = accelerator.get_state_dict(model), []
+    for index, stage in enumerate(objective.stages):
+        copy = PISDMTransformer2DModel.from_config(stage.config)
+        prefix = f"stages.{index}."
+        if accelerator.is_main_process:  # the others get no weights
+            copy.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        stages.append(copy)
+    return stages
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""From a published cascade to new classes, with all of its weights or with LoRA adapters."""
+"""The models a run starts from: new ones, or a published cascade's, with all of its weights or LoRA adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 
-from ..models.transformer_pisdm import PISDMTransformer2DModel, get_class_embedding, set_class_embedding
+from ..models.transformer_pisdm import (
+    PISDMTransformer2DModel,
+    class_factors_from_names,
+    get_class_embedding,
+    set_class_embedding,
+)
 
 
 # The projections around the scan and those of the long skips. Those that steer the scan (`x_proj`, `dt_proj`) are left
@@ -57,6 +62,15 @@ def resize_class_embedding(
     old_ids = {name: i for i, name in enumerate(old)}
     rows = [*(old_ids.get(name, null_label) for name in new), null_label]
     set_class_embedding(transformer, get_class_embedding(transformer)[rows])
+
+
+def new_cascade(
+    stage_configs: Sequence[dict[str, Any]], class_names: Sequence[str], factor_separator: str | None = None
+) -> list[PISDMTransformer2DModel]:
+    """Stages with random weights; with a separator, a class is embedded as the sum of its name's parts."""
+    factors = None if factor_separator is None else class_factors_from_names(class_names, factor_separator)
+    classes = {"num_classes": len(class_names), "class_factors": factors}
+    return [PISDMTransformer2DModel(**classes, **config) for config in stage_configs]
 
 
 def start_cascade(

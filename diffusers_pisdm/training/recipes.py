@@ -1,18 +1,29 @@
-"""Recipes: what a published model is made of and how it was trained, as one JSON file."""
+"""What a training script is told: recipes, as JSON files, and command lines, made of the same typed fields."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
+import types
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
+
+from ..utils.files import write_whole
+
+
+T = TypeVar("T")
 
 
 @dataclass
 class Recipe:
     """
+    What a published model is made of and how it was trained.
+
     Args:
         scheduler (`dict`): Arguments of `DDPMScheduler`: the noise schedule.
         stages (`list[dict]`):
@@ -54,45 +65,164 @@ def read_recipe(file: str | Path) -> Recipe:
     return Recipe(**content)
 
 
-def apply_recipe(recipe: Recipe, parser: argparse.ArgumentParser) -> None:
+def argument(default: Any = dataclasses.MISSING, help: str | None = None, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass's field with what `--help` says of it; required without a default."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class OptimizationSettings:
+    title: ClassVar[str] = "optimisation"
+
+    train_batch_size: int = argument(64, "Images per process and step.")
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 500_000
+    learning_rate: float = 2e-4
+    lr_warmup_steps: int = 500
+    lr_cooldown_steps: int = argument(0, "Last steps, over which the rate falls to 0.")
+    adam_beta1: float = 0.99
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.03
+    adam_epsilon: float = 1e-8
+    use_8bit_adam: bool = argument(False, "bitsandbytes' AdamW8bit")
+    max_grad_norm: float = 1.0
+    max_skipped_steps: int = argument(20, "Non-finite steps in a row before stopping.")
+    ema_decay: float = 0.9999
+
+
+@dataclass(kw_only=True)
+class WatchSettings:
+    title: ClassVar[str] = "watching and resuming"
+
+    logging_steps: int = 50
+    validation_steps: int = argument(1000, "Held-out loss and samples; 0: at the end.")
+    checkpointing_steps: int = 1000
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str = argument("latest", '"latest", "none" (start anew) or a checkpoint folder.')
+
+
+@dataclass(kw_only=True)
+class TrainerSettings(WatchSettings, OptimizationSettings):
+    """How a [`Trainer`] trains."""
+
+    seed: int = 0
+    dataloader_num_workers: int = argument(0, "Processes that decode images; 0: none beside the training's own.")
+
+
+def make_parser(arguments: type, description: str | None) -> argparse.ArgumentParser:
+    """A command line of a dataclass's fields, in groups by the `title` of the class that each comes from."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    hints, groups = typing.get_type_hints(arguments), {None: parser}
+    for described in dataclasses.fields(arguments):
+        owner = next(c for c in arguments.__mro__ if described.name in vars(c).get("__annotations__", ()))
+        title = vars(owner).get("title")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        is_list, kind = _unwrap(hints[described.name])
+        options = {"help": described.metadata.get("help")}
+        if kind is bool:
+            groups[title].add_argument(f"--{described.name}", action="store_true", **options)
+            continue
+        default = described.default
+        if described.default_factory is not dataclasses.MISSING:
+            default = described.default_factory()
+        if default is dataclasses.MISSING:
+            options["required"] = True
+        else:
+            options["default"] = default
+            if default is not None:
+                shown = " ".join(map(str, default)) if is_list else default
+                options["help"] = f"{options['help'] or ''} (default: {shown})".strip()
+        options |= {"nargs": "+"} if is_list else {}
+        choices = described.metadata.get("choices")
+        groups[title].add_argument(f"--{described.name}", type=kind, choices=choices, **options)
+    return parser
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: type[T], argv: Sequence[str] | None = None
+) -> tuple[T, Recipe | None]:
     """
-    Makes a recipe's training arguments, and its VAE, the defaults of a command line.
+    Reads a command line. What the recipe of `--cascade_config` says of the training are defaults: the command line
+    counts more.
 
     Args:
-        recipe ([`Recipe`]): Whose `training` holds names of arguments without dashes.
-        parser (`argparse.ArgumentParser`): The command line.
+        parser (`argparse.ArgumentParser`): From [`make_parser`]; it reports what is wrong, and exits.
+        arguments (`type`): The dataclass it was made of.
+        argv (`Sequence[str]`, *optional*): `sys.argv[1:]` if not given.
+
+    Returns:
+        The dataclass's instance, and the [`Recipe`] if there is one.
+    """
+    given, recipe = parser.parse_args(argv), None
+    if given.cascade_config is not None:
+        try:
+            recipe = read_recipe(given.cascade_config)
+            parser.set_defaults(**recipe_arguments(recipe, arguments))
+        except (OSError, ValueError) as error:
+            parser.error(f"--cascade_config {given.cascade_config}: {error}")
+        given = parser.parse_args(argv)
+    return arguments(**vars(given)), recipe
+
+
+def recipe_arguments(recipe: Recipe, arguments: type) -> dict[str, Any]:
+    """
+    A recipe's training arguments, and its VAE, as a dataclass's fields take them.
+
+    Args:
+        recipe ([`Recipe`]): Whose `training` holds names of fields.
+        arguments (`type`): The dataclass.
+
+    Returns:
+        `dict[str, Any]`: Values by name.
 
     Raises:
-        ValueError: An argument is unknown, or its value is not one that the command line would take.
+        ValueError: A name is unknown, or its value is not one that the command line would take.
     """
-    actions = {action.dest: action for action in parser._actions}  # argparse offers no other list of its arguments
+    hints, fields = typing.get_type_hints(arguments), {f.name: f for f in dataclasses.fields(arguments)}
     values = dict(recipe.training)
     if recipe.vae is not None:
         values["pretrained_vae_model_name_or_path"] = recipe.vae
     for name, value in values.items():
-        if name not in actions:
-            close = difflib.get_close_matches(name, actions, n=1)
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown training argument {name!r}{hint}")
-        parser.set_defaults(**{name: _convert(actions[name], value)})
-
-
-def _convert(action: argparse.Action, value: Any) -> Any:
-    if isinstance(action.const, bool):  # a switch
-        if not isinstance(value, bool):
-            raise ValueError(f"training argument {action.dest!r} is a switch: true or false, not {value!r}")
-        return value
-    if action.nargs is not None:
+        is_list, kind = _unwrap(hints[name])
+        choices = fields[name].metadata.get("choices")
         # As on the command line, one value is a list of one.
-        return [_convert_one(action, item) for item in (value if isinstance(value, list) else [value])]
-    return _convert_one(action, value)
+        items = value if is_list and isinstance(value, list) else [value]
+        items = [_convert(name, item, kind, choices) for item in items]
+        values[name] = items if is_list else items[0]
+    return values
 
 
-def _convert_one(action: argparse.Action, value: Any) -> Any:
-    kind = action.type or str
+def write_training_config(folder: str | Path, arguments: dict[str, Any], **facts: Any) -> None:
+    """Writes `training_config.json`: what the model card says about a run."""
+    with write_whole(Path(folder) / "training_config.json") as unfinished:
+        unfinished.write_text(json.dumps({"arguments": arguments, **facts}, indent=2) + "\n")
+
+
+def _unwrap(hint: Any) -> tuple[bool, type]:
+    """Whether a field holds a list, and the type of what it holds, where it is not None."""
+    if isinstance(hint, types.UnionType):
+        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
+    return (True, typing.get_args(hint)[0]) if typing.get_origin(hint) is list else (False, hint)
+
+
+def _convert(name: str, value: Any, kind: type, choices: Sequence[str] | None) -> Any:
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"training argument {name!r} is a switch: true or false, not {value!r}")
+        return value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = isinstance(value, str) if kind is str else is_number and kind(value) == value
-    if not fits or (action.choices is not None and value not in action.choices):
-        wanted = f"one of {', '.join(action.choices)}" if action.choices is not None else f"of type {kind.__name__}"
-        raise ValueError(f"training argument {action.dest!r} must be {wanted}, not {value!r}")
+    fits = is_number and kind(value) == value if kind in (int, float) else isinstance(value, str)
+    if not fits or (choices is not None and value not in choices):
+        wanted = f"one of {', '.join(choices)}" if choices is not None else f"of type {kind.__name__}"
+        raise ValueError(f"training argument {name!r} must be {wanted}, not {value!r}")
     return kind(value)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_pisdm.data.device_images import load_labelled_images
+from diffusers_pisdm.data.device_images import DeviceBatches, batch_rows, load_labelled_images
 from diffusers_pisdm.data.image_rows import ImageRows
 from diffusers_pisdm.data.image_transform import ImageTransform
 from tests.data.image_folders import copy_folder, damaged_images, load
@@ -32,3 +32,24 @@ def test_bad_images_are_left_out(folder, tmp_path, capsys):
     good = [rows.read(i, 0, 0).images for i in range(len(rows)) if i != 3]
     assert torch.equal(data.images, torch.stack(good))
     assert file.name in capsys.readouterr().out
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
+    rows = [row for step in range(5) for row in batch_rows(step, 20, 8, seed=1)]
+    assert sorted(rows[:20]) == sorted(rows[20:]) == list(range(20))
+    assert rows[:20] != rows[20:40]
+    assert rows[:8] != list(batch_rows(0, 20, 8, seed=2))
+
+
+def test_batches_go_on_from_where_they_were(folder, tmp_path):
+    data = load_labelled_images(ImageRows(load(folder, tmp_path / "cache"), ImageTransform(16)))
+    batches = DeviceBatches(data, batch_size=5, seed=3)
+    next(batches)
+    other = DeviceBatches(data, batch_size=5, seed=3)
+    other.load_state_dict(batches.state_dict())
+    for _ in range(3):
+        images, labels, bad_images = next(batches)
+        again = next(other)
+        rows = [data.labels[row].item() for row in batch_rows(batches.step - 1, len(data.images), 5, 3)]
+        assert torch.equal(images, again.images) and torch.equal(labels, again.labels)
+        assert labels.tolist() == rows and bad_images == []

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from diffusers_pisdm import PISDM_SIZES, PISDMTransformer2DModel
-from diffusers_pisdm.training.recipes import apply_recipe, read_recipe
+from diffusers_pisdm.training.recipes import read_recipe
 from examples import train_on_device, train_pisdm
 
 
@@ -41,13 +41,10 @@ def read(name):
 
 def arguments(name):
     """What the training script is told by the recipe alone."""
-    required = ["--output_dir", "o"]
-    parser = train_pisdm.make_parser()
-    if name in ON_DEVICE:
-        parser = train_on_device.make_parser()
-        required += ["--cascade_config", "c", "--train_data_dir", "d"]
-    apply_recipe(read(name), parser)
-    return parser.parse_args(required)
+    script = train_on_device if name in ON_DEVICE else train_pisdm
+    return script.parse_args(
+        ["--cascade_config", str(FOLDER / f"{name}.json"), "--train_data_dir", "d", "--output_dir", "o"]
+    )[0]
 
 
 def test_every_recipe_is_tested_and_documented():

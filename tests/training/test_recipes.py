@@ -2,12 +2,11 @@ import json
 
 import pytest
 
-from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
-from examples.train_pisdm import make_parser
+from diffusers_pisdm.training.recipes import Recipe, read_recipe, recipe_arguments
+from examples.train_pisdm import TrainingArguments
 
 
 CASCADE = {"scheduler": {}, "stages": [{"sample_size": 8}]}
-REQUIRED = ["--output_dir", "o"]
 
 
 @pytest.fixture
@@ -20,10 +19,8 @@ def read(tmp_path):
     return read
 
 
-def defaults(training, vae=None):
-    parser = make_parser()
-    apply_recipe(Recipe({}, [], vae, training), parser)
-    return parser.parse_args(REQUIRED)
+def arguments(training, vae=None):
+    return recipe_arguments(Recipe({}, [], vae, training), TrainingArguments)
 
 
 def test_a_recipe_is_read_whole(read):
@@ -46,13 +43,21 @@ def test_a_recipe_that_is_none_is_refused(read, content, message):
         read(content)
 
 
-def test_arguments_become_defaults_of_their_type():
-    args = defaults(
-        {"learning_rate": 1, "random_flip": True, "batch_shares": [1, 0.5], "loss_weighting": "vlb", "seed": 7}, "v"
-    )
-    assert args.learning_rate == 1.0 and isinstance(args.learning_rate, float)
-    assert args.random_flip is True and args.batch_shares == [1.0, 0.5] and args.loss_weighting == ["vlb"]
-    assert args.seed == 7 and args.pretrained_vae_model_name_or_path == "v"
+def test_arguments_get_the_type_of_their_field():
+    training = {
+        "learning_rate": 1,
+        "random_flip": True,
+        "batch_shares": [1, 0.5],
+        "loss_weighting": "vlb",
+        "seed": 7.0,
+    }
+    found = arguments(training, "v")
+    assert found == {
+        **{"learning_rate": 1.0, "random_flip": True, "batch_shares": [1.0, 0.5], "loss_weighting": ["vlb"]},
+        **{"seed": 7, "pretrained_vae_model_name_or_path": "v"},
+    }
+    kinds = [type(found["learning_rate"]), type(found["batch_shares"][0]), type(found["seed"])]
+    assert kinds == [float, float, int]
 
 
 @pytest.mark.parametrize(
@@ -68,4 +73,4 @@ def test_arguments_become_defaults_of_their_type():
 )
 def test_a_value_that_the_command_line_would_not_take_is_refused(training, message):
     with pytest.raises(ValueError, match=message):
-        defaults(training)
+        arguments(training)

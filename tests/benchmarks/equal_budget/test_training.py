@@ -6,6 +6,7 @@ from benchmarks.equal_budget.contestants import Contestant
 from benchmarks.equal_budget.training import LabelledImages, TrainingSettings, batch_rows, train_contestant
 from diffusers_pisdm.training.checkpoints import find_checkpoints
 from diffusers_pisdm.training.metrics import read_metrics
+from diffusers_pisdm.training.trainer import Trainer
 
 
 STAGE = {"patch_size": 2, "in_channels": 3, "num_layers": 2, "hidden_size": 16, "state_size": 4}
@@ -31,21 +32,25 @@ class Killed(Exception):
 def test_a_killed_run_ends_with_the_same_weights(data, tmp_path, monkeypatch):
     whole = train_contestant(CASCADE, data, 8, 0, tmp_path / "whole", SETTINGS)
 
-    import benchmarks.equal_budget.training as small_training
+    train_step = Trainer.train_step
 
-    def kill(step, *arguments):
-        if step == 6:  # two steps after a checkpoint
+    def kill(self):
+        if self.state.step == 6:  # two steps after a checkpoint
             raise Killed
-        return batch_rows(step, *arguments)
+        train_step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(small_training, "batch_rows", kill)
+        patch.setattr(Trainer, "train_step", kill)
         with pytest.raises(Killed):
             train_contestant(CASCADE, data, 8, 0, tmp_path / "killed", SETTINGS)
     resumed = train_contestant(CASCADE, data, 8, 0, tmp_path / "killed", SETTINGS)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
-    assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(tmp_path / "killed" / "metrics.jsonl")
+    logged = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "killed")]
+    losses = [
+        [{k: v for k, v in row.items() if k == "step" or k.startswith("train/")} for row in rows] for rows in logged
+    ]
+    assert losses[0] == losses[1] and [row["step"] for row in losses[0]] == [2, 4, 6, 8]
     again = train_contestant(CASCADE, data, 8, 0, tmp_path / "killed", SETTINGS)  # finished: nothing is trained
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values()))
     assert len(find_checkpoints(tmp_path / "killed")[0]) == 1

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.training.checkpoints import CheckpointError
-from diffusers_pisdm.training.device_step import DeviceStep
+from diffusers_pisdm.training.device_trainer import DeviceStep
 from examples import train_on_device
-from examples.train_on_device import batch_rows, parse_args
+from examples.train_on_device import parse_args
 from tests.examples.training.tiny_training import STAGE, weights
 
 
@@ -151,13 +151,6 @@ def test_a_recipe_that_asks_the_pretrained_stages_for_something_else_is_refused(
     with pytest.raises(ValueError, match=r"Stage 2 .* another noise schedule.*--noise_shifts"):
         train("other", *arguments, "--noise_shifts", "1", "2")
     train("other", *arguments)
-
-
-def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
-    rows = [row for step in range(5) for row in batch_rows(step, 20, 8, seed=1)]
-    assert sorted(rows[:20]) == sorted(rows[20:]) == list(range(20))
-    assert rows[:20] != rows[20:40]
-    assert rows[:8] != list(batch_rows(0, 20, 8, seed=2))
 
 
 @pytest.mark.parametrize(

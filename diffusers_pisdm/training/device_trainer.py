@@ -1,21 +1,34 @@
-"""A training step that never waits for its device: one CUDA graph on a GPU."""
+"""Training on images that lie on the device, in steps that never wait for it: one CUDA graph each on a GPU."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.nn.utils import clip_grad_norm_
+from tqdm.auto import tqdm
 
-from ..data.device_images import LabelledImages
+from ..data.device_images import DeviceBatches, LabelledImages
 from ..data.image_pyramid import image_pyramid
+from ..data.rows import TrainingBatch
 from .cascade_objective import CascadeObjective
+from .checkpoints import CheckpointError
 from .loss_meter import LossMeter
-from .noise import RowNoise
+from .noise import RowNoise, noise_seed
+from .optimization import learning_rate_factor
+from .recipes import TrainerSettings
+from .trainer import RunState, Trainer
 
 
 WARM_UP_STEPS = 3  # steps before the recording: kernels are compiled and tables are made in them
+PROBE_SECONDS = 4  # over which the speed is measured that decides how many steps there will be
+HELD_OUT_BATCH_SIZE = 64
 
 
 class DeviceStep:
@@ -136,6 +149,151 @@ class DeviceStep:
         torch._foreach_mul_(differences, self.average_weight)
         torch._foreach_add_(self.average.shadow_params, differences)
         self.meter.add(losses)
+
+
+@dataclass(kw_only=True)
+class DeviceSettings(TrainerSettings):
+    """How a [`DeviceTrainer`] trains a stage; see the arguments of examples/train_on_device.py."""
+
+    max_train_steps: int | None = None
+    minutes: float | None = None  # to train for, instead of `max_train_steps`
+    lr_cooldown: float = 0.3  # share of the steps
+    validation_minutes: float = 10.0
+    checkpointing_minutes: float = 5.0
+    checkpoints_total_limit: int = 1
+    random_flip: bool = False
+    random_shift: int = 0
+    record: bool = False
+
+
+@dataclass
+class DeviceRunState(RunState):
+    settings: dict[str, float | None] = field(default_factory=dict)  # that may not change when a run is resumed
+    total_steps: int | None = None
+
+
+class DeviceTrainer(Trainer):
+    """
+    Trains one stage on images that lie on the device, for a number of steps or for a time. The time becomes a number
+    of steps once the speed is known.
+
+    Args:
+        accelerator (`Accelerator`): Of one process.
+        objective ([`CascadeObjective`]): That trains one stage.
+        data ([`LabelledImages`]): On the device.
+        settings ([`DeviceSettings`]): How to train.
+        output_dir (`str` or `Path`): For metrics and checkpoints.
+        held_out ([`LabelledImages`], *optional*): On the device; their loss is measured.
+        on_validation (`Callable[[Trainer], None]`, *optional*): See [`Trainer`].
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: CascadeObjective,
+        data: LabelledImages,
+        settings: DeviceSettings,
+        output_dir: str | Path,
+        held_out: LabelledImages | None = None,
+        on_validation: Callable[[Trainer], None] | None = None,
+    ):
+        (index,) = objective.stages_trained
+        self.stage, self.on_gpu = index + 1, accelerator.device.type == "cuda"
+        batches = DeviceBatches(data, settings.train_batch_size, settings.seed + self.stage)
+        title = f"stage {self.stage}"
+        super().__init__(accelerator, objective, batches, settings, output_dir, None, held_out, on_validation, title)
+        kept = {"batch_size": settings.train_batch_size, "minutes": settings.minutes}
+        self.state = DeviceRunState(settings=kept)
+        self.device_step = DeviceStep(
+            accelerator,
+            self.model,
+            self.optimizer,
+            self.average,
+            data,
+            settings.train_batch_size,
+            settings.max_grad_norm,
+            random_flip=settings.random_flip,
+            max_shift=settings.random_shift,
+            record=settings.record,
+        )
+        self.meter = self.device_step.meter
+        self.last = {"validation": time.time(), "checkpointing": time.time()}
+        self.first_step, self.probed_at, self.probed_step = 0, None, 0
+
+    def make_optimizer(self, objective: CascadeObjective) -> torch.optim.Optimizer:
+        return super().make_optimizer(objective, capturable=self.on_gpu)
+
+    def train(self) -> None:
+        self.first_step = self.state.step
+        self.last = dict.fromkeys(self.last, time.time())
+        super().train()
+
+    def train_step(self) -> None:
+        seed = noise_seed(self.settings.seed, self.stage, self.state.step)
+        self.device_step(self.batches.next_rows(), seed, self.learning_rate())
+        self.state.step += 1
+        self.images_seen += self.settings.train_batch_size
+        if self.total_steps is None and self.state.step - self.first_step > WARM_UP_STEPS + 1:
+            self.find_total_steps()
+
+    def learning_rate(self) -> float:
+        """While the number of steps is unknown, the end is not in sight."""
+        s, step, total = self.settings, self.state.step, self.total_steps
+        cooldown = 0 if total is None else max(1, round(s.lr_cooldown * total))
+        total = step + 1 if total is None else total
+        return s.learning_rate * learning_rate_factor(step, s.lr_warmup_steps, cooldown, total)
+
+    def find_total_steps(self) -> None:
+        """Turns the time that is left into steps, by the speed of the first seconds."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        now, step = time.time(), self.state.step
+        if self.probed_at is None:
+            self.probed_at, self.probed_step = now, step
+        elif now - self.probed_at > PROBE_SECONDS:
+            rate = (step - self.probed_step) / (now - self.probed_at)
+            seconds = self.settings.minutes * 60 - (now - self.started)
+            self.total_steps = self.progress.total = step + max(1, int(seconds * rate))
+            size = self.settings.train_batch_size
+            tqdm.write(f"{self.title}: {rate * size:.0f} images/s, {self.total_steps} steps of {size} images")
+
+    def is_due(self, what: str) -> bool:
+        if what not in self.last:
+            return super().is_due(what)
+        minutes = getattr(self.settings, f"{what}_minutes")
+        return self.is_done or time.time() - self.last[what] > minutes * 60
+
+    def counts(self) -> dict[str, float]:
+        self.state.skipped_steps = int(self.device_step.skipped_steps.item())
+        return {"skipped_steps": self.state.skipped_steps, "seconds": time.time() - self.started}
+
+    def validate(self) -> None:
+        super().validate()
+        self.last["validation"] = time.time()
+
+    def held_out_batches(self) -> Iterator[tuple[int, TrainingBatch]]:
+        held_out = self.held_out_rows
+        for first in range(0, len(held_out.images), HELD_OUT_BATCH_SIZE):
+            batch = slice(first, first + HELD_OUT_BATCH_SIZE)
+            yield first, TrainingBatch(held_out.images[batch], held_out.labels[batch], [])
+
+    def save(self) -> None:
+        self.state.total_steps = self.total_steps
+        super().save()
+        self.last["checkpointing"] = time.time()
+
+    def resume(self) -> None:
+        wanted = self.state.settings
+        super().resume()
+        if self.state.settings != wanted:
+            raise CheckpointError(
+                f"{self.output_dir} holds a checkpoint that is of a run with {self.state.settings}, but this one has"
+                f" {wanted}. Rerun the command that made it (with --rehearse, if it was a rehearsal), or name another"
+                " --output_dir."
+            )
+        if self.settings.max_train_steps is None:
+            self.total_steps = self.state.total_steps
+        self.device_step.skipped_steps.fill_(self.state.skipped_steps)
 
 
 def augment_images(

@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.data.device_images import LabelledImages
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
-from diffusers_pisdm.training.device_step import DeviceStep, augment_images
+from diffusers_pisdm.training.device_trainer import DeviceStep, augment_images
 from diffusers_pisdm.training.noise import RowNoise
 from diffusers_pisdm.training.optimization import make_optimizer, parameter_groups
 

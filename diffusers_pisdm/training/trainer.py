@@ -1,0 +1,298 @@
+"""Training a cascade: its step, what is watched of a run, and how it is saved and resumed to the same end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..data.batches import TrainingBatches, validation_batches
+from ..data.device_images import DeviceBatches
+from ..data.image_pyramid import image_pyramid
+from ..data.image_rows import ImageRows
+from ..data.latent_cache import LatentCache
+from ..data.rows import TrainingBatch
+from ..models.latents import encode_latents, vae_scale_factor
+from ..utils.machine import peak_memory_gib
+from .cascade_objective import CascadeObjective
+from .checkpoints import find_resume_point, load_average, read_state, save_average, save_checkpoint
+from .loss_meter import LossMeter
+from .metrics import append_metrics, forget_later_metrics
+from .noise import noise_seed
+from .optimization import learning_rate_factor, make_optimizer, parameter_groups
+from .recipes import TrainerSettings
+from .sample_sheets import forget_later_sheets
+
+
+@dataclass
+class RunState:
+    """What a run has reached, beside its weights, optimizer, averages and place in the data."""
+
+    step: int = 0
+    elapsed_seconds: float = 0.0
+    skipped_steps: int = 0  # whose loss or gradient was not finite
+    bad_images: int = 0  # that this process has skipped
+
+    def state_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for name in asdict(self):
+            setattr(self, name, state[name])
+
+
+class Trainer:
+    """
+    Trains the stages of a cascade on eq. 17. A killed run resumes to the same bits: batches and noise follow from the
+    seed and the step alone, everything else is in the checkpoint.
+
+    Args:
+        accelerator (`Accelerator`): Of all processes.
+        objective ([`CascadeObjective`]): Not yet prepared.
+        batches ([`TrainingBatches`] or [`DeviceBatches`]): What to train on, and where in it the run is.
+        settings ([`TrainerSettings`]): How to train.
+        output_dir (`str` or `Path`): For metrics, checkpoints and samples.
+        vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`AutoencoderDC`], *optional*): Encodes the images.
+        held_out_rows ([`ImageRows`] or [`LatentCache`], *optional*): Images whose loss is measured.
+        on_validation (`Callable[[Trainer], None]`, *optional*):
+            Called with the averaged weights in place, in all processes: draws samples, say, and saves the pipeline.
+        title (`str`, *optional*): Of the progress bar.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: CascadeObjective,
+        batches: TrainingBatches | DeviceBatches,
+        settings: TrainerSettings,
+        output_dir: str | Path,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None = None,
+        held_out_rows: ImageRows | LatentCache | None = None,
+        on_validation: Callable[[Trainer], None] | None = None,
+        title: str | None = None,
+    ):
+        self.accelerator, self.settings, self.output_dir = accelerator, settings, Path(output_dir)
+        self.batches, self.held_out_rows, self.vae, self.on_validation = batches, held_out_rows, vae, on_validation
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it would take it from a data loader
+            accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
+        self.model, self.optimizer = accelerator.prepare(objective, self.make_optimizer(objective))
+        self.objective = accelerator.unwrap_model(self.model)
+        named = [(name, p) for name, p in self.objective.stages.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.average = EMAModel(self.parameters, decay=settings.ema_decay)  # rises to it over the first steps
+        self.sizes = [stage.config.sample_size for stage in self.objective.stages]
+        self.meter = LossMeter(self.objective)
+        self.total_steps: int | None = settings.max_train_steps
+        self.state, self.failures, self.started = RunState(), 0, time.time()
+        self.images_seen, self.logged_at = 0, time.time()
+        self.metrics_file = self.output_dir / "metrics.jsonl"
+        self.title, self.progress = title, tqdm(disable=True)
+
+    def make_optimizer(self, objective: CascadeObjective, capturable: bool = False) -> torch.optim.Optimizer:
+        s = self.settings
+        groups, betas = parameter_groups(objective, s.adam_weight_decay), (s.adam_beta1, s.adam_beta2)
+        return make_optimizer(groups, s.learning_rate, betas, s.adam_epsilon, s.use_8bit_adam, capturable)
+
+    def train(self) -> None:
+        """Trains from where the run is to its last step."""
+        self.objective.train()
+        self.started, self.logged_at = time.time() - self.state.elapsed_seconds, time.time()
+        hidden = not self.accelerator.is_local_main_process
+        with tqdm(desc=self.title, total=self.total_steps, initial=self.state.step, disable=hidden) as self.progress:
+            while not self.is_done:
+                self.train_step()
+                self.progress.update()
+                if self.is_due("logging"):
+                    self.log_losses()
+                if self.is_due("validation"):
+                    self.validate()
+                if self.is_due("checkpointing"):
+                    self.save()
+
+    @property
+    def is_done(self) -> bool:
+        return self.total_steps is not None and self.state.step >= self.total_steps
+
+    def is_due(self, what: str) -> bool:
+        """Whether it is time for `"logging"`, `"validation"` or `"checkpointing"`: at the end, it always is."""
+        steps = getattr(self.settings, f"{what}_steps")
+        return self.is_done or (steps > 0 and self.state.step % steps == 0)
+
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        s = self.settings
+        factor = learning_rate_factor(self.state.step, s.lr_warmup_steps, s.lr_cooldown_steps, self.total_steps)
+        return s.learning_rate * factor
+
+    def train_step(self) -> None:
+        """One step of the optimizer, or none where a loss or a gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        finite = True
+        for micro_step in range(self.settings.gradient_accumulation_steps):
+            batch = next(self.batches)
+            self.report_bad_images(batch.bad_images)
+            with self.accelerator.accumulate(self.model):
+                finite = finite and self.forward_backward(batch, micro_step)
+                if self.accelerator.sync_gradients:
+                    finite = finite and self.update()
+                    self.optimizer.zero_grad()
+            self.images_seen += len(batch.labels) * self.accelerator.num_processes
+        self.state.step += 1
+        self.state.skipped_steps += not finite
+        self.failures = 0 if finite else self.failures + 1
+        if finite:
+            self.average.step(self.parameters)
+        if self.failures > self.settings.max_skipped_steps:
+            raise FloatingPointError(
+                f"The loss or its gradient was not finite in {self.failures} steps in a row, up to step"
+                f" {self.state.step}. Resume from the last checkpoint with a lower --learning_rate, more"
+                " --lr_warmup_steps or --mixed_precision bf16."
+            )
+
+    def forward_backward(self, batch: TrainingBatch, micro_step: int) -> bool:
+        """Adds a batch's gradient; returns whether its loss is finite in all processes."""
+        seed = noise_seed(self.settings.seed, self.state.step, micro_step)
+        losses = self.model(self.make_pyramid(batch, seed), batch.labels.to(self.accelerator.device), seed)
+        # All processes take a step or none does: one of them alone would wait for the others for ever.
+        if self.accelerator.reduce(losses.total.detach().isfinite().float(), "mean").item() < 1:
+            return False
+        self.meter.add(losses)
+        self.accelerator.backward(losses.total)
+        return True
+
+    def update(self) -> bool:
+        """Takes the optimizer's step; returns whether the gradient was finite."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        finite = norm is None or math.isfinite(norm)  # DeepSpeed need not tell
+        if finite or self.accelerator.scaler is not None:  # fp16's scaler skips the step, and learns from it
+            self.optimizer.step()
+        return finite
+
+    def make_pyramid(self, batch: TrainingBatch, seed: int) -> list[torch.Tensor]:
+        """What each stage is trained on: pixels in [-1, 1], or latents, whether encoded here or cached."""
+        device = self.accelerator.device
+        if isinstance(batch.images, list):
+            return [latents.to(device) for latents in batch.images]
+        pixels = batch.images.to(device).float() / 127.5 - 1.0  # (B, 3, H, W)
+        pyramid = image_pyramid(pixels, [size * vae_scale_factor(self.vae) for size in self.sizes])
+        if self.vae is None:
+            return pyramid
+        # An image's latents depend on its place in the global batch, not on the processes it is spread over.
+        num_processes, process_index = self.accelerator.num_processes, self.accelerator.process_index
+        places = [row * num_processes + process_index for row in range(len(pixels))]
+        generators = [torch.Generator().manual_seed(noise_seed(seed, place)) for place in places]
+        with torch.no_grad():
+            return [encode_latents(self.vae, stage, generators) for stage in pyramid]
+
+    def report_bad_images(self, bad_images: list[str]) -> None:
+        if bad_images:
+            with (self.output_dir / "bad_images.txt").open("a") as file:
+                file.writelines(f"{bad}\n" for bad in bad_images)
+            tqdm.write("\n".join(f"Skipped: {bad}" for bad in bad_images))
+        self.state.bad_images += len(bad_images)
+
+    def log(self, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=self.state.step)
+        if self.accelerator.is_main_process:
+            append_metrics(self.metrics_file, self.state.step, values)
+
+    def log_losses(self) -> None:
+        """The losses and the speed since the last time."""
+        values = self.meter.means("train", lambda tensor: self.accelerator.reduce(tensor, "sum"))
+        now = time.time()
+        values["images_per_second"] = self.images_seen / (now - self.logged_at)
+        values["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        values["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
+        values |= self.counts()
+        self.log(values)
+        shown = {name.split("/")[-1]: f"{v:.3g}" for name, v in values.items() if "_t" not in name}
+        self.progress.set_postfix(shown)
+        self.meter.reset()
+        self.images_seen, self.logged_at = 0, time.time()
+
+    def counts(self) -> dict[str, float]:
+        """What is counted over the whole run."""
+        bad_images = torch.tensor(float(self.state.bad_images), device=self.accelerator.device)
+        return {
+            "skipped_steps": self.state.skipped_steps,
+            "bad_images": self.accelerator.reduce(bad_images, "sum").item(),
+        }
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """In here the models hold the averaged weights, in evaluation mode."""
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        self.objective.eval()
+        yield
+        self.average.restore(self.parameters)
+        self.objective.train()
+
+    def validate(self) -> None:
+        """In all processes: sharded models need them all."""
+        with self.averaged_weights():
+            if self.held_out_rows is not None:
+                self.log(self.held_out_losses())
+            if self.on_validation is not None:
+                self.on_validation(self)
+
+    @torch.no_grad()
+    def held_out_losses(self) -> dict[str, float]:
+        """Mean losses on held-out images, with the same noise at every call."""
+        meter = LossMeter(self.objective)
+        for place, batch in self.held_out_batches():
+            seed = noise_seed(self.settings.seed, place)
+            meter.add(self.objective(self.make_pyramid(batch, seed), batch.labels.to(self.accelerator.device), seed))
+        return meter.means("validation", lambda tensor: self.accelerator.reduce(tensor, "sum"))
+
+    def held_out_batches(self) -> Iterator[tuple[int, TrainingBatch]]:
+        """With a number each, which its noise follows from."""
+        is_sharded = self.accelerator.distributed_type == DistributedType.FSDP  # all processes run each batch together
+        place = (1, 0) if is_sharded else (self.accelerator.num_processes, self.accelerator.process_index)
+        s = self.settings
+        yield from enumerate(
+            validation_batches(self.held_out_rows, s.train_batch_size, *place, s.dataloader_num_workers)
+        )
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        self.state.elapsed_seconds = time.time() - self.started
+        state = self.state.state_dict()
+        place = {"data": self.batches.state_dict(), "bad_images": state.pop("bad_images")}
+        state |= {"average_updates": self.average.optimization_step, "processes": gather_object([place])}
+
+        def write(folder: Path) -> None:
+            self.accelerator.save_state(folder)
+            is_main_process = self.accelerator.is_main_process
+            save_average(self.average, self.names, folder / "ema.safetensors", is_main_process)
+
+        limit = self.settings.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output_dir, self.state.step, state, write, limit)
+
+    def resume(self) -> None:
+        """Goes to where an earlier run got to, if there is one, and forgets what it logged after that."""
+        checkpoint = find_resume_point(self.output_dir, self.settings.resume_from_checkpoint, self.accelerator.print)
+        if checkpoint is not None:
+            self.accelerator.load_state(checkpoint)
+            state, process_index = read_state(checkpoint), self.accelerator.process_index
+            load_average(self.average, self.names, checkpoint / "ema.safetensors", state["average_updates"])
+            places = state["processes"]
+            place = places[min(process_index, len(places) - 1)]  # the same for all but streams, which check it
+            self.batches.load_state_dict(place["data"])
+            state["bad_images"] = place["bad_images"] if process_index < len(places) else 0
+            self.state.load_state_dict(state)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            forget_later_metrics(self.metrics_file, self.state.step)
+            forget_later_sheets(self.output_dir / "samples", self.state.step)

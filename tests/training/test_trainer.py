@@ -1,0 +1,277 @@
+"""The training step against one written out with torch, and what a run counts, validates, saves and resumes."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, DDPMScheduler
+
+from diffusers_pisdm import PISDMTransformer2DModel
+from diffusers_pisdm.data.batches import TrainingBatches
+from diffusers_pisdm.data.rows import TrainingBatch, TrainingRow
+from diffusers_pisdm.models.latents import encode_latents
+from diffusers_pisdm.training import CascadeObjective, image_pyramid
+from diffusers_pisdm.training.checkpoints import read_state
+from diffusers_pisdm.training.metrics import read_metrics
+from diffusers_pisdm.training.noise import noise_seed
+from diffusers_pisdm.training.recipes import TrainerSettings
+from diffusers_pisdm.training.trainer import RunState, Trainer
+
+
+STAGE = {"patch_size": 2, "in_channels": 3, "num_layers": 2, "hidden_size": 8, "state_size": 4, "num_classes": 5}
+CONFIGS = [{"sample_size": 4, **STAGE}, {"sample_size": 8, "low_res_channels": 3, **STAGE}]
+SETTINGS = {
+    **{"seed": 3, "max_train_steps": 4, "train_batch_size": 3, "gradient_accumulation_steps": 2},
+    **{"learning_rate": 1e-2, "lr_warmup_steps": 2, "lr_cooldown_steps": 2, "adam_beta1": 0.8, "adam_beta2": 0.95},
+    **{"adam_weight_decay": 0.3, "adam_epsilon": 1e-5, "max_grad_norm": 0.05, "ema_decay": 0.7},
+    **{"logging_steps": 3, "validation_steps": 2, "checkpointing_steps": 2, "checkpoints_total_limit": 3},
+}
+
+
+class Rows:
+    """Fourteen images of noise."""
+
+    is_random, is_stream, bad = False, False, {}
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randint(256, (14, 3, 8, 8), dtype=torch.uint8, generator=generator)
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, index, epoch, seed):
+        return TrainingRow(self.images[index], index % 5, self.bad.get(index, []))
+
+
+@pytest.fixture
+def objective():
+    torch.manual_seed(0)
+    stages = [PISDMTransformer2DModel(**config) for config in CONFIGS]
+    for stage in stages:
+        torch.nn.init.normal_(stage.proj_out.weight, std=0.1)  # zero at first: nothing below it would train
+    return CascadeObjective(stages, [DDPMScheduler()] * 2, sil_weight=0.1)
+
+
+@pytest.fixture
+def make(objective, tmp_path):
+    def make(rows=None, name="run", **options):
+        settings = TrainerSettings(**{**SETTINGS, **options.pop("settings", {})})
+        AcceleratorState._reset_state(reset_partial_state=True)  # each run is a process of its own, as it were
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=settings.gradient_accumulation_steps)
+        batches = TrainingBatches(rows or Rows(), settings.train_batch_size, settings.seed)
+        return Trainer(accelerator, copy.deepcopy(objective), batches, settings, tmp_path / name, **options)
+
+    return make
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.objective.named_parameters()}
+
+
+def test_steps_are_adamw_on_the_mean_gradient_of_the_micro_batches_clipped_and_averaged(make, objective):
+    trainer = make()
+    trainer.resume()
+    trainer.train()
+
+    # The same with torch alone: rates rise over two steps and fall over the last two; only matrices decay.
+    batches = TrainingBatches(Rows(), 3, 3)
+    named = dict(objective.train().named_parameters())
+    undecayed = ("class_embedding", "padding_tokens", "scale_shift_table", "A_log")
+    keep = [n for n, p in named.items() if p.ndim < 2 or any(part in undecayed for part in n.split("."))]
+    adam = {"betas": (0.8, 0.95), "eps": 1e-5}
+    groups = [
+        {"params": [p for n, p in named.items() if n not in keep], "weight_decay": 0.3},
+        {"params": [named[n] for n in keep], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, **adam)
+    average = {n: p.detach().clone() for n, p in named.items()}
+    for step, factor in enumerate([1 / 2, 1.0, 1.0, 1 / 2]):
+        for micro_step in range(2):
+            images, labels, _ = next(batches)
+            pyramid = image_pyramid(images.float() / 127.5 - 1, [4, 8])
+            (objective(pyramid, labels, noise_seed(3, step, micro_step)).total / 2).backward()
+        norm = torch.stack([p.grad.norm() for p in named.values() if p.grad is not None]).norm()
+        assert norm > 0.05  # or clipping would not show
+        for p in named.values():
+            if p.grad is not None:
+                p.grad *= 0.05 / (norm + 1e-6)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.7, (1 + step) / (10 + step)) if step > 0 else 0.0  # it rises, as in diffusers
+        for n, p in named.items():
+            average[n].lerp_(p.detach(), 1 - decay)
+
+    found = weights(trainer)
+    for name, expected in named.items():
+        torch.testing.assert_close(found[name], expected.detach(), rtol=1e-4, atol=1e-6)
+    for name, shadow in zip(trainer.names, trainer.average.shadow_params):
+        torch.testing.assert_close(shadow, average[f"stages.{name}"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_goes_through_whole_or_not_at_all(make, monkeypatch):
+    trainer = make(settings={"max_skipped_steps": 1, "max_train_steps": 9})
+    trainer.resume()
+    trainer.objective.train()
+    forward, calls = CascadeObjective.forward, []
+
+    def broken(self, *arguments):
+        losses = forward(self, *arguments)
+        calls.append(1)
+        return losses._replace(total=losses.total * math.nan) if len(calls) in bad else losses
+
+    monkeypatch.setattr(CascadeObjective, "forward", broken)
+    bad = (2, 5)
+    before, shadow = weights(trainer), [p.clone() for p in trainer.average.shadow_params]
+    trainer.train_step()  # its second micro-batch is not finite
+    assert all(torch.equal(p, before[n]) for n, p in weights(trainer).items())
+    assert all(torch.equal(*pair) for pair in zip(trainer.average.shadow_params, shadow))
+    assert (trainer.state.step, trainer.state.skipped_steps, trainer.failures) == (1, 1, 1)
+    assert all(p.grad is None or not p.grad.any() for p in trainer.objective.parameters())
+    trainer.train_step()
+    assert not all(torch.equal(p, before[n]) for n, p in weights(trainer).items())
+    assert (trainer.state.step, trainer.state.skipped_steps, trainer.failures) == (2, 1, 0)
+    trainer.train_step()
+    assert (trainer.state.skipped_steps, trainer.failures) == (2, 1)
+    bad = range(6, 99)
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row, up to step 4\..*--learning_rate"):
+        trainer.train_step()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(make, monkeypatch):
+    trainer = make()
+    trainer.resume()
+    trainer.objective.train()
+    parameter = trainer.parameters[0]
+    parameter.register_hook(lambda gradient: gradient * math.inf)
+    before = weights(trainer)
+    trainer.train_step()
+    assert all(torch.equal(p, before[n]) for n, p in weights(trainer).items())
+    assert trainer.state.skipped_steps == 1
+
+
+def test_it_logs_validates_and_saves_when_it_is_due_and_at_the_end(make):
+    validated = []
+    rows = Rows()
+    trainer = make(
+        settings={"max_train_steps": 5},
+        held_out_rows=rows,
+        on_validation=lambda t: validated.append((t.state.step, weights(t), t.objective.training)),
+    )
+    trainer.resume()
+    trainer.train()
+    logged = read_metrics(trainer.metrics_file)
+    assert [row["step"] for row in logged if "train/denoising_1" in row] == [3, 5]
+    assert [row["step"] for row in logged if "validation/denoising_2" in row] == [2, 4, 5]
+    assert [step for step, _, _ in validated] == [2, 4, 5]
+    assert sorted(path.name for path in trainer.output_dir.glob("checkpoint-*")) == [
+        *("checkpoint-2", "checkpoint-4", "checkpoint-5")
+    ]
+    assert trainer.objective.training and not any(training for _, _, training in validated)
+    shown, kept = validated[-1][1], weights(trainer)
+    for name, shadow in zip(trainer.names, trainer.average.shadow_params):
+        assert torch.equal(shown[f"stages.{name}"], shadow)
+    assert any(not torch.equal(shown[name], kept[name]) for name in shown)  # the weights themselves are back
+
+    losses = [row for row in logged if "validation/denoising_2" in row][-1]
+    objective = copy.deepcopy(trainer.objective).eval()
+    for name, shadow in zip(trainer.names, trainer.average.shadow_params):
+        objective.stages.get_parameter(name).data.copy_(shadow)
+    errors = []
+    for place, first in enumerate(range(0, 14, 3)):
+        pixels = rows.images[first : first + 3].float() / 127.5 - 1
+        labels = torch.arange(first, min(first + 3, 14)) % 5
+        with torch.no_grad():
+            errors.append(objective(image_pyramid(pixels, [4, 8]), labels, noise_seed(3, place)).denoising)
+    for stage in (0, 1):
+        expected = torch.cat([batch[stage] for batch in errors]).mean().item()
+        assert losses[f"validation/denoising_{stage + 1}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_speed_and_counts_are_those_since_the_last_time(make, monkeypatch):
+    rows = Rows()
+    rows.bad = {4: ["four.png: torn"], 9: ["nine.png: empty"]}
+    now = [100.0]
+    monkeypatch.setattr("diffusers_pisdm.training.trainer.time.time", lambda: now[0])
+    trainer = make(rows, settings={"max_train_steps": 7, "logging_steps": 2, "validation_steps": 0})
+    trainer.resume()
+    step = Trainer.train_step
+
+    def slow_step(self):
+        step(self)
+        now[0] += 4.0
+
+    monkeypatch.setattr(Trainer, "train_step", slow_step)
+    trainer.train()
+    logged = read_metrics(trainer.metrics_file)
+    assert [row["images_per_second"] for row in logged] == [2 * 6 / 8, 2 * 6 / 8, 2 * 6 / 8, 6 / 4]
+    assert [row["learning_rate"] for row in logged] == [1e-2, 1e-2, 1e-2, 5e-3]
+    told = (trainer.output_dir / "bad_images.txt").read_text().splitlines()
+    assert set(told) == {"four.png: torn", "nine.png: empty"}
+    assert logged[-1]["bad_images"] == len(told) == trainer.state.bad_images > 2
+    assert read_state(trainer.output_dir / "checkpoint-7")["elapsed_seconds"] == 28.0
+
+
+def test_a_resumed_run_ends_with_the_same_bits_counts_and_time(make):
+    rows = Rows()
+    rows.bad = {4: ["four.png: torn"]}
+    options = {"max_train_steps": 6, "lr_cooldown_steps": 0}
+    whole = make(rows, settings=options)
+    whole.resume()
+    whole.train()
+    first = make(rows, "again", settings=options)
+    first.resume()
+    first.total_steps = 5
+    first.train()
+    (first.output_dir / "checkpoint-5").rename(first.output_dir / "lost")  # as if killed after the step before
+    state_file = first.output_dir / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state_file.write_text(json.dumps({**state, "elapsed_seconds": 1000.0, "skipped_steps": 2}))
+
+    second = make(rows, "again", settings=options)
+    second.resume()
+    assert (second.state.step, second.state.elapsed_seconds, second.state.skipped_steps) == (4, 1000.0, 2)
+    assert second.state.bad_images == state["processes"][0]["bad_images"] > 0
+    assert [row["step"] for row in read_metrics(second.metrics_file)] == [3]
+    second.train()
+    assert second.state.bad_images == whole.state.bad_images
+    assert 1000.0 < second.state.elapsed_seconds < 1200.0
+    for (name, expected), found in zip(weights(whole).items(), weights(second).values()):
+        assert torch.equal(found, expected), name
+    for expected, found in zip(whole.average.shadow_params, second.average.shadow_params):
+        assert torch.equal(found, expected)
+
+
+def test_images_become_the_latents_of_every_stage(make):
+    torch.manual_seed(2)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=3,
+    ).eval()
+    trainer = make(vae=vae)
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    found = trainer.make_pyramid(TrainingBatch(images, torch.zeros(2), []), seed=11)
+    pixels = image_pyramid(images.float() / 127.5 - 1, [8, 16])
+    generators = [torch.Generator().manual_seed(noise_seed(11, place)) for place in (0, 1)]
+    for latents, stage in zip(found, pixels, strict=True):
+        with torch.no_grad():
+            assert torch.equal(latents, encode_latents(vae, stage, generators))
+    assert not any(latents.requires_grad for latents in found)
+    cached = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 8, 8)]
+    assert all(map(torch.equal, trainer.make_pyramid(TrainingBatch(cached, torch.zeros(2), []), 0), cached))
+
+
+def test_what_a_run_has_reached_is_kept_whole():
+    state = RunState(step=1, elapsed_seconds=2.5, skipped_steps=3, bad_images=4)
+    other = RunState()
+    other.load_state_dict({**state.state_dict(), "files": {}})
+    assert other == state
