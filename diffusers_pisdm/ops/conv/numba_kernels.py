@@ -1,7 +1,8 @@
 """The compiled loops of `causal_conv_numba`: forward and backward over raw addresses.
 
-A unit of work is one batch row and a block of channels, walked in chunks of `CHUNK` steps; in a chunk, each group of
-16 channels (the lanes of a vector) is done over all steps, so that the rows under the filter are still in the cache.
+Units, chunks, groups and lanes are those of the scan's kernels; the tour at the top of `ops/scan/numba_kernels.py`
+draws them. In a chunk, each group of 16 channels is done over all steps, so that the rows under the filter are still
+in the cache.
 """
 
 from numba import njit

@@ -1,9 +1,23 @@
 """The compiled loops of `selective_scan_numba`: forward and backward over raw addresses.
 
-A unit of work is one batch row and a block of channels. A unit walks over the sequence in chunks of `CHUNK` steps, in
-a chunk over groups of 16 channels (the lanes of a vector), in a group over four states at a time, which stay in
-registers over the chunk's steps. The order matters: going through the whole sequence for one group would touch a new
-page at every step. Everything a group needs again in a chunk lies in a scratch buffer that fits the caches.
+A tour. The work lies in a box of channels by steps by states, once per image (a batch row):
+
+                         steps ->
+               | chunk 0 | chunk 1 | chunk 2 | ...    a chunk: 24 steps
+    -----------+---------+---------+---------+
+    block 0    | group 0 |                       \
+               | group 1 |   a unit: one image,   |   a group: 16 channels, the lanes of one vector,
+               |   ...   |   one block of groups  |   with its states four at a time
+    -----------+---------+                       /
+    block 1    |   ...
+
+    for chunk in a unit:                      one thread takes a whole unit; its states stay in a scratch buffer
+        for group in the block:               what the group needs of this chunk: u, delta, z, B, C in vectors
+            for four states of the group:     16 lanes x 4 states live in registers ...
+                for step in the chunk:        ... while the recurrence h = exp(delta A) h + delta B u runs
+
+The order matters: going through the whole sequence for one group would touch a new page at every step. Everything a
+group needs again in a chunk lies in a scratch buffer that fits the caches.
 
 The backward walks over the chunks from the last to the first, and recomputes a chunk's states from the state at its
 start, which the forward kept. Gradients of B and C are sums over channels: lanes and groups are added within a unit,
