@@ -163,7 +163,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch):
 
 
 def test_a_run_that_has_diverged_stops(train):
-    with pytest.raises(FloatingPointError, match=r"not finite in 3 steps in a row, up to step \d+. Go on from"):
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step \d+.*--learning_rate"):
         train("run", 20, "--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_skipped_steps", "2")
 
 
