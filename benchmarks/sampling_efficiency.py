@@ -38,7 +38,7 @@ from diffusers_pisdm.evaluation import (
     write_sample_set,
 )
 from diffusers_pisdm.evaluation.whole_files import write_whole
-from diffusers_pisdm.pipelines.swap_scheduler import swap_scheduler
+from diffusers_pisdm.schedulers import swap_scheduler
 from diffusers_pisdm.training.image_transform import decode_image
 from diffusers_pisdm.training.machine import describe_machine
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.image_grid import make_image_grid
-from diffusers_pisdm.pipelines.swap_scheduler import swap_scheduler
+from diffusers_pisdm.schedulers import swap_scheduler
 
 
 NUM_DEFAULT_CLASSES = 8

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.models.class_embedding import class_factors_from_names
+from diffusers_pisdm.schedulers import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state, save_checkpoint
 from diffusers_pisdm.training.data_errors import DataError
@@ -40,7 +41,6 @@ from diffusers_pisdm.training.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.training.image_transform import ImageTransform
 from diffusers_pisdm.training.machine import describe_machine, peak_memory_gib
 from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
-from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe
 from diffusers_pisdm.training.replace_files import save_in_place

@@ -34,6 +34,7 @@ import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.models.class_embedding import class_factors_from_names
 from diffusers_pisdm.models.latents import encode_latents, load_vae, vae_scale_factor
+from diffusers_pisdm.schedulers import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective, LossMeter, image_pyramid
 from diffusers_pisdm.training.checkpoints import (
     CheckpointError,
@@ -53,7 +54,6 @@ from diffusers_pisdm.training.latent_cache import LatentCache
 from diffusers_pisdm.training.loss_curves import plot_loss_curves
 from diffusers_pisdm.training.machine import describe_machine, peak_memory_gib
 from diffusers_pisdm.training.metrics_file import append_metrics, forget_later_metrics
-from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.training.publishing import publish_cascade
 from diffusers_pisdm.training.recipes import Recipe, apply_recipe, read_recipe

@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..pipelines.swap_scheduler import swap_scheduler
+from ..schedulers import swap_scheduler
 from .sample_classes import count_classes, sample_classes
 from .sample_files import check_no_foreign_images, find_damaged, sample_path
 from .sample_record import claim_folder, describe_samples, read_sample_set

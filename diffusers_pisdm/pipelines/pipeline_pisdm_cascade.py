@@ -18,15 +18,13 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
-    DDIMParallelScheduler,
-    DDIMScheduler,
     DiffusionPipeline,
     PNDMScheduler,
     SchedulerMixin,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from typing_extensions import Self
 
@@ -34,10 +32,9 @@ from ..models.latents import decode_latents, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
+from ..schedulers import check_residual_scheduler, check_scheduler, warn_of_uneven_steps
 from .lora_loading import PISDMLoraLoaderMixin
 
-
-logger = logging.get_logger(__name__)
 
 # Numbered components are the one container of stages that diffusers saves, loads, offloads and shards.
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_3", "transformer_4")
@@ -298,9 +295,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 " transformers were trained with."
             )
         for name, transformer in zip(SCHEDULERS, self.stages):
-            _check_scheduler(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                check_scheduler(name, getattr(self, name))
             if transformer.config.get("residual_scale") is not None:
-                _check_residual_scheduler(name, getattr(self, name) or self.scheduler)
+                check_residual_scheduler(name, getattr(self, name) or self.scheduler)
 
     def _check_transformer(
         self, name: str, transformer: PISDMTransformer2DModel, lower: PISDMTransformer2DModel | None
@@ -471,7 +469,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one.")
         if timesteps is None and sigmas is None:
             scheduler.set_timesteps(num_inference_steps, device="cpu")
-            _warn_of_uneven_steps(scheduler, num_inference_steps)
+            warn_of_uneven_steps(scheduler, num_inference_steps)
         else:
             name, schedule = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
             if name not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -899,47 +897,6 @@ def _check_numbers(name: str, values: list, wanted: str, is_valid: Callable[[Any
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real) or not is_valid(value):
             raise ValueError(f"`{name}` has to be {wanted} but is {value!r} of type {type(value)}.")
-
-
-def _check_scheduler(name: str, scheduler: SchedulerMixin | None) -> None:
-    if scheduler is None:
-        return
-    config = scheduler.config
-    flow_options = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    # Flow-matching schedulers interpolate data and noise (`scale_noise`) instead of adding noise (`add_noise`).
-    if flow_options or not hasattr(scheduler, "add_noise"):
-        raise ValueError(
-            f"`{name}` is a flow-matching scheduler ({type(scheduler).__name__}), but PIS-DM's models are trained to"
-            " predict noise or velocity. Pass a diffusion scheduler such as `DPMSolverMultistepScheduler`, with"
-            " `use_flow_sigmas=False`."
-        )
-
-
-def _check_residual_scheduler(name: str, scheduler: SchedulerMixin) -> None:
-    # Both bound what is predicted to the range of images; residuals have unit variance and no bounds.
-    bounds = [option for option in ("clip_sample", "thresholding") if scheduler.config.get(option)]
-    if bounds:
-        raise ValueError(
-            f"`{name}` bounds its samples (`{bounds[0]}=True`), but its stage diffuses residuals (`residual_scale`),"
-            f" which have no bounds. Pass `{type(scheduler).__name__}.from_config(scheduler.config,"
-            f" {', '.join(f'{option}=False' for option in bounds)})`."
-        )
-
-
-def _warn_of_uneven_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    # These denoise by T // N timesteps, wherever the next one is.
-    has_fixed_stride = isinstance(scheduler, (DDIMScheduler, DDIMParallelScheduler, PNDMScheduler))
-    if not has_fixed_stride or scheduler.config.timestep_spacing != "linspace":
-        return
-    stride = scheduler.config.num_train_timesteps // num_inference_steps
-    distance = (scheduler.config.num_train_timesteps - 1) / max(num_inference_steps - 1, 1)
-    if stride != distance:
-        name = type(scheduler).__name__
-        logger.warning(
-            f"{name} denoises {stride} timesteps at a time, but the `timestep_spacing` 'linspace' puts its"
-            f" {num_inference_steps} steps {distance:.1f} apart, which leaves noise in the images. Use"
-            f" `{name}.from_config(scheduler.config, timestep_spacing='trailing')`."
-        )
 
 
 def _get_label_id(name: str, ids_by_name: dict[str, list[int]]) -> int:

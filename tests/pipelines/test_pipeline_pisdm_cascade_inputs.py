@@ -5,13 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from diffusers_pisdm import PISDMCascadePipeline
 from tests.pipelines.tiny_cascade import generators, make_cascade, make_scheduler, make_transformer
@@ -167,23 +161,13 @@ def test_autoencoder_does_not_fit():
         PISDMCascadePipeline(make_transformer(1), make_scheduler(), vae=AutoencoderKL(latent_channels=4))
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        FlowMatchEulerDiscreteScheduler(),
-        FlowMatchHeunDiscreteScheduler(),
-        DPMSolverMultistepScheduler(use_flow_sigmas=True),
-        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    ],
-    ids=lambda scheduler: type(scheduler).__name__,
-)
-def test_flow_matching_scheduler(scheduler):
-    fragments = ("is a flow-matching scheduler (", type(scheduler).__name__, "Pass a diffusion scheduler such as")
-    with raises(ValueError, "`scheduler` ", *fragments):
+def test_flow_matching_scheduler():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    with raises(ValueError, "`scheduler` is a flow-matching"):
         PISDMCascadePipeline(make_transformer(1), scheduler)
     pipe = make_cascade(2)
     pipe.register_modules(scheduler_2=scheduler)
-    with raises(ValueError, "`scheduler_2` ", *fragments):
+    with raises(ValueError, "`scheduler_2` is a flow-matching"):
         pipe(1)
 
 
