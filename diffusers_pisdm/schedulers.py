@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 
 import diffusers
@@ -158,6 +160,66 @@ def check_residual_scheduler(name: str, scheduler: SchedulerMixin) -> None:
             f" which have no bounds. Pass `{type(scheduler).__name__}.from_config(scheduler.config,"
             f" {', '.join(f'{option}=False' for option in bounds)})`."
         )
+
+
+def set_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    timesteps: Sequence[int] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> None:
+    """
+    Prepares a scheduler for a run; warns if its steps would leave noise behind.
+
+    The timesteps are on the CPU: schedulers like DDIM decide by their values, and would have to wait for another
+    device at every step.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): It forgets the run before.
+        num_inference_steps (`int`): Steps, unless there are custom ones.
+        timesteps (`Sequence[int]`, *optional*): Custom timesteps.
+        sigmas (`Sequence[float]`, *optional*): Custom noise levels.
+
+    Raises:
+        ValueError: There are both timesteps and sigmas, or the scheduler does not support custom ones.
+    """
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one.")
+    if timesteps is None and sigmas is None:
+        scheduler.set_timesteps(num_inference_steps, device="cpu")
+        warn_of_uneven_steps(scheduler, num_inference_steps)
+        return
+    name, schedule = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
+    if name not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"`{type(scheduler).__name__}.set_timesteps` does not support custom `{name}`. Please check whether you"
+            " are using the correct scheduler."
+        )
+    scheduler.set_timesteps(**{name: schedule}, device="cpu")
+
+
+def relay_start(scheduler: SchedulerMixin, relay_strength: float) -> int:
+    """
+    Finds where a run starts that begins with a noised image.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): The scheduler, with its timesteps set.
+        relay_strength (`float`): The share of the steps to run, in (0, 1]; one step at least.
+
+    Returns:
+        `int`: An index of the scheduler's timesteps.
+
+    Raises:
+        ValueError: The scheduler cannot start midway.
+    """
+    if isinstance(scheduler, PNDMScheduler):
+        raise ValueError(
+            "`relay_strength` needs a scheduler that can start midway, but PNDMScheduler's first steps are fixed. Pass"
+            " `relay_strength=None`, or another scheduler such as `DPMSolverMultistepScheduler`."
+        )
+    # Second-order schedulers list two evaluations per step, but one for the last.
+    num_steps = math.ceil(len(scheduler.timesteps) / scheduler.order)
+    return (num_steps - max(int(num_steps * relay_strength), 1)) * scheduler.order
 
 
 def warn_of_uneven_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:

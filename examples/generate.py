@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         id2label = pipe.config.id2label or {}
         num_classes = pipe.transformer.config.num_classes
         if args.classes:
-            classes = pipe.get_class_ids(parse_classes(args.classes, set(id2label.values())))
+            classes = pipe.get_label_ids(parse_classes(args.classes, set(id2label.values())))
         else:
             classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     except (OSError, ValueError) as error:

@@ -406,22 +406,6 @@ def test_timesteps_and_sigmas_exclude_each_other():
         sample(pipe, timesteps=[900], sigmas=[1.0])
 
 
-@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
-def test_learned_variance_goes_to_the_scheduler_that_wants_it(variance_type):
-    pipe = make_pipeline(make_scheduler("DDPMScheduler", variance_type=variance_type), out_channels=2)
-    images = sample(pipe, 200, guidance_scale=3.0)
-    assert images.shape == (1, 1, 64, 64)
-    assert images.mean().item() == pytest.approx(0.1 + 3.0 * (MEAN - 0.1), abs=4 * STD / 64)
-    # The middle of the learned range lies between the posterior's variance and beta.
-    assert images.std().item() == pytest.approx(STD, rel=0.12)
-
-
-def test_learned_variance_is_split_off_for_others():
-    noise = make_noise()
-    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"), out_channels=2)
-    torch.testing.assert_close(sample(pipe, latents=noise), MEAN + STD * noise, rtol=0, atol=0.006)
-
-
 def test_stage_without_a_scheduler_copies_the_first():
     pipe = make_cascade(3)
     pipe.scheduler_2 = pipe.scheduler  # a shared object must not be set twice in one run
