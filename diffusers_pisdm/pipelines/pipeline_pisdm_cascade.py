@@ -193,8 +193,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 f"`schedulers` has {len(schedulers)} schedulers for {len(transformers)} `transformers`. Pass one for"
                 " all stages, or one per stage."
             )
-        if all(scheduler.config == schedulers[0].config for scheduler in schedulers):
-            schedulers = schedulers[:1]
+        first = schedulers[0]
+        if all(type(scheduler) is type(first) and scheduler.config == first.config for scheduler in schedulers):
+            schedulers = [first]
         return cls(**dict(zip(TRANSFORMERS, transformers)), **dict(zip(SCHEDULERS, schedulers)), **kwargs)
 
     @classmethod

@@ -10,6 +10,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
 )
 from diffusers.callbacks import PipelineCallback
 
@@ -518,11 +520,21 @@ def test_a_pipeline_of_lists_of_stages():
     assert PISDMCascadePipeline.from_stages(stages[:1], other).scheduler is other
 
 
+def test_schedulers_of_two_classes_are_not_equal():
+    plain, ancestral = KDPM2DiscreteScheduler(), KDPM2AncestralDiscreteScheduler()
+    assert plain.config == ancestral.config
+    pipe = PISDMCascadePipeline.from_stages([make_transformer(1), make_transformer(2)], [plain, ancestral])
+    assert (pipe.scheduler, pipe.scheduler_2) == (plain, ancestral)
+
+
 def test_lists_that_do_not_fit_are_refused():
     stages = [make_transformer(i) for i in (1, 2)]
     other = DDIMScheduler(clip_sample=False)
     with pytest.raises(ValueError, match="`schedulers` has 3 schedulers for 2 `transformers`"):
         PISDMCascadePipeline.from_stages(stages, [make_scheduler(), other, make_scheduler()])
+    for wrong in ([], [make_scheduler()] * 3):
+        with pytest.raises(ValueError, match=f"`schedulers` has {len(wrong)} schedulers for 2 `transformers`"):
+            PISDMCascadePipeline.from_stages(stages, wrong)
     for wrong in ([], [stages[0]] * 5):
         with pytest.raises(ValueError, match=f"`transformers` has {len(wrong)} stages, but a cascade has 1 to 4"):
             PISDMCascadePipeline.from_stages(wrong, make_scheduler())
