@@ -41,8 +41,9 @@ def make_cascade(
     num_stages: int = 2, scheduler: SchedulerMixin | None = None, in_channels: int = 3, **arguments
 ) -> PISDMCascadePipeline:
     """A pipeline of `num_stages` stages with silent progress bars; other arguments are the constructor's."""
-    transformers = [make_transformer(stage, in_channels) for stage in range(1, num_stages + 1)]
-    pipe = PISDMCascadePipeline.from_stages(transformers, scheduler or make_scheduler(), **arguments)
+    names = ["transformer", *(f"transformer_{stage}" for stage in range(2, num_stages + 1))]
+    transformers = {name: make_transformer(i + 1, in_channels) for i, name in enumerate(names)}
+    pipe = PISDMCascadePipeline(**{**transformers, "scheduler": scheduler or make_scheduler(), **arguments})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
