@@ -33,7 +33,7 @@ from diffusers_pisdm.evaluation import (
     load_feature_extractor,
     write_sample_set,
 )
-from diffusers_pisdm.pipelines.swap_scheduler import swap_scheduler
+from diffusers_pisdm.schedulers import swap_scheduler
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.machine import describe_machine
 

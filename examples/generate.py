@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from diffusers_pisdm import PISDMCascadePipeline
-from diffusers_pisdm.pipelines.swap_scheduler import swap_scheduler
+from diffusers_pisdm.schedulers import swap_scheduler
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         id2label = pipe.config.id2label or {}
         num_classes = pipe.transformer.config.num_classes
         if args.classes:
-            classes = pipe.get_class_ids(parse_classes(args.classes, set(id2label.values())))
+            classes = pipe.get_label_ids(parse_classes(args.classes, set(id2label.values())))
         else:
             classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     except (OSError, ValueError) as error:

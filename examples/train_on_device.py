@@ -30,11 +30,11 @@ from diffusers_pisdm.data.image_data import load_image_data
 from diffusers_pisdm.data.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.data.image_transform import ImageTransform
 from diffusers_pisdm.data.rows import DataError
+from diffusers_pisdm.schedulers import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints
 from diffusers_pisdm.training.device_trainer import DeviceSettings, DeviceTrainer
 from diffusers_pisdm.training.fine_tuning import check_noise_schedules, new_cascade, pretrained_defaults, start_cascade
-from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.recipes import Recipe, argument, make_parser, parse_arguments, write_training_config
 from diffusers_pisdm.training.sample_sheets import draw_samples, save_sample_sheets
 from diffusers_pisdm.training.trainer import Trainer

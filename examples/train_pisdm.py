@@ -37,6 +37,7 @@ from diffusers_pisdm.data.latent_cache import LatentCache
 from diffusers_pisdm.data.rows import DataError
 from diffusers_pisdm.models.latents import load_vae, vae_scale_factor
 from diffusers_pisdm.publishing.hub import publish_cascade
+from diffusers_pisdm.schedulers import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective
 from diffusers_pisdm.training.checkpoints import CheckpointError, whole_stages
 from diffusers_pisdm.training.cost.report import cost_report, format_cost_report
@@ -50,7 +51,6 @@ from diffusers_pisdm.training.fine_tuning import (
     start_cascade,
 )
 from diffusers_pisdm.training.metrics import plot_loss_curves
-from diffusers_pisdm.training.noise_schedule import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training.recipes import (
     Recipe,
     TrainerSettings,

@@ -11,7 +11,6 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from benchmarks.measuring.timing import now
 from benchmarks.speed.candidates import cast_model
 from diffusers_pisdm import PISDM_SIZES, PISDMCascadePipeline, PISDMTransformer2DModel
-from diffusers_pisdm.pipelines.pipeline_pisdm_cascade import TRANSFORMERS
 from diffusers_pisdm.training.recipes import Recipe
 
 
@@ -43,7 +42,7 @@ def make_pipeline(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> P
         stages = [
             cast_model(PISDMTransformer2DModel(num_classes=NUM_CLASSES, **stage), dtype) for stage in recipe.stages
         ]
-    pipeline = PISDMCascadePipeline(scheduler=scheduler, **dict(zip(TRANSFORMERS, stages)))
+    pipeline = PISDMCascadePipeline.from_stages(stages, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from diffusers.utils import USE_PEFT_BACKEND, _get_model_file
 from safetensors import SafetensorError, safe_open
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel, get_class_embedding, set_class_embedding
-from .lora_fit import CLASS_EMBEDDING, check_adapter_fits, quote
+
+
+CLASS_EMBEDDING = "class_embedding.weight"
+_REMEDY = "Load it into the cascade that it was trained for, with all of its stages."
 
 
 @dataclass
@@ -160,7 +164,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         transformers = self._get_lora_transformers()
 
         # Everything is checked before anything is changed
-        check_adapter_fits(weights, transformers)
+        _check_adapter_fits(weights, transformers)
         embeddings = {
             name: layers.pop(CLASS_EMBEDDING) for name, layers in weights.items() if CLASS_EMBEDDING in layers
         }
@@ -330,8 +334,8 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         present = [stage for stage, names in self.get_list_adapters().items() if adapter_name in names]
         if hotswap and sorted(present) != sorted(stages):
             raise ValueError(
-                f"`hotswap=True` needs an adapter `{adapter_name}` on the new one's stages, {quote(stages)}, but"
-                f" there is one on {quote(present) or 'none'}. Load the new one under another name, without"
+                f"`hotswap=True` needs an adapter `{adapter_name}` on the new one's stages, {_quote(stages)}, but"
+                f" there is one on {_quote(present) or 'none'}. Load the new one under another name, without"
                 " `hotswap`."
             )
         if present and not hotswap:
@@ -379,3 +383,63 @@ def _split_by_component(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         component, _, rest = key.partition(".")
         components.setdefault(component, {})[rest] = values[key]
     return components
+
+
+def _check_adapter_fits(
+    weights: dict[str, dict[str, torch.Tensor]], transformers: dict[str, PISDMTransformer2DModel]
+) -> None:
+    # PEFT would find out when the adapter is half loaded, or only warn.
+    absent = [name for name in weights if name not in transformers]
+    if absent:
+        raise ValueError(
+            f"The adapter has weights for {_quote(absent)}, but this pipeline's stages are {_quote(transformers)}."
+            f" {_REMEDY}"
+        )
+    if not any(".lora_" in key for layers in weights.values() for key in layers):
+        raise ValueError("The adapter holds no LoRA weights. Pass one that `save_lora_weights` wrote.")
+    for name, layers in weights.items():
+        for key, weight in layers.items():
+            if key == CLASS_EMBEDDING:
+                _check_embedding(name, transformers[name], weight)
+            else:
+                _check_layer(name, transformers[name], key, weight)
+    with_classes = [name for name, layers in weights.items() if CLASS_EMBEDDING in layers]
+    without = [name for name in transformers if name not in with_classes]
+    if with_classes and without:
+        raise ValueError(
+            f"The adapter brings classes of its own, but not for {_quote(without)}, and all stages need the same. Load"
+            f" the pipeline without this stage (`{without[0]}=None`), or an adapter that was saved with it."
+        )
+
+
+def _quote(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _check_embedding(name: str, transformer: PISDMTransformer2DModel, weight: torch.Tensor) -> None:
+    width = transformer.config.hidden_size
+    if weight.ndim != 2 or weight.shape[1] != width:
+        raise ValueError(
+            f"The adapter's `{name}.{CLASS_EMBEDDING}` has shape {tuple(weight.shape)}, but `{name}` has rows of"
+            f" {width} (`hidden_size`). {_REMEDY}"
+        )
+
+
+def _check_layer(name: str, transformer: PISDMTransformer2DModel, key: str, weight: torch.Tensor) -> None:
+    path, lora, matrix = key.partition(".lora_")
+    if not lora:
+        raise ValueError(
+            f"`{name}.{key}` is no LoRA weight. Keys have to be like `{name}.<layer>.lora_A.weight`: convert other"
+            " formats first."
+        )
+    try:
+        layer = transformer.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"The adapter adapts `{path}` of `{name}`, which has no such layer. {_REMEDY}") from error
+    dim, size = {"A.weight": (1, "in_features"), "B.weight": (0, "out_features")}.get(matrix, (None, ""))
+    expected = getattr(layer, size, None)  # layers other than linear ones are left to PEFT
+    if expected is not None and weight.shape[dim] != expected:
+        raise ValueError(
+            f"The adapter's `{name}.{key}` has shape {tuple(weight.shape)}, but `{path}` has"
+            f" {size}={expected}. {_REMEDY}"
+        )

@@ -1,8 +1,8 @@
 from ..data.image_pyramid import image_pyramid
+from ..schedulers import shift_noise_schedule
 from .cascade_objective import CascadeLosses, CascadeObjective
 from .denoising_loss import LOSS_WEIGHTINGS, denoising_target, denoising_weights
 from .loss_meter import LossMeter
-from .noise_schedule import shift_noise_schedule
 from .scale_invariant_loss import ScaleInvariantLoss, info_nce
 
 

@@ -100,7 +100,7 @@ def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(model_dir, tmp_p
     "arguments, message",
     [
         (["--classes", "4"], "`class_labels` contains 4, but this pipeline's classes are 0 to 3"),
-        (["--classes", "noto/flagg"], "Do you mean 'noto/flag'?"),
+        (["--classes", "noto/flagg"], "Did you mean 'noto/flag'?"),
         (["--classes", ","], "`class_labels` is empty"),
         (["--scheduler", "PISDMTransformer2DModel"], "diffusers has no scheduler `PISDMTransformer2DModel`"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),

@@ -33,7 +33,7 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         sample_size: int = 64,
         patch_size: int = 1,
         in_channels: int = 1,
-        out_channels: int | None = None,
+        out_channels: None = None,  # the pipeline asks every stage for it
         num_classes: int = 2,
         low_res_channels: int | None = None,
         residual_scale: float | None = None,
@@ -61,6 +61,4 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         noise = s / variance * centred
         prediction = {"epsilon": noise, "sample": x_0, "v_prediction": a * noise - s * x_0}
         sample = prediction[self.config.prediction_type].to(hidden_states.dtype)
-        if self.config.out_channels is not None:
-            sample = torch.cat([sample, torch.zeros_like(sample)], dim=1)  # the middle of the learned variance's range
         return (sample, hidden_states)

@@ -10,6 +10,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
 )
 from diffusers.callbacks import PipelineCallback
 
@@ -114,16 +116,11 @@ def test_nothing_is_recorded_for_autograd(shared_pipe):
     ids=repr,
 )
 def test_forms_of_one_label(shared_pipe, class_labels):
-    assert shared_pipe.get_class_ids(class_labels) == [4]
+    assert shared_pipe.get_label_ids(class_labels) == [4]
 
 
-def test_labels_mix_ids_and_names(shared_pipe):
-    assert shared_pipe.get_class_ids([0, "hound", "dog", "dog, hound", "b/c"]) == [0, 1, 1, 1, 6]
-
-
-def test_get_label_ids(shared_pipe):
-    assert shared_pipe.get_label_ids("cat") == [0]
-    assert shared_pipe.get_label_ids(["fish", "dog"]) == [5, 1]
+def test_ids_names_and_synonyms_mix(shared_pipe):
+    assert shared_pipe.get_label_ids([0, "hound", "dog", "dog, hound", "b/c"]) == [0, 1, 1, 1, 6]
 
 
 def test_images_depend_on_their_label(shared_pipe):
@@ -434,7 +431,7 @@ def test_stage_can_be_removed_and_put_back():
 def test_gap_made_later_is_found():
     pipe = make_cascade(3)
     pipe.transformer_2 = None
-    with pytest.raises(ValueError, match="`transformer_2` is None, but `transformer_3` needs it"):
+    with pytest.raises(ValueError, match="`transformer_2` is None, but `transformer_3`"):
         run(pipe)
 
 
@@ -523,11 +520,21 @@ def test_a_pipeline_of_lists_of_stages():
     assert PISDMCascadePipeline.from_stages(stages[:1], other).scheduler is other
 
 
+def test_schedulers_of_two_classes_are_not_equal():
+    plain, ancestral = KDPM2DiscreteScheduler(), KDPM2AncestralDiscreteScheduler()
+    assert plain.config == ancestral.config
+    pipe = PISDMCascadePipeline.from_stages([make_transformer(1), make_transformer(2)], [plain, ancestral])
+    assert (pipe.scheduler, pipe.scheduler_2) == (plain, ancestral)
+
+
 def test_lists_that_do_not_fit_are_refused():
     stages = [make_transformer(i) for i in (1, 2)]
     other = DDIMScheduler(clip_sample=False)
     with pytest.raises(ValueError, match="`schedulers` has 3 schedulers for 2 `transformers`"):
         PISDMCascadePipeline.from_stages(stages, [make_scheduler(), other, make_scheduler()])
+    for wrong in ([], [make_scheduler()] * 3):
+        with pytest.raises(ValueError, match=f"`schedulers` has {len(wrong)} schedulers for 2 `transformers`"):
+            PISDMCascadePipeline.from_stages(stages, wrong)
     for wrong in ([], [stages[0]] * 5):
         with pytest.raises(ValueError, match=f"`transformers` has {len(wrong)} stages, but a cascade has 1 to 4"):
             PISDMCascadePipeline.from_stages(wrong, make_scheduler())

@@ -10,9 +10,8 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.import_utils import DummyObject
 
-from diffusers_pisdm import PISDMCascadePipeline
 from tests.pipelines.device_reads import count_copies
-from tests.pipelines.tiny_cascade import make_cascade, make_transformer
+from tests.pipelines.tiny_cascade import make_cascade
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
@@ -133,9 +132,3 @@ def test_scheduler_options(options):
 
 def test_half_precision():
     assert not sample(make_cascade(2).to(torch.bfloat16))
-
-
-def test_learned_variances():
-    scheduler = DDPMScheduler(**CONFIG, variance_type="learned_range")
-    pipe = PISDMCascadePipeline(make_transformer(1, out_channels=6), scheduler, make_transformer(2, out_channels=6))
-    assert not sample(pipe)

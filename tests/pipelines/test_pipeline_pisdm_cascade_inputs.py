@@ -5,13 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from diffusers_pisdm import PISDMCascadePipeline
 from tests.pipelines.tiny_cascade import generators, make_cascade, make_scheduler, make_transformer
@@ -48,7 +42,7 @@ def test_label_out_of_range(pipe, label):
 
 
 def test_unknown_name(pipe):
-    with raises(ValueError, "`class_labels` contains 'dgo', which is no class of this pipeline.", "mean 'dog'?"):
+    with raises(ValueError, "`class_labels` contains 'dgo'", "Did you mean 'dog'?"):
         pipe("dgo")
 
 
@@ -72,21 +66,16 @@ def test_no_labels(pipe, labels):
 
 @pytest.mark.parametrize("label", [True, 1.0, None, np.float32(1), np.bool_(True), [1], b"cat"], ids=repr)
 def test_label_of_another_type(pipe, label):
-    with raises(TypeError, f"has to be class ids (`int`) or names (`str`) but contains {label!r} of type", "class"):
+    with raises(TypeError, "`class_labels`", "`int`", "`str`", f"has {label!r}, a", "class"):
         pipe([label])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_label_tensor_of_another_type(pipe, dtype):
-    with raises(
-        TypeError, f"`class_labels` has to be an integer tensor but has dtype {dtype}.", "class_labels.long()"
-    ):
-        pipe(torch.ones(1).to(dtype))
-
-
-def test_label_tensor_of_two_dimensions(pipe):
-    with raises(ValueError, "`class_labels` has to have one dimension at most but has shape (1, 1)."):
-        pipe(torch.zeros(1, 1, dtype=torch.int64))
+@pytest.mark.parametrize(
+    ("labels", "culprit"), [(torch.ones(1), "1.0"), (torch.tensor(True), "True"), (torch.ones(1, 1).long(), "[1]")]
+)
+def test_label_tensor_of_another_kind(pipe, labels, culprit):
+    with raises(TypeError, "`class_labels` has to hold class ids (`int`)", f"has {culprit}, a"):
+        pipe(labels)
 
 
 # Sizes
@@ -109,7 +98,7 @@ def test_size_that_is_no_positive_integer(pipe, value):
 
 def test_gap_in_the_stages():
     with raises(
-        ValueError, "`transformer_2` is None, but `transformer_3` needs it", "Pass `transformer_2`, or `trans"
+        ValueError, "`transformer_2` is None, but `transformer_3`", "Pass `transformer_2`, or `transformer_3=None`"
     ):
         PISDMCascadePipeline(make_transformer(1), make_scheduler(), transformer_3=make_transformer(3))
 
@@ -126,37 +115,33 @@ def test_higher_stage_first():
 
 def test_first_stage_above():
     with raises(
-        ValueError, "`transformer_2` takes a low-resolution condition of None channels", "stage before makes 3"
+        ValueError, "`transformer_2` has `low_res_channels=None`", "stage before has `in_channels=3`", "one cascade"
     ):
         PISDMCascadePipeline(make_transformer(1), make_scheduler(), make_transformer(1))
 
 
 def test_channels_do_not_fit_between_stages():
     with raises(
-        ValueError,
-        "`transformer_2` takes a low-resolution condition of 4 channels (`low_res_channels`), but the stage before"
-        " makes 3 (`in_channels`). Pass stages that were trained as one cascade.",
+        ValueError, "`transformer_2` has `low_res_channels=4`", "stage before has `in_channels=3`", "one cascade"
     ):
         PISDMCascadePipeline(make_transformer(1), make_scheduler(), make_transformer(2, low_res_channels=4))
 
 
 def test_channels_of_a_stages_image_do_not_fit():
-    with raises(ValueError, "`transformer_2` makes 4 channels (`in_channels`), but the stage before makes 3"):
+    with raises(ValueError, "`transformer_2` has `in_channels=4`", "stage before has `in_channels=3`", "one cascade"):
         PISDMCascadePipeline(
             make_transformer(1), make_scheduler(), make_transformer(2, in_channels=4, low_res_channels=3)
         )
 
 
-@pytest.mark.parametrize("out_channels", [1, 4])
+@pytest.mark.parametrize("out_channels", [1, 4, 6])
 def test_output_channels_do_not_fit(out_channels):
-    with raises(ValueError, f"`transformer` has {out_channels} output channels", "3, or 6 where it learns variances"):
+    with raises(ValueError, f"`transformer` has {out_channels} output channels", "3 ", "Pass a transformer"):
         PISDMCascadePipeline(make_transformer(1, out_channels=out_channels), make_scheduler())
 
 
 def test_classes_do_not_fit_between_stages():
-    with raises(
-        ValueError, "`transformer_2` knows 7 classes (`num_classes`), but the stage before 10.", "Pass stages"
-    ):
+    with raises(ValueError, "`transformer_2` has `num_classes=7`", "stage before has `num_classes=10`", "one cascade"):
         PISDMCascadePipeline(make_transformer(1), make_scheduler(), make_transformer(2, num_classes=7))
 
 
@@ -167,23 +152,13 @@ def test_autoencoder_does_not_fit():
         PISDMCascadePipeline(make_transformer(1), make_scheduler(), vae=AutoencoderKL(latent_channels=4))
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        FlowMatchEulerDiscreteScheduler(),
-        FlowMatchHeunDiscreteScheduler(),
-        DPMSolverMultistepScheduler(use_flow_sigmas=True),
-        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    ],
-    ids=lambda scheduler: type(scheduler).__name__,
-)
-def test_flow_matching_scheduler(scheduler):
-    fragments = ("is a flow-matching scheduler (", type(scheduler).__name__, "Pass a diffusion scheduler such as")
-    with raises(ValueError, "`scheduler` ", *fragments):
+def test_flow_matching_scheduler():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    with raises(ValueError, "`scheduler` is a flow-matching"):
         PISDMCascadePipeline(make_transformer(1), scheduler)
     pipe = make_cascade(2)
     pipe.register_modules(scheduler_2=scheduler)
-    with raises(ValueError, "`scheduler_2` ", *fragments):
+    with raises(ValueError, "`scheduler_2` is a flow-matching"):
         pipe(1)
 
 

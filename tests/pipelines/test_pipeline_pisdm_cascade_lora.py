@@ -322,7 +322,7 @@ def test_classes_round_trip(pipe, with_classes):
     assert pipe.config.id2label == dict(enumerate(NEW_NAMES))
     assert [transformer.config.num_classes for transformer in pipe.stages] == [3, 3]
     torch.testing.assert_close(run(pipe, NEW_NAMES[:2]), images)
-    with pytest.raises(ValueError, match="'b', which is no class of this pipeline"):
+    with pytest.raises(ValueError, match="'b', which is not a class of this pipeline"):
         run(pipe, ["b"])
 
 

@@ -119,24 +119,12 @@ def test_ddim_takes_the_noise_of_the_clipped_image(prediction_type):
     torch.testing.assert_close(ddim, expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"])
-def test_uneven_steps_are_warned_of(name, caplog):
-    def messages(spacing: str, steps: int) -> list[str]:
-        caplog.clear()
-        sample(make_pipeline(make_scheduler(name, timestep_spacing=spacing)), steps)
-        return [record.getMessage() for record in caplog.records]
-
-    (message,) = messages("linspace", 20)
-    assert message.startswith(f"{name} denoises 50 timesteps at a time")
-    assert "puts its 20 steps 52.6 apart" in message
-    assert f"`{name}.from_config(scheduler.config, timestep_spacing='trailing')`" in message
-    assert messages("trailing", 20) == messages("leading", 20) == []
-
-
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"])
-def test_schedulers_that_step_to_the_next_timestep_are_not_warned_of(name, caplog):
-    sample(make_pipeline(make_scheduler(name, timestep_spacing="linspace")), 20)
-    assert not caplog.records
+def test_the_stage_of_uneven_steps_is_warned_of(caplog):
+    scheduler_2 = make_scheduler("PNDMScheduler", timestep_spacing="linspace")
+    pipe = make_cascade(2, scheduler=make_scheduler("DDIMScheduler"), scheduler_2=scheduler_2)
+    pipe(1, num_inference_steps=[3, 6])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "PNDMScheduler" in message and "6 steps" in message
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -346,16 +334,14 @@ def test_callbacks_see_the_residual_and_at_the_last_step_the_image():
     torch.testing.assert_close(stopped, upsampled + RESIDUAL_SCALE * seen[-1])  # as far as the third step got
 
 
-@pytest.mark.parametrize("bound", ["clip_sample", "thresholding"])
-def test_schedulers_that_bound_residuals_are_refused(bound):
-    scheduler = DDIMScheduler(beta_schedule=BETA_SCHEDULE, **{"clip_sample": False, bound: True})
-    higher = GaussianDenoiser(low_res_channels=1, residual_scale=RESIDUAL_SCALE)
-    first = GaussianDenoiser(sample_size=32)
-    free = DDIMScheduler.from_config(scheduler.config, **{bound: False})
-    PISDMCascadePipeline(first, scheduler, higher, scheduler_2=free)  # the first stage may be bounded
-    for schedulers in ({"scheduler": scheduler}, {"scheduler": free, "scheduler_2": scheduler}):
-        with pytest.raises(ValueError, match=rf"`scheduler_2` .*`{bound}=True`.*`residual_scale`.*{bound}=False\)"):
-            PISDMCascadePipeline(first, transformer_2=higher, **schedulers)
+def test_schedulers_that_bound_residuals_are_refused():
+    bounded = DDIMScheduler(beta_schedule=BETA_SCHEDULE, clip_sample=True)
+    free = DDIMScheduler.from_config(bounded.config, clip_sample=False)
+    first, higher = GaussianDenoiser(sample_size=32), GaussianDenoiser(low_res_channels=1, residual_scale=0.3)
+    PISDMCascadePipeline.from_stages([first, higher], [bounded, free])  # the first stage may be bounded
+    for schedulers in (bounded, [free, bounded]):
+        with pytest.raises(ValueError, match=r"`scheduler_2` .*`clip_sample=True`.*clip_sample=False"):
+            PISDMCascadePipeline.from_stages([first, higher], schedulers)
 
 
 def test_relay_can_differ_by_stage():
@@ -418,22 +404,6 @@ def test_timesteps_and_sigmas_exclude_each_other():
     pipe = make_pipeline(make_scheduler("EulerDiscreteScheduler"))
     with pytest.raises(ValueError, match="Only one of `timesteps` or `sigmas` can be passed"):
         sample(pipe, timesteps=[900], sigmas=[1.0])
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
-def test_learned_variance_goes_to_the_scheduler_that_wants_it(variance_type):
-    pipe = make_pipeline(make_scheduler("DDPMScheduler", variance_type=variance_type), out_channels=2)
-    images = sample(pipe, 200, guidance_scale=3.0)
-    assert images.shape == (1, 1, 64, 64)
-    assert images.mean().item() == pytest.approx(0.1 + 3.0 * (MEAN - 0.1), abs=4 * STD / 64)
-    # The middle of the learned range lies between the posterior's variance and beta.
-    assert images.std().item() == pytest.approx(STD, rel=0.12)
-
-
-def test_learned_variance_is_split_off_for_others():
-    noise = make_noise()
-    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"), out_channels=2)
-    torch.testing.assert_close(sample(pipe, latents=noise), MEAN + STD * noise, rtol=0, atol=0.006)
 
 
 def test_stage_without_a_scheduler_copies_the_first():

@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...pipelines.swap_scheduler import swap_scheduler
+from ...schedulers import swap_scheduler
 from ...utils.files import write_whole
 from .files import check_no_foreign_images, find_damaged, sample_path
 from .record import claim_folder, describe_samples, read_sample_set

@@ -1,0 +1,169 @@
+import pytest
+import torch
+from diffusers import (
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from diffusers_pisdm.schedulers import (
+    check_residual_scheduler,
+    check_scheduler,
+    sampling_schedulers,
+    shift_noise_schedule,
+    stage_noise_schedules,
+    swap_scheduler,
+    warn_of_uneven_steps,
+)
+from tests.pipelines.tiny_cascade import make_cascade
+
+
+# --- Swapping --------------------------------------------------------------------------------------------------------
+
+
+def test_all_stages_get_the_class_and_keep_their_noise_schedule():
+    pipe = make_cascade(2, scheduler_2=EulerDiscreteScheduler(beta_schedule="scaled_linear"))
+    swap_scheduler(pipe, "DDIMScheduler")
+    assert type(pipe.scheduler).__name__ == type(pipe.scheduler_2).__name__ == "DDIMScheduler"
+    assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.scheduler_2.config.beta_schedule == "scaled_linear"
+
+
+def test_a_stage_without_a_scheduler_stays_without():
+    pipe = make_cascade(2)
+    swap_scheduler(pipe, "DDIMScheduler")
+    assert pipe.scheduler_2 is None
+
+
+@pytest.mark.parametrize("name", ["DDIMSchedular", "PISDMTransformer2DModel", "__version__"])
+def test_what_is_no_scheduler_is_refused(name):
+    with pytest.raises(ValueError, match=rf"diffusers has no scheduler `{name}`. It has .*DDIMScheduler"):
+        swap_scheduler(make_cascade(1), name)
+
+
+# --- Schedules of training, and of sampling --------------------------------------------------------------------------
+
+
+def snr(scheduler):
+    alpha_bar = scheduler.alphas_cumprod.double()
+    return alpha_bar / (1 - alpha_bar)
+
+
+@pytest.mark.parametrize("shift", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_the_signal_to_noise_ratio_falls_by_the_square(shift, beta_schedule):
+    scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type="v_prediction")
+    shifted = shift_noise_schedule(scheduler, shift)
+    assert shifted.config.prediction_type == "v_prediction"
+    torch.testing.assert_close(snr(shifted) * shift**2, snr(scheduler), rtol=2e-3, atol=1e-9)
+
+
+def test_the_shift_survives_saving_and_a_change_of_scheduler(tmp_path):
+    shifted = shift_noise_schedule(DDPMScheduler(), 3.0)
+    DPMSolverMultistepScheduler.from_config(shifted.config).save_pretrained(tmp_path)
+    loaded = DPMSolverMultistepScheduler.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.alphas_cumprod, shifted.alphas_cumprod)
+
+
+def test_no_shift_changes_nothing_and_a_wrong_one_is_refused():
+    scheduler = DDPMScheduler()
+    assert shift_noise_schedule(scheduler, 1.0) is scheduler
+    with pytest.raises(ValueError, match="positive factor only, got 0"):
+        shift_noise_schedule(scheduler, 0)
+
+
+def test_each_stage_has_its_shift_and_its_prediction_type():
+    scheduler = DDPMScheduler(prediction_type="v_prediction", clip_sample=False)
+    first, second, third = stage_noise_schedules(
+        scheduler, 3, shifts=[1.0, 2.0, 1.0], prediction_types=["v_prediction", "sample", "epsilon"]
+    )
+    assert first is scheduler
+    assert [s.config.prediction_type for s in (first, second, third)] == ["v_prediction", "sample", "epsilon"]
+    torch.testing.assert_close(snr(second) * 4, snr(scheduler), rtol=2e-3, atol=1e-9)
+    torch.testing.assert_close(snr(third), snr(scheduler))
+    assert not third.config.clip_sample
+    assert stage_noise_schedules(scheduler, 2) == [scheduler] * 2
+    assert stage_noise_schedules([second, first], 2) == [second, first]  # each stage's own
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"shifts": [1.0]}, {"prediction_types": ["sample"]}, {"schedulers": []}], ids=str
+)
+def test_one_of_each_for_every_stage(arguments):
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must name one for each of the 2 stages"):
+        stage_noise_schedules(**{"schedulers": DDPMScheduler(), "num_stages": 2, **arguments})
+
+
+def test_samplers_are_dpm_solver_with_each_stages_schedule():
+    schedulers = stage_noise_schedules(DDPMScheduler(), 2, shifts=[1.0, 3.0], prediction_types=["epsilon", "sample"])
+    samplers = sampling_schedulers(schedulers)
+    for scheduler, sampler in zip(schedulers, samplers, strict=True):
+        assert type(sampler) is DPMSolverMultistepScheduler
+        assert sampler.config.timestep_spacing == "trailing"
+        assert sampler.config.prediction_type == scheduler.config.prediction_type
+        torch.testing.assert_close(sampler.alphas_cumprod, scheduler.alphas_cumprod)
+
+
+# --- Schedulers that do not fit --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        FlowMatchHeunDiscreteScheduler(),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True),
+        UniPCMultistepScheduler(prediction_type="flow_prediction"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_flow_matching_is_refused(scheduler):
+    name = type(scheduler).__name__
+    with pytest.raises(ValueError, match=rf"`scheduler_3` .*flow-matching.*{name}.*`DPMSolverMultistepScheduler`"):
+        check_scheduler("scheduler_3", scheduler)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_diffusion_is_not(prediction_type):
+    check_scheduler("scheduler", DPMSolverMultistepScheduler(prediction_type=prediction_type))
+
+
+@pytest.mark.parametrize("bounds", [["clip_sample"], ["thresholding"], ["clip_sample", "thresholding"]], ids=str)
+def test_bounds_are_refused_for_residuals(bounds):
+    scheduler = DDIMScheduler(**{"clip_sample": False, **dict.fromkeys(bounds, True)})
+    remedy = ", ".join(f"{bound}=False" for bound in bounds)
+    with pytest.raises(ValueError, match=rf"`scheduler_2` .*`{bounds[0]}=True`.*`residual_scale`.*Pass .*{remedy}\)"):
+        check_residual_scheduler("scheduler_2", scheduler)
+    check_residual_scheduler(
+        "scheduler_2", DDIMScheduler.from_config(scheduler.config, **dict.fromkeys(bounds, False))
+    )
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDIMParallelScheduler, PNDMScheduler])
+def test_uneven_steps_are_warned_of(scheduler_class, caplog):
+    """They step 1000 // N timesteps, while "linspace" puts N steps 999 / (N - 1) apart."""
+    for spacing in ("trailing", "leading"):
+        warn_of_uneven_steps(scheduler_class(timestep_spacing=spacing), 20)
+    warn_of_uneven_steps(scheduler_class(timestep_spacing="linspace", num_train_timesteps=21), 6)  # 3 and 4 apart
+    warn_of_uneven_steps(scheduler_class(timestep_spacing="linspace", num_train_timesteps=20), 20)  # 1 and 1
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "3 timesteps" in message and "6 steps 4.0 apart" in message
+    assert f"`{scheduler_class.__name__}.from_config(scheduler.config, timestep_spacing='trailing')`" in message
+
+
+def test_a_single_step_is_uneven_too(caplog):
+    warn_of_uneven_steps(DDIMScheduler(timestep_spacing="linspace"), 1)
+    assert "1 steps 999.0 apart" in caplog.text
+
+
+@pytest.mark.parametrize("scheduler_class", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDPMScheduler])
+def test_schedulers_that_step_to_the_next_timestep_are_not_warned_of(scheduler_class, caplog):
+    warn_of_uneven_steps(scheduler_class(timestep_spacing="linspace"), 20)
+    assert not caplog.records
