@@ -45,7 +45,7 @@ def find_processes() -> PartialState:
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
-def draw_samples(args: argparse.Namespace, folder: str | Path, state: PartialState) -> None:
+def draw_sample_set(args: argparse.Namespace, folder: str | Path, state: PartialState) -> None:
     """Draws what is missing of the samples, in all processes, and waits for all."""
     settings = _read_settings(args)
     pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype)).to(state.device)

@@ -51,7 +51,7 @@ from diffusers_pisdm.evaluation.samples.record import RECORD_FILE
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.machine import describe_machine
-from drawing import add_drawing_arguments, draw_samples, find_processes
+from drawing import add_drawing_arguments, draw_sample_set, find_processes
 
 
 SHOWN = 16  # samples in the picture, and as many reference images
@@ -204,7 +204,7 @@ def evaluate(args: argparse.Namespace, state: PartialState) -> None:
     samples_path = args.samples
     if args.model:
         samples_path = str(args.samples_dir or args.output.with_name(f"{args.output.stem}_samples"))
-        draw_samples(args, samples_path, state)
+        draw_sample_set(args, samples_path, state)
     state.destroy_process_group()  # the rest is for one process: the others need not wait for it
     if not state.is_main_process:
         return

@@ -15,7 +15,7 @@ import sys
 import time
 
 from diffusers_pisdm.evaluation import missing_samples, write_sample_archive
-from drawing import add_drawing_arguments, draw_samples, find_processes
+from drawing import add_drawing_arguments, draw_sample_set, find_processes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     state = find_processes()
     try:
-        draw_samples(args, args.output_dir, state)
+        draw_sample_set(args, args.output_dir, state)
         if state.is_main_process:
             finish(args)
             print(f"{args.num_samples} samples in {args.output_dir}, {time.perf_counter() - start:.1f} s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -42,6 +42,12 @@ def check_backend(backend: str) -> None:
     reason = missing_backend(backend)
     if reason is not None:
         raise ImportError(f"{reason[0].upper()}{reason[1:]}.")
+
+
+def refuse_float64(backend: str, tensors: Iterable[torch.Tensor | None]) -> None:
+    """Raises NotImplementedError for float64 tensors: compiled kernels compute in float32."""
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        raise NotImplementedError(f"The {backend!r} backend computes in float32: use backend='torch' for float64.")
 
 
 _FORCED: dict[str, str | None] = {"selective_scan": None, "causal_conv": None}

@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from ..common.backends import refuse_float64
 from ..common.numba_launch import LANES, channels_last, launch
 from ..common.sequence_layout import ceil_div, empty_channels_last
 from .autograd import register_conv_autograd
@@ -90,6 +91,5 @@ def causal_conv_numba(
     Raises:
         NotImplementedError: if a tensor is float64, which only the `torch` backend computes in, or not on the CPU.
     """
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, weight, bias)):
-        raise NotImplementedError("The 'numba' backend computes in float32: use backend='torch' for float64.")
+    refuse_float64("numba", (x, weight, bias))
     return _conv(x, weight, bias, activation)

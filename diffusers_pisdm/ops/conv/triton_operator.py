@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from ..common.backends import refuse_float64
 from ..common.sequence_layout import adjacent_channels, ceil_div, empty_channels_last
 from ..common.triton_launch import check_device, strides_of
 from .autograd import register_conv_autograd
@@ -111,6 +112,5 @@ def causal_conv_triton(
             if a tensor is float64, which only the `torch` backend computes in, or on the CPU, where the kernels run in
             Triton's interpreter alone (`TRITON_INTERPRET=1`).
     """
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, weight, bias)):
-        raise NotImplementedError("The 'triton' backend computes in float32: use backend='torch' for float64.")
+    refuse_float64("triton", (x, weight, bias))
     return _conv(x, weight, bias, activation)

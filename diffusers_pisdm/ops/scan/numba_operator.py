@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from ..common.backends import refuse_float64
 from ..common.numba_launch import LANES, channels_last, launch, split_channels
 from ..common.sequence_layout import ceil_div, empty_channels_last
 from .autograd import register_scan_autograd
@@ -181,8 +182,7 @@ def selective_scan_numba(
         NotImplementedError: if a tensor is float64, which only the other backends compute in, or not on the CPU.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        raise NotImplementedError("The 'numba' backend computes in float32: use backend='torch' for float64.")
+    refuse_float64("numba", tensors)
     keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if A.shape[1] % STATES_AT_ONCE:
         A, B, C = _fill_up_states(A, B, C)

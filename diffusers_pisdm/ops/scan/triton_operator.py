@@ -21,6 +21,7 @@ import functools
 
 import torch
 
+from ..common.backends import refuse_float64
 from ..common.sequence_layout import adjacent_channels, ceil_div, empty_channels_last
 from ..common.triton_launch import check_device, strides_of
 from .autograd import register_scan_autograd
@@ -250,7 +251,6 @@ def selective_scan_triton(
             Triton's interpreter alone (`TRITON_INTERPRET=1`).
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        raise NotImplementedError("The 'triton' backend computes in float32: use backend='torch' for float64.")
+    refuse_float64("triton", tensors)
     keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states)[0]
