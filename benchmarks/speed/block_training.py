@@ -55,13 +55,8 @@ def run_step(call: Callable, block: nn.Module, tensors: list[torch.Tensor]) -> l
 
 def check_training() -> float:
     """
-    Compares a small block, with our kernels and with the slow path, with the textbook loop in float64.
-
-    Returns:
-        `float`: The largest error as a share of the largest value.
-
-    Raises:
-        RuntimeError: It is above [`TOLERANCE`].
+    Compares a small block, with our kernels and on the slow path, with the textbook loop in float64: the largest error
+    as a share of the largest value. Raises RuntimeError if it is above `TOLERANCE`.
     """
     exact = make_block(SMALL["width"], torch.float64)
     with force_backends(selective_scan="reference", causal_conv="torch"):
@@ -89,14 +84,8 @@ def trace_memory(call: Callable, tensors: list[torch.Tensor]) -> tuple[int, int]
 
 def measure_training(width: int, tokens: int, batch_size: int, repeats: int, slow_repeats: int) -> list[dict]:
     """
-    Times a block of one width: ours, ours with gradient checkpointing, and the slow path.
-
-    Args:
-        width (`int`), tokens (`int`), batch_size (`int`): Of the tokens.
-        repeats (`int`), slow_repeats (`int`): Timed turns of our two, and of the slow path, which takes minutes.
-
-    Returns:
-        `list[dict]`: A row each: `seconds`, `median_seconds`, `saved_bytes`, `flops`, `times_ours`.
+    Times a block of one width: ours, ours with gradient checkpointing (`repeats` turns each), and the slow path
+    (`slow_repeats`; it takes minutes). Rows have `seconds`, `median_seconds`, `saved_bytes`, `flops`, `times_ours`.
     """
     block = make_block(width)
     tensors = make_tensors(width, tokens, batch_size)

@@ -33,12 +33,9 @@ class StrictLoadingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
-        r"""
+        """
         Loads as diffusers does, but from safetensors only, unless `use_safetensors=False` asks for pickled weights.
-
-        Raises:
-            OSError: Weights are missing, incomplete, pickled, truncated or corrupt.
-            ValueError: The configuration holds an unknown key.
+        Raises OSError for weights that are missing, incomplete or broken, ValueError for unknown configuration keys.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True

@@ -145,17 +145,7 @@ def iterate_features(
     indices: list[int] | None = None,
     show_progress: bool = True,
 ) -> Iterator[tuple[tuple[int, int], Features]]:
-    """
-    Args:
-        source ([`ImageSource`]): The images.
-        extractor ([`FeatureExtractor`]): The network.
-        batch_size (`int`): Images at a time.
-        indices (`list[int]`, *optional*): Which images, in ascending order; all of them by default.
-        show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `Iterator[tuple[tuple[int, int], Features]]`: Of each batch, height and width of its images and the features.
-    """
+    """Height and width of the images of each batch, and their features; `indices` ascend, `None` is all images."""
     total = len(source) if indices is None else len(indices)
     with tqdm(desc=f"features of {source.name}", total=total, unit="image", disable=not show_progress) as progress:
         for images in source.batches(batch_size, indices):

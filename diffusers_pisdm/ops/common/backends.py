@@ -56,16 +56,9 @@ _FORCED: dict[str, str | None] = {"selective_scan": None, "causal_conv": None}
 @contextlib.contextmanager
 def force_backends(**backends: str) -> Iterator[None]:
     """
-    In here, `backend="auto"` is the backend given for the operator, whatever the device, the dtypes and the packages
-    installed, in all threads: `with force_backends(selective_scan="numba", causal_conv="torch"):`.
-
-    Not for compiled models: their graphs keep the backend that was chosen when they were compiled.
-
-    Args:
-        backends (`str`): The backend of `selective_scan` or `causal_conv`, by the operator's name.
-
-    Raises:
-        ValueError: An operator has no backends.
+    In here, `backend="auto"` is the backend given for the operator, in all threads: `with
+    force_backends(selective_scan="numba", causal_conv="torch"):`. Compiled models keep the backend that they were
+    compiled with.
     """
     unknown = backends.keys() - _FORCED.keys()
     if unknown:

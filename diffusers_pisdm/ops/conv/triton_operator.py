@@ -99,18 +99,8 @@ def causal_conv_triton(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = "silu"
 ) -> torch.Tensor:
     """
-    Causal convolution with Triton kernels; arguments as of [`~ops.causal_conv`], of any strides.
-
-    All arithmetic is float32. The result has `x`'s dtype and is a transposed, contiguous (batch, length, channels)
-    tensor. The backward recomputes what lies before the activation.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, channels, length)`.
-
-    Raises:
-        NotImplementedError:
-            if a tensor is float64, which only the `torch` backend computes in, or on the CPU, where the kernels run in
-            Triton's interpreter alone (`TRITON_INTERPRET=1`).
+    Causal convolution with Triton kernels, in float32; the result has `x`'s dtype and (B, L, D) memory order. The
+    backward recomputes what lies before the activation.
     """
     refuse_float64("triton", (x, weight, bias))
     return _conv(x, weight, bias, activation)
