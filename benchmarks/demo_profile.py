@@ -65,11 +65,8 @@ def repeat_call(pipe: PISDMCascadePipeline, call_arguments: dict) -> None:
 @contextmanager
 def watch_stages(pipe: PISDMCascadePipeline) -> Iterator[list[dict]]:
     """
-    Times the stages of the calls inside.
-
-    Yields:
-        `list[dict]`: For each stage that has run its `seconds` in the loop over the steps, those of them in `forwards`
-        and in the `scheduler`, the `rest`, and the number of forwards as `num_forwards`.
+    Yields a list that gets, for each stage that runs inside, its `seconds` in the loop over the steps, those of them
+    in `forwards` and in the `scheduler`, the `rest`, and `num_forwards`.
     """
     device = pipe.device
     stages: list[dict] = []
@@ -122,11 +119,8 @@ def watch_stages(pipe: PISDMCascadePipeline) -> Iterator[list[dict]]:
 
 def profile_call(pipe: PISDMCascadePipeline, call_arguments: dict) -> dict:
     """
-    Calls the pipeline once.
-
-    Returns:
-        `dict`: `seconds` in all, `stages` as in [`watch_stages`], seconds `outside` of them (noise, upsampling,
-        images), and `forward_share` of all seconds.
+    Calls the pipeline once: `seconds` in all, `stages` as in `watch_stages`, seconds `outside` of them (noise,
+    upsampling, images), and `forward_share` of all seconds.
     """
     with watch_stages(pipe) as stages:
         start = time.perf_counter()

@@ -12,14 +12,8 @@ WHITE = 220  # of 255: the least channel of all pixels around
 
 def patch_border_ratio(images: torch.Tensor, patch_size: int) -> float:
     """
-    How much more neighbouring pixels of flat areas differ across the borders of patches than within them.
-
-    Args:
-        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8): Images of one model, or real ones.
-        patch_size (`int`): Side of a patch, 2 or more.
-
-    Returns:
-        `float`: About 1 for images without a grid; `nan` where nothing is flat.
+    How much more neighbouring pixels of flat areas differ across patch borders than within patches, of images (N, 3,
+    H, W), uint8: about 1 without a grid, `nan` where nothing is flat.
     """
     across, within = [], []
     for x in (images.float(), images.float().mT):
@@ -34,13 +28,8 @@ def patch_border_ratio(images: torch.Tensor, patch_size: int) -> float:
 
 def white_roughness(images: torch.Tensor) -> float:
     """
-    The mean difference of neighbouring pixels, in units of 1/255, where all 5x5 pixels around are nearly white.
-
-    Args:
-        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8): Images on a white ground.
-
-    Returns:
-        `float`: 0 for a clean ground; `nan` without one.
+    The mean difference of neighbouring pixels, in 1/255, where all 5x5 pixels around are nearly white, of images (N,
+    3, H, W), uint8: 0 for a clean ground, `nan` without one.
     """
     x = images.float()
     is_white = -F.max_pool2d(-x.amin(dim=1, keepdim=True), 5, stride=1, padding=2) >= WHITE  # (N, 1, H, W)

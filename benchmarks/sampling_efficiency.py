@@ -194,19 +194,13 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """
-    Args:
-        scheduler (`str`): A scheduler class of diffusers.
-        steps (`int`): Denoising steps of every stage.
-        guidance_scale (`float`): w of classifier-free guidance; 1 is none.
-        guidance_start, guidance_stop (`float`): The share of the steps, from the noisy end, in which guidance is on.
-    """
+    """How a sample set is drawn."""
 
-    scheduler: str = "DPMSolverMultistepScheduler"
-    steps: int = 20
-    guidance_scale: float = 2.0
-    guidance_start: float = 0.0
-    guidance_stop: float = 1.0
+    scheduler: str = "DPMSolverMultistepScheduler"  # a scheduler class of diffusers
+    steps: int = 20  # of every stage
+    guidance_scale: float = 2.0  # w of classifier-free guidance; 1 is none
+    guidance_start: float = 0.0  # guidance begins here, a share of the steps from the noisy end,
+    guidance_stop: float = 1.0  # and ends here
 
     @property
     def name(self) -> str:
@@ -236,15 +230,8 @@ def sampler_grid(
     schedulers: list[str], steps: list[int], guidance_scales: list[float], intervals: list[tuple[float, float]]
 ) -> list[SamplerSettings]:
     """
-    Schedulers x steps at the first guidance scale and interval, and guidance scales x intervals at the first
-    scheduler and number of steps: a product of all four would take days and show little more.
-
-    Args:
-        schedulers (`list[str]`), steps (`list[int]`), guidance_scales (`list[float]`),
-        intervals (`list[tuple[float, float]]`): The first of each is what the other pair is tried at.
-
-    Returns:
-        `list[SamplerSettings]`: Without repetitions; unguided sampling has no interval.
+    Schedulers x steps at the first guidance scale and interval, and guidance scales x intervals at the first scheduler
+    and number of steps: a product of all four would take days and show little more.
     """
     grid = [SamplerSettings(name, count, guidance_scales[0], *intervals[0]) for name in schedulers for count in steps]
     for scale in guidance_scales:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measuring.report import is_loaded
 from diffusers_pisdm import PISDM_SIZES
 from diffusers_pisdm.training.cost.report import cost_report, format_cost_report
 from diffusers_pisdm.training.cost.stage_cost import AUTOCAST_DTYPES, CostSettings, estimate_cascade_cost
@@ -29,14 +30,13 @@ from diffusers_pisdm.utils.machine import describe_machine
 
 
 VAE_FACTOR = 8  # pixels a latent pixel of Stable Diffusion's VAE
-LOADED = 0.5  # processes waiting for each core, on average over a minute, that disturb a measurement
 
 
-def describe_conditions(args: argparse.Namespace) -> str:
+def describe_load(args: argparse.Namespace) -> str:
     """The machine, and whether something else is running on it."""
     machine = f"{describe_machine(torch.device(args.device))}, torch {torch.__version__}"
     load, cores = os.getloadavg()[0], os.cpu_count()
-    if load > LOADED * cores:
+    if is_loaded(load, cores):
         machine += f"; with a loaded machine (load average {load:.1f} on {cores} cores): times are pessimistic"
     return machine
 
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     report = {"num_processes": args.num_processes}
     if not args.count_only:
-        report["machine"] = describe_conditions(args)
+        report["machine"] = describe_load(args)
         print(f"Training cost on {report['machine']}")
     if args.recipe is None:
         print(HEADER)

@@ -8,15 +8,12 @@ from diffusers.pipelines import pipeline_loading_utils
 
 def register_with_diffusers(*classes: type) -> None:
     """
-    Registers classes with diffusers, which looks for third-party classes nowhere else.
+    Registers pipelines and models with diffusers, which looks for third-party classes nowhere else.
 
     A saved pipeline names each component's library and class. diffusers takes components from the libraries in
     `LOADABLE_CLASSES` only, and there from classes whose base class the library exposes by name, so that this package
     has `ModelMixin` in its top-level namespace. A saved pipeline's or model's own class (`_class_name`) carries no
     library: diffusers takes it from its own namespace.
-
-    Args:
-        *classes (`type`): Pipelines and models to load by name.
     """
     library = __name__.split(".")[0]
     pipeline_loading_utils.LOADABLE_CLASSES[library] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}

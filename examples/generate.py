@@ -54,15 +54,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def parse_classes(arguments: list[str], names: set[str]) -> list[int | str]:
     """
-    Split what was given to `--classes` into ids and names. A name may itself contain spaces and commas, so the largest
-    piece that is a known name or a number is taken; what is neither comes back as it is, for the pipeline to refuse.
-
-    Args:
-        arguments (`list[str]`): the command line's words.
-        names (`set[str]`): the model's class names.
-
-    Returns:
-        `list[int | str]`: ids and names in the order given.
+    Split the words of `--classes` into ids and names. A name may contain spaces and commas, so the largest piece that
+    is a known name or a number is taken; what is neither comes back as it is, for the pipeline to refuse.
     """
     classes: list[int | str] = []
     for argument in arguments:
@@ -77,14 +70,8 @@ def parse_classes(arguments: list[str], names: set[str]) -> list[int | str]:
 
 def draw_stages(stage_images: list[list[Image.Image]], labels: list[str]) -> Image.Image:
     """
-    Draw every image at every stage: a column an image, a row a stage, from the first stage down to the last.
-
-    Args:
-        stage_images (`list[list[PIL.Image.Image]]`): for each stage, its images.
-        labels (`list[str]`): the class name of each image, written under its last stage.
-
-    Returns:
-        `PIL.Image.Image`: the picture.
+    Draw every image at every stage: a column per image, with its label below, and a row per stage, from the first
+    down to the last.
     """
     columns = min(STAGE_COLUMNS, len(labels))
     cells, captions = [], []

@@ -25,20 +25,12 @@ NOISE_SCHEDULE = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """
-    A model, or a cascade of models, and the objective it is trained with.
+    """A model, or a cascade of models, and the objective it is trained with."""
 
-    Args:
-        label (`str`): For tables and plots.
-        stages (`list[dict]`): Arguments of each stage's class, without `num_classes`; the last is at full resolution.
-        stage_class (`type`, defaults to [`PISDMTransformer2DModel`]): Of all stages.
-        objective (`dict`, *optional*): Arguments of [`CascadeObjective`].
-    """
-
-    label: str
-    stages: list[dict]
+    label: str  # for tables and plots
+    stages: list[dict]  # each stage's arguments, without `num_classes`; the last is at full resolution
     stage_class: type[nn.Module] = PISDMTransformer2DModel
-    objective: dict = field(default_factory=dict)
+    objective: dict = field(default_factory=dict)  # arguments of `CascadeObjective`
 
     def make_objective(self, num_classes: int) -> CascadeObjective:
         """New stages, initialised from torch's global generator, and their loss."""
@@ -68,16 +60,10 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """
-    What a contestant has and spends.
+    """What a contestant has and spends."""
 
-    Args:
-        parameters (`int`): Of all stages; heads of the scale-invariant loss, which only training has, not among them.
-        training_flops (`int`): Floating point operations of forward and backward, an image, these heads included.
-    """
-
-    parameters: int
-    training_flops: int
+    parameters: int  # of all stages, without the heads of the scale-invariant loss, which only training has
+    training_flops: int  # of forward and backward per image, those heads included
 
     def steps(self, training_tflop: float, batch_size: int) -> int:
         """Whole steps of `batch_size` images that `training_tflop` (10^12 operations) pay for."""
@@ -85,17 +71,7 @@ class Budget:
 
 
 def measure_budget(contestant: Contestant, num_classes: int, batch_size: int = 8) -> Budget:
-    """
-    Counts the operators of one training step.
-
-    Args:
-        contestant ([`Contestant`]): Whose.
-        num_classes (`int`): Classes of the data.
-        batch_size (`int`, defaults to 8): A multiple of what the stages' batch shares need.
-
-    Returns:
-        [`Budget`].
-    """
+    """Counts the operators of one training step; `batch_size` must suit the stages' batch shares."""
     with torch.random.fork_rng():
         objective = contestant.make_objective(num_classes).train()
     sizes = [stage.config.sample_size for stage in objective.stages]

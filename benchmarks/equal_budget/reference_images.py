@@ -22,17 +22,7 @@ from diffusers_pisdm.evaluation import (
 def reference_statistics(
     data_dir: str, split: str, size: int, extractor: FeatureExtractor, folder: Path
 ) -> FeatureStatistics:
-    """
-    Args:
-        data_dir (`str`): A folder that `datasets` reads, or a data set on the Hub.
-        split (`str`): Of it.
-        size (`int`): Height and width the images are brought to, in pixels.
-        extractor ([`FeatureExtractor`]): The network.
-        folder (`Path`): Where the statistics are kept, in a file named after the network.
-
-    Returns:
-        [`FeatureStatistics`].
-    """
+    """Of a data set's split at `size` pixels, kept in a file of `folder` named after the network."""
     file = folder / f"reference_{extractor.name.replace('/', '-').replace(':', '-')}.npz"
     if not file.exists():
         crop = partial(ImageTransform(size), random=np.random.default_rng(0))  # nothing in it is random

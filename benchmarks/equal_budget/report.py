@@ -15,15 +15,8 @@ SHOWN_SAMPLES = 24
 
 def summarize(results: list[dict], baseline: str) -> list[dict]:
     """
-    The mean of each score over the seeds, for every contestant.
-
-    Args:
-        results (`list[dict]`): One a run: `contestant`, `seed`, `parameters`, `training_flops`, `steps`, `scores`.
-        baseline (`str`): The contestant whose Frechet distance the others' are divided by.
-
-    Returns:
-        `list[dict]`: One a contestant: `scores` and `spreads` (standard deviation over the seeds, `None` of one seed)
-        by name, and `ratio` to the baseline (`None` without it), best Frechet distance first.
+    Means over the seeds, a row per contestant, best Frechet distance first: `scores` and `spreads` by name (standard
+    deviation, `None` for one seed) and `ratio`, the distance divided by the baseline's (`None` without one).
     """
     rows = []
     for label in sorted({result["contestant"] for result in results}):

@@ -14,17 +14,10 @@ import torch
 
 def measure_peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
     """
-    Runs a call and measures the growth of the memory in use.
+    The bytes by which the memory in use grows during a call; `None` on a CPU without Linux and glibc.
 
     On a GPU this is what torch's allocator gave out. On the CPU it is the process's resident memory, by the kernel's
     high-water mark, after the C library has returned all that is free: it holds workspaces of libraries, too.
-
-    Args:
-        call (`Callable`): What to run.
-        device (`torch.device`): Where it runs.
-
-    Returns:
-        `int` or `None`: Bytes; `None` where it cannot be measured (a CPU without Linux and glibc).
     """
     gc.collect()
     if device.type == "cuda":

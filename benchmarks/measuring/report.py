@@ -18,7 +18,6 @@ from diffusers_pisdm.utils.machine import describe_machine
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOADED = 0.5  # processes waiting for each core, on average over a minute, that disturb a measurement
 
 
 def describe_conditions(device_name: str, dtype_name: str) -> dict:
@@ -37,10 +36,15 @@ def describe_conditions(device_name: str, dtype_name: str) -> dict:
     }
 
 
+def is_loaded(load_average: float, cores: int) -> bool:
+    """Whether other processes disturb a measurement: on average over a minute, one waits for every second core."""
+    return load_average > 0.5 * cores
+
+
 def print_conditions(conditions: dict) -> None:
     """A line of them, and a warning where something else is running."""
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
-    if conditions["load_average"] > LOADED * conditions["cores"]:
+    if is_loaded(conditions["load_average"], conditions["cores"]):
         print(
             f"This machine is loaded (load average {conditions['load_average']:.1f} on {conditions['cores']} cores):"
             " all times are pessimistic, and the ratios uncertain."

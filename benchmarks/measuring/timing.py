@@ -17,28 +17,14 @@ MIN_STACK = 4  # layers: the first of each half is a special case and needs one 
 
 @dataclass(frozen=True)
 class PassTime:
-    """
-    Args:
-        seconds (`float`): Of the whole pass.
-        layers (`tuple[float, ...]`): Seconds from the end of one layer to that of the next, first layer first.
-    """
+    """The time of one pass through a model, in seconds."""
 
     seconds: float
-    layers: tuple[float, ...]
+    layers: tuple[float, ...]  # from the end of one layer to that of the next; empty if not timed
 
 
 def time_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...], by_layer: bool = False) -> PassTime:
-    """
-    Runs a model once, without gradients.
-
-    Args:
-        model (`nn.Module`): With its layers in `transformer_blocks`.
-        inputs (`tuple[torch.Tensor, ...]`): Its arguments, on its device.
-        by_layer (`bool`, defaults to `False`): Whether layers are timed, for which a GPU has to wait after each.
-
-    Returns:
-        [`PassTime`], its `layers` empty if they were not to be timed.
-    """
+    """Runs a model once, without gradients. To time `transformer_blocks` by layer, a GPU has to wait after each."""
     device = inputs[0].device
 
     stamps: list[float] = []
@@ -60,16 +46,11 @@ def time_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...], by_layer: bool
 
 def whole_seconds(stack: PassTime, num_layers: int) -> float:
     """
-    The time of a model of `num_layers` layers from that of a stack of fewer: each missing layer adds the time of a
-    layer of its half. The first layer of a half is no example of these: in PIS-DM, whose halves mirror each other, it
-    alone need not reorder the tokens.
+    The seconds of a model of `num_layers` layers from those of a stack of fewer, an even number of at least
+    `MIN_STACK`.
 
-    Args:
-        stack ([`PassTime`]): Timed by layer; an even number of layers, at least [`MIN_STACK`].
-        num_layers (`int`): Of the whole model, at least as many.
-
-    Returns:
-        `float`: Seconds.
+    Each missing layer adds the time of a layer of its half. The first layer of a half is no example of these: in
+    PIS-DM, whose halves mirror each other, it alone need not reorder the tokens.
     """
     half = len(stack.layers) // 2
     first, second = stack.layers[1:half], stack.layers[half + 1 :]
@@ -89,14 +70,8 @@ WARM_UPS = 3  # calls before the recorded one, as PyTorch advises; the first may
 
 def record_graph(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """
-    Records a call's kernels, to be launched all at once.
-
-    Args:
-        call (`Callable`): Launches the same kernels on the same memory each time, and never waits for the GPU.
-        device (`torch.device`): The GPU.
-
-    Returns:
-        `Callable`: Replays the kernels. It keeps the call, and so whatever that computes with.
+    Records a call's kernels and returns a function that launches them all at once. The call has to use the same memory
+    each time and never wait for the GPU; the function keeps it alive.
     """
     with torch.cuda.device(device):
         side = torch.cuda.Stream()

@@ -14,8 +14,9 @@ from .first_stage import check_first_stage
 
 
 class DiTPeer(ModelMixin, ConfigMixin):
-    r"""
-    diffusers' `DiTTransformer2DModel` ("Scalable Diffusion Models with Transformers", Peebles and Xie 2023).
+    """
+    diffusers' `DiTTransformer2DModel` ("Scalable Diffusion Models with Transformers", Peebles and Xie 2023); by
+    default DiT-XL.
 
     diffusers gives every block timestep and class embeddings of its own (`num_embeds_ada_norm` is the number of
     classes in each), a tenth of a block's parameters, which are the same in all blocks of a converted checkpoint. Here
@@ -25,18 +26,6 @@ class DiTPeer(ModelMixin, ConfigMixin):
 
     Build one for each image size: positions are a table for `sample_size`, without parameters, which diffusers
     computes anew in every pass at any other size.
-
-    Args:
-        sample_size (`int`, defaults to 32): Height and width of the input in latent pixels.
-        patch_size (`int`, defaults to 2): Side of the square of pixels that makes a token.
-        in_channels (`int`, defaults to 4): Channels of input and output.
-        num_layers (`int`, defaults to 28): Blocks (DiT-XL).
-        hidden_size (`int`, defaults to 1152): Width of a token.
-        num_heads (`int`, defaults to 16): Attention heads, of `hidden_size / num_heads` channels each.
-        num_classes (`int`, defaults to 1000): Labels run over `0..num_classes`; the last is the null label.
-
-    Raises:
-        ValueError: `hidden_size` is not divisible by `num_heads`.
     """
 
     @register_to_config
@@ -103,21 +92,7 @@ class DiTPeer(ModelMixin, ConfigMixin):
         noise_level: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> PISDMTransformer2DModelOutput | tuple[torch.Tensor, None]:
-        r"""
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, in_channels, S, S)`): A square; `S` divisible by `patch_size`.
-            timestep (`torch.Tensor` of shape `(B,)` or a scalar): Diffusion timestep.
-            class_labels (`torch.Tensor` of shape `(B,)`, int64): In `0..num_classes`; `num_classes` means no class.
-            low_res, noise_level (`None`): A higher stage's, which this is not.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`PISDMTransformer2DModelOutput`].
-
-        Returns:
-            [`PISDMTransformer2DModelOutput`] without features, or the tuple `(sample, None)`.
-
-        Raises:
-            ValueError: `low_res` or `noise_level` is given, or the input is not square: diffusers would rearrange its
-                patches wrongly.
-        """
+        """As of a first stage of `PISDMTransformer2DModel`, but for squares only; features are not returned."""
         check_first_stage(low_res, noise_level)
         height, width = hidden_states.shape[2:]
         if height != width:

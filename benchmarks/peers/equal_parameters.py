@@ -22,16 +22,9 @@ MAX_DIFFERENCE = 0.05
 
 @dataclass(frozen=True)
 class EqualParameters:
-    """
-    A peer of as many parameters as PIS-DM.
+    """A peer with as many parameters as PIS-DM."""
 
-    Args:
-        config (`dict`): Arguments of the peer's class.
-        parameters (`int`): How many it has.
-        pisdm_parameters (`int`): How many PIS-DM has.
-    """
-
-    config: dict
+    config: dict  # the peer's arguments
     parameters: int
     pisdm_parameters: int
 
@@ -49,18 +42,8 @@ def count_parameters(model_class: type[ModelMixin], config: dict) -> int:
 
 def equal_parameters(pisdm_config: dict, peer: str, head_size: int = HEAD_SIZE) -> EqualParameters:
     """
-    Finds the depth at which a peer of PIS-DM's width has the number of parameters nearest to PIS-DM's.
-
-    Args:
-        pisdm_config (`dict`): Arguments of [`PISDMTransformer2DModel`], of a first stage.
-        peer (`str`): A name in [`PEERS`].
-        head_size (`int`, defaults to 64): Channels of an attention head.
-
-    Returns:
-        [`EqualParameters`].
-
-    Raises:
-        ValueError: The width is no multiple of `head_size`, or no depth comes within 5% of PIS-DM.
+    Finds the depth at which a peer of PIS-DM's width comes nearest to its number of parameters; refuses a width that
+    is no multiple of `head_size`, and a depth that is more than 5% off.
     """
     with torch.device("meta"):
         pisdm = PISDMTransformer2DModel(**pisdm_config)

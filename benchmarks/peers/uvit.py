@@ -62,26 +62,14 @@ class UViTBlock(nn.Module):
 
 
 class UViT2DModel(ModelMixin, ConfigMixin):
-    r"""
-    U-ViT ("All are Worth Words: A ViT Backbone for Diffusion Models", Bao et al. 2023): timestep, class and patches
-    are all tokens of a plain ViT, whose halves are joined by long skips, each concatenated and projected; a 3x3
-    convolution smooths the output. It is called as a first stage of PIS-DM.
+    """
+    U-ViT ("All are Worth Words: A ViT Backbone for Diffusion Models", Bao et al. 2023), by default U-ViT-H: timestep,
+    class and patches are all tokens of a plain ViT, whose halves are joined by long skips, each concatenated and
+    projected; a 3x3 convolution smooths the output. It is called as a first stage of PIS-DM.
 
     Differences from the paper: attention is torch's `scaled_dot_product_attention`, no dropout, any number of layers
     (an even one has no middle layer), and position embeddings that are interpolated for other sizes than
     `sample_size`, so that the number of parameters does not depend on the image.
-
-    Args:
-        sample_size (`int`, defaults to 32): Height and width in latent pixels that the position embeddings are for.
-        patch_size (`int`, defaults to 2): Side of the square of pixels that makes a token.
-        in_channels (`int`, defaults to 4): Channels of input and output.
-        num_layers (`int`, defaults to 29): Blocks (U-ViT-H).
-        hidden_size (`int`, defaults to 1152): Width of a token.
-        num_heads (`int`, defaults to 16): Attention heads, of `hidden_size / num_heads` channels each.
-        num_classes (`int`, defaults to 1000): Labels run over `0..num_classes`; the last is the null label.
-
-    Raises:
-        ValueError: `hidden_size` is not divisible by `num_heads`, or `sample_size` by `patch_size`.
     """
 
     @register_to_config
@@ -131,20 +119,7 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         noise_level: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> PISDMTransformer2DModelOutput | tuple[torch.Tensor, None]:
-        r"""
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, in_channels, H, W)`): `H` and `W` divisible by `patch_size`.
-            timestep (`torch.Tensor` of shape `(B,)`): Diffusion timestep.
-            class_labels (`torch.Tensor` of shape `(B,)`, int64): In `0..num_classes`; `num_classes` means no class.
-            low_res, noise_level (`None`): A higher stage's, which this is not.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`PISDMTransformer2DModelOutput`].
-
-        Returns:
-            [`PISDMTransformer2DModelOutput`] without features, or the tuple `(sample, None)`.
-
-        Raises:
-            ValueError: `low_res` or `noise_level` is given.
-        """
+        """As of a first stage of `PISDMTransformer2DModel`; features are not returned."""
         check_first_stage(low_res, noise_level)
         patch_size, hidden_size = self.config.patch_size, self.config.hidden_size
         rows, columns = (length // patch_size for length in hidden_states.shape[2:])

@@ -21,11 +21,7 @@ SECOND, LAST = 1, 3  # of four layers: the first of each half is a special case 
 
 @dataclass
 class BlockPair:
-    """
-    Args:
-        model (`nn.Module`): A stack of four layers.
-        inputs (`tuple[torch.Tensor, ...]`): What the stack is called with.
-    """
+    """Two blocks of a stack of four layers, none the first of its half."""
 
     model: nn.Module
     inputs: tuple[torch.Tensor, ...]
@@ -52,7 +48,7 @@ class BlockPair:
     def token_parameters(self) -> int:
         """
         Of those, what every token is multiplied with. DiT's blocks each compute a modulation from timestep and class,
-        once an image: a third of their parameters costs nothing.
+        once per image: a third of their parameters costs nothing.
         """
         return self._count(excluded=(".emb.", "norm1.linear."))
 
@@ -83,8 +79,8 @@ class BlockPair:
 
     def peak_bytes(self) -> int | None:
         """
-        What the hungrier of the two blocks needs beside its weights, its input among it. Both have run before, so that
-        workspaces that stay are not counted.
+        What the hungrier of the two blocks needs beside its weights, its input included. Both have run before:
+        workspaces that stay do not count.
         """
         needed = []
         for block, (given, named) in zip(self.blocks, self.arguments()):
@@ -133,14 +129,8 @@ def part_of(operator: str) -> str:
 
 def time_shares(pair: BlockPair, repeats: int) -> dict[str, float]:
     """
-    Runs the two blocks of a PIS-DM stack, each after a reordering of its tokens.
-
-    Args:
-        pair ([`BlockPair`]): PIS-DM's.
-        repeats (`int`): Turns that are profiled.
-
-    Returns:
-        `dict[str, float]`: The share of every part of [`PARTS`] and of [`ELSEWHERE`], adding up to 1.
+    The share of every part of `PARTS`, and of `ELSEWHERE`, in the time of PIS-DM's two blocks, each after a reordering
+    of its tokens; profiled over `repeats` turns.
     """
     calls = [(block, given) for block, (given, _) in zip(pair.blocks, pair.arguments())]
     length = calls[0][1][0].shape[1]

@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusers_pisdm.models.transformer_pisdm import PISDMBlock, PISDMMambaMixer
+from benchmarks.peers.slow_mixer import SlowMixer
+from diffusers_pisdm.models.transformer_pisdm import PISDMBlock
 from diffusers_pisdm.ops.common.backends import force_backends
 from diffusers_pisdm.training.cost.flops import StepTrace
 
@@ -19,38 +20,6 @@ STATE_SIZE, CONV_KERNEL, EXPAND = 16, 3, 2  # the model's defaults
 OURS, CHECKPOINTED, SLOW = "PIS-DM's kernels", "the same, checkpointed", "transformers' slow path"
 SMALL = {"width": 32, "tokens": 33}  # of the check
 TOLERANCE = 1e-4  # of the largest value
-
-
-def slow_name(name: str) -> str:
-    """What transformers calls a parameter of our mixer."""
-    return "dt_proj.bias" if name == "dt_bias" else name
-
-
-class SlowMixer(nn.Module):
-    """transformers' `MambaMixer` without CUDA kernels, with the weights of one of ours."""
-
-    def __init__(self, mixer: PISDMMambaMixer):
-        super().__init__()
-        from transformers import MambaConfig
-        from transformers.models.mamba.modeling_mamba import MambaMixer
-
-        inner_size, state_size = mixer.A_log.shape
-        config = MambaConfig(
-            hidden_size=mixer.out_proj.out_features,
-            state_size=state_size,
-            conv_kernel=mixer.conv1d.kernel_size[0],
-            expand=inner_size // mixer.out_proj.out_features,
-            time_step_rank=mixer.dt_proj.in_features,
-            num_hidden_layers=1,
-            use_bias=False,
-            use_conv_bias=True,
-        )
-        self.mixer = MambaMixer(config, layer_idx=0).to(mixer.D.dtype)
-        self.mixer.load_state_dict({slow_name(name): value for name, value in mixer.state_dict().items()})
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # transformers 4 dispatches to its CUDA kernels in `forward`; version 5 has the slow path there.
-        return getattr(self.mixer, "slow_forward", self.mixer)(hidden_states)  # (B, L, D)
 
 
 def make_block(width: int, dtype: torch.dtype = torch.float32) -> PISDMBlock:
@@ -86,13 +55,8 @@ def run_step(call: Callable, block: nn.Module, tensors: list[torch.Tensor]) -> l
 
 def check_training() -> float:
     """
-    Compares a small block, with our kernels and with the slow path, with the textbook loop in float64.
-
-    Returns:
-        `float`: The largest error as a share of the largest value.
-
-    Raises:
-        RuntimeError: It is above [`TOLERANCE`].
+    Compares a small block, with our kernels and on the slow path, with the textbook loop in float64: the largest error
+    as a share of the largest value. Raises RuntimeError if it is above `TOLERANCE`.
     """
     exact = make_block(SMALL["width"], torch.float64)
     with force_backends(selective_scan="reference", causal_conv="torch"):
@@ -120,14 +84,8 @@ def trace_memory(call: Callable, tensors: list[torch.Tensor]) -> tuple[int, int]
 
 def measure_training(width: int, tokens: int, batch_size: int, repeats: int, slow_repeats: int) -> list[dict]:
     """
-    Times a block of one width: ours, ours with gradient checkpointing, and the slow path.
-
-    Args:
-        width (`int`), tokens (`int`), batch_size (`int`): Of the tokens.
-        repeats (`int`), slow_repeats (`int`): Timed turns of our two, and of the slow path, which takes minutes.
-
-    Returns:
-        `list[dict]`: A row each: `seconds`, `median_seconds`, `saved_bytes`, `flops`, `times_ours`.
+    Times a block of one width: ours, ours with gradient checkpointing (`repeats` turns each), and the slow path
+    (`slow_repeats`; it takes minutes). Rows have `seconds`, `median_seconds`, `saved_bytes`, `flops`, `times_ours`.
     """
     block = make_block(width)
     tensors = make_tensors(width, tokens, batch_size)

@@ -34,22 +34,13 @@ def parse_image_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Candidate:
-    """
-    One of the models that are compared.
-
-    Args:
-        name (`str`): As it is printed.
-        model_class (`type`): Called with `config`.
-        config (`dict`): Its arguments, for the whole model.
-        parameters (`int`): Of the whole model.
-        has_long_skips (`bool`): Whether the outputs of the first half of the layers are kept for the second.
-    """
+    """One of the models that are compared."""
 
     name: str
     model_class: type[ModelMixin]
-    config: dict
-    parameters: int
-    has_long_skips: bool
+    config: dict  # arguments of the whole model
+    parameters: int  # of the whole model
+    has_long_skips: bool  # whether outputs of the first half of the layers are kept for the second
 
     @property
     def num_layers(self) -> int:
@@ -67,7 +58,7 @@ class Candidate:
     def missing_skip_bytes(self, num_layers: int, batch_size: int, image_size: int, dtype: torch.dtype) -> int:
         """
         What the whole model holds at its middle layer and a stack of `num_layers` does not: the outputs of more
-        layers, kept for the second half. To within a token tensor or two: a stack may need most at another moment.
+        layers. Right to within a token tensor or two, as a stack may need most at another moment.
         """
         if not self.has_long_skips:
             return 0
@@ -85,15 +76,7 @@ def cast_model(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
 
 
 def make_candidates(pisdm_config: dict) -> list[Candidate]:
-    """
-    PIS-DM and all peers at its width and number of parameters.
-
-    Args:
-        pisdm_config (`dict`): `num_layers`, `hidden_size` and any other arguments of [`PISDMTransformer2DModel`].
-
-    Returns:
-        `list[Candidate]`: PIS-DM first.
-    """
+    """PIS-DM first, then all peers of its width and number of parameters."""
     pisdm_config = {**pisdm_config, "patch_size": PATCH_SIZE}
     peers = {name: equal_parameters(pisdm_config, name) for name in PEERS}
     parameters = next(iter(peers.values())).pisdm_parameters
@@ -123,17 +106,8 @@ TOLERANCE = 1e-4  # of the largest value
 def check_candidates(candidates: list[Candidate], device: torch.device) -> dict[str, float]:
     """
     Compares every candidate, narrow and in float32 with the device's kernels, with itself in float64 on the CPU, where
-    PIS-DM scans with the textbook loop.
-
-    Args:
-        candidates (`list[Candidate]`): Of any size.
-        device (`torch.device`): Where the models will be timed.
-
-    Returns:
-        `dict[str, float]`: The largest error of each candidate, as a share of the largest value.
-
-    Raises:
-        RuntimeError: One is off by more than [`TOLERANCE`], or not finite.
+    PIS-DM scans with the textbook loop: the largest errors as shares of the largest value. Raises RuntimeError above
+    `TOLERANCE`.
     """
     errors = {}
     for candidate in candidates:

@@ -77,17 +77,8 @@ def measure_cascade(
     recipe: Recipe, steps: int, batch_size: int, repeats: int, device: torch.device, dtype: torch.dtype
 ) -> dict:
     """
-    Times sampling with a recipe's cascade, at `steps` a stage and at `steps` in all, and with one stage alone, which
-    is the last one without its condition, at `steps`. They take turns.
-
-    Args:
-        recipe ([`Recipe`]): Its stages and scheduler; weights are random, and the autoencoder is left out.
-        steps (`int`): Of DPM-Solver.
-        batch_size (`int`), repeats (`int`), device (`torch.device`), dtype (`torch.dtype`): Of each run.
-
-    Returns:
-        `dict`: `stages` (`sample_size` and parameters), and `rows` of the three ways with `seconds`, `median_seconds`,
-        `stage_seconds` (medians) and `times_one_stage`, the time as a multiple of one stage's.
+    Times a recipe's cascade with random weights at `steps` of DPM-Solver per stage and at `steps` in all, and its last
+    stage alone, without the condition. They take turns; `times_one_stage` is the time as a multiple of the latter's.
     """
     cascade = make_pipeline(recipe, device, dtype)
     last = {name: value for name, value in recipe.stages[-1].items() if name != "low_res_channels"}

@@ -10,15 +10,10 @@ from benchmarks.speed.candidates import PATCH_SIZE, VAE_FACTOR
 
 @dataclass(frozen=True)
 class Crossover:
-    """
-    Args:
-        faster (`str`):
-            `"from"`: from `tokens` on; `"always"`: at all sizes measured; `"never"`: not at the largest of them.
-        tokens (`float`, *optional*): Where the times are equal.
-    """
+    """From where on a model is faster than a peer."""
 
-    faster: str
-    tokens: float | None = None
+    faster: str  # "from": from `tokens` on; "always": at all sizes measured; "never": not at the largest of them
+    tokens: float | None = None  # where the times are equal
 
     @property
     def image_size(self) -> float | None:
@@ -33,18 +28,8 @@ class Crossover:
 
 def find_crossover(tokens: list[int], seconds: list[float], peer_seconds: list[float]) -> Crossover:
     """
-    Finds the number of tokens from which on a model is faster than a peer, up to the largest number measured. Between
-    two measurements, times are powers of the number of tokens (straight lines on logarithmic axes).
-
-    Args:
-        tokens (`list[int]`): Where was measured, ascending.
-        seconds, peer_seconds (`list[float]`): Times of the model and of its peer there.
-
-    Returns:
-        [`Crossover`]: The last one, if noise makes several.
-
-    Raises:
-        ValueError: The lists are empty or of different lengths, or `tokens` does not ascend.
+    The number of tokens from which on a model is faster than a peer, up to the largest measured; the last one, if
+    noise makes several. Between measurements, times are powers of the number of tokens.
     """
     if not tokens or not len(tokens) == len(seconds) == len(peer_seconds):
         raise ValueError(

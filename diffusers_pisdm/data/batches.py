@@ -1,4 +1,11 @@
-"""The images of a training run, in an order that depends on the seed alone and can be entered anywhere."""
+"""
+The images of a training run, in an order that depends on the seed alone and can be entered anywhere.
+
+The order is our own because what a run has seen must not depend on its workers and processes, and a resumed run must
+see what an uninterrupted one would. torch's DataLoader has no position, and seeds random crops and flips per worker;
+torchdata's StatefulDataLoader resumes only with as many workers; datasets refills a stream's shuffle buffer when it
+resumes. The workers are still those of torch's DataLoader (`parallel_read.py`), a stream's shards those of datasets.
+"""
 
 from __future__ import annotations
 
@@ -109,20 +116,8 @@ def validation_batches(
     num_workers: int = 0,
 ) -> Iterator[TrainingBatch]:
     """
-    Goes once through held-out rows, in order; the last batch may be smaller.
-
-    Args:
-        rows ([`ImageRows`] or [`LatentCache`]): What to read, without random crop or flip.
-        batch_size (`int`): Images a process and batch.
-        num_processes (`int`, defaults to 1), process_index (`int`, defaults to 0):
-            Of how many processes this is which: it reads every `num_processes`-th row, none if there are too few.
-        num_workers (`int`, defaults to 0): Processes that decode.
-
-    Returns:
-        `Iterator[TrainingBatch]`.
-
-    Raises:
-        ValueError: The rows are cropped or flipped at random.
+    Goes once through held-out rows, in order, every `num_processes`-th in each process; the last batch may be smaller.
+    Refuses (ValueError) rows that are cropped or flipped at random.
     """
     if rows.is_random:
         raise ValueError("Held-out images must be the same every time: `random_crop` and `random_flip` must be False.")
@@ -139,16 +134,6 @@ class ShuffledBatches:
     """
     One process's share of the global batches: of each, every `num_processes`-th row, so that all processes together
     see what one would see with their batches put together. The rows of an epoch that fill no global batch are dropped.
-
-    Args:
-        rows ([`ImageRows`] or [`LatentCache`]): What to read.
-        batch_size (`int`): Images a process.
-        seed (`int`): Of order, crop, flip and latents; not negative.
-        num_processes (`int`), process_index (`int`): Which process this is of how many.
-        num_workers (`int`): See [`TrainingBatches`].
-
-    Raises:
-        DataError: The rows do not fill one global batch.
     """
 
     def __init__(
@@ -179,12 +164,8 @@ class ShuffledBatches:
 
     def start(self, epoch: int, rows_done: int) -> Iterator[tuple[TrainingBatch, int, int]]:
         """
-        Args:
-            epoch (`int`), rows_done (`int`): Where to start: the epoch, and how many of its rows, over all processes,
-                have been used.
-
-        Yields:
-            `tuple[TrainingBatch, int, int]`: A batch and the position after it.
+        Yields batches and the position after each, from an epoch of whose rows `rows_done`, over all processes, are
+        used.
         """
         ahead, yielded = tee(self._keys(epoch, rows_done))  # the workers are ahead of what is yielded
         read = partial(read_rows, self.rows, self.seed)

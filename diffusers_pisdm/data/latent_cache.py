@@ -21,41 +21,23 @@ DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"
 
 @dataclass
 class CacheIndex:
-    """
-    What a cache holds and how it was made; kept in `index.json`.
-
-    Args:
-        dataset (`str`), split (`str`): The images' source.
-        num_images (`int`): Rows of the data set.
-        class_names (`list[str]`): The name of each class.
-        image_size (`int`): Height and width of the images in pixels: the shorter side was scaled to it, then the
-            centre cut out.
-        stage_sizes (`list[int]`): Height and width of each stage's latents.
-        channels (`int`): Channels of the latents.
-        vae (`str`), vae_class (`str`), vae_sha256 (`str`), vae_dtype (`str`):
-            The autoencoder: where it came from, its class, a hash of its configuration and weights, and what it
-            computed in.
-        has_std (`bool`): Whether latents are drawn from a mean and a standard deviation.
-        has_flips (`bool`): Whether the mirrored images were encoded as well.
-        dtype (`str`): Of the stored numbers: float16, bfloat16 or float32.
-        images_per_shard (`int`): Rows a file.
-    """
+    """What a cache holds and how it was made; kept in `index.json`."""
 
     dataset: str
     split: str
-    num_images: int
+    num_images: int  # rows of the data set
     class_names: list[str]
-    image_size: int
-    stage_sizes: list[int]
-    channels: int
-    vae: str
+    image_size: int  # pixels: the shorter side was scaled to it, then the centre cut out
+    stage_sizes: list[int]  # height and width of each stage's latents
+    channels: int  # of the latents
+    vae: str  # where it came from
     vae_class: str
-    vae_sha256: str
-    vae_dtype: str
-    has_std: bool
-    has_flips: bool
-    dtype: str
-    images_per_shard: int
+    vae_sha256: str  # of its configuration and weights
+    vae_dtype: str  # what it computed in
+    has_std: bool  # whether latents are drawn from a mean and a standard deviation
+    has_flips: bool  # whether the mirrored images were encoded as well
+    dtype: str  # of the stored numbers: float16, bfloat16 or float32
+    images_per_shard: int  # rows a file
 
     @property
     def num_shards(self) -> int:

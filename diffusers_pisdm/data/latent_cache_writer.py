@@ -47,21 +47,12 @@ def write_latent_cache(
     report: Callable[[str], None] = tqdm.write,
 ) -> None:
     """
-    Encodes every image at every stage's size and writes the latents. Called in all processes: each writes shards of
-    its own, under another name until they are whole. Shards that are there and whole are kept.
+    Encodes every image at every stage's size and writes the latents to `folder`. Raises DataError if that holds a
+    cache made with other settings, the rows do not fit, or latents are not finite.
 
-    Args:
-        rows ([`ImageRows`]): The images, at `index.image_size`, no stream, without random crop or flip.
-        vae: The autoencoder, on `accelerator.device`.
-        index ([`CacheIndex`]): What to write.
-        folder (`str` or `Path`): Where; an interrupted cache there is completed.
-        accelerator (`Accelerator`): The processes.
-        batch_size (`int`, defaults to 64): Images a process encodes at once.
-        num_workers (`int`, defaults to 0): Processes that decode images.
-        report (`Callable`): Called with the place of each bad image that was replaced.
-
-    Raises:
-        DataError: The folder holds a cache made with other settings, the rows do not fit, or latents are not finite.
+    All processes call it: each writes shards of its own, under another name until they are whole, and keeps whole ones
+    that are there. `rows` are at `index.image_size`, no stream, without random crop or flip; `report` is told of each
+    bad image that was replaced.
     """
     folder = Path(folder)
     factor = vae_scale_factor(vae)
@@ -108,8 +99,10 @@ def _check_same(found: CacheIndex, wanted: CacheIndex, folder: Path) -> None:
 
 
 def _batches(index: CacheIndex, shard: int, batch_size: int) -> Iterator[range]:
-    """The rows of a shard in batches: the same wherever a run starts, since latents differ in the last bits between
-    batch sizes."""
+    """
+    The rows of a shard in batches, the same wherever a run starts: latents differ in the last bits between batch
+    sizes.
+    """
     rows = index.shard_rows(shard)
     return (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
 

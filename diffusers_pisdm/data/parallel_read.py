@@ -36,18 +36,8 @@ def _as_it_is(item: Item) -> Item:
 
 def read_batches(read: Callable[[list], Item], keys: Iterable[list], num_workers: int) -> Iterator[Item]:
     """
-    Calls `read` on each batch of keys, in worker processes if there are any, and yields the results in order.
-
-    Args:
-        read (`Callable`): A picklable function of a list of keys.
-        keys (`Iterable[list]`): Batches of keys; workers run a few batches ahead.
-        num_workers (`int`): 0 reads in this process, when a result is asked for.
-
-    Yields:
-        What `read` returns, tensors in pinned memory if there is a GPU.
-
-    Raises:
-        DataError: `read` raised it.
+    Calls `read`, which is picklable, on each batch of keys, in worker processes that run a few batches ahead if there
+    are any, and yields the results in order: tensors in pinned memory if there is a GPU.
     """
     loader = DataLoader(
         _Reader(read),
@@ -64,15 +54,8 @@ def read_batches(read: Callable[[list], Item], keys: Iterable[list], num_workers
 
 def read_ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
     """
-    Iterates in a thread, up to `depth` items ahead of whoever takes them. The thread starts with the first item asked
-    for, and ends when the iterator is closed or forgotten.
-
-    Args:
-        items (`Iterable`): What to iterate over.
-        depth (`int`): At least 1.
-
-    Yields:
-        The items; then whatever the iteration raised is raised here.
+    Iterates in a thread, up to `depth` items ahead of whoever takes them; errors are raised here. The thread starts
+    with the first item asked for, and ends when the iterator is closed or forgotten.
     """
     queue, closed = Queue(depth), threading.Event()
 

@@ -28,13 +28,6 @@ class StreamBatches:
 
     One thread reads the encoded rows and the workers decode them, so that the order does not depend on how many
     workers there are.
-
-    Args:
-        rows ([`ImageRows`]): What to read.
-        batch_size (`int`): Images a process.
-        seed (`int`): Of order, crop and flip; not negative.
-        num_processes (`int`), process_index (`int`): Which process this is of how many.
-        num_workers (`int`), shuffle_buffer (`int`): See [`TrainingBatches`].
     """
 
     def __init__(
@@ -63,12 +56,8 @@ class StreamBatches:
 
     def start(self, epoch: int, rows_done: int) -> Iterator[tuple[TrainingBatch, int, int]]:
         """
-        Args:
-            epoch (`int`), rows_done (`int`): Where to start: the epoch, and how many of this process's rows, bad ones
-                included, have been used. They are read again, but not decoded.
-
-        Yields:
-            `tuple[TrainingBatch, int, int]`: A batch and the position after it.
+        Yields batches and the position after each, from an epoch of which this process has used `rows_done` rows, bad
+        ones included. They are read again, but not decoded.
         """
         stream = own_stream(self.rows, self.num_processes, self.process_index)
         stream = stream.shuffle(seed=self.seed, buffer_size=min(self.shuffle_buffer, ROWS_MIXED_BY_DATASETS))
@@ -105,20 +94,12 @@ def own_stream(rows: ImageRows, num_processes: int, process_index: int) -> Itera
 
 
 class DecodedRows(NamedTuple):
-    """
-    Rows of a stream, decoded.
+    """Rows of a stream, decoded."""
 
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8), labels (`torch.Tensor` of shape `(B,)`, int64):
-            Those that can be read.
-        ends (`list[tuple[int, int]]`): The position after each: epoch, and rows of it that are done.
-        bad_images (`list[tuple[int, str]]`): Those that cannot be read: how many good ones come before, and why.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    ends: list[tuple[int, int]]
-    bad_images: list[tuple[int, str]]
+    images: torch.Tensor  # (B, 3, H, W), uint8: those that can be read
+    labels: torch.Tensor  # (B,), int64
+    ends: list[tuple[int, int]]  # the position after each: epoch, and rows of it that are done
+    bad_images: list[tuple[int, str]]  # those that cannot be read: how many good ones come before, and why
 
     def batch(self) -> TrainingBatch:
         return TrainingBatch(self.images, self.labels, [message for _, message in self.bad_images])
@@ -144,17 +125,8 @@ def decoded_batches(
     rows: ImageRows, keys: Iterable[list[tuple[dict, int, int]]], batch_size: int, seed: int, num_workers: int
 ) -> Iterator[DecodedRows]:
     """
-    Decodes rows and puts them into batches; the row after a bad one takes its place.
-
-    Args:
-        rows ([`ImageRows`]): How to decode.
-        keys (`Iterable[list]`): Encoded rows, with epoch and position.
-        batch_size (`int`): Good rows a batch; the last may have fewer.
-        seed (`int`): Of crop and flip.
-        num_workers (`int`): See [`read_batches`].
-
-    Raises:
-        DataError: See [`ImageRows`].
+    Decodes encoded rows with their epochs and positions, and puts them into batches; the row after a bad one takes its
+    place. The last batch may have fewer than `batch_size`.
     """
     if num_workers > 0:
         keys = read_ahead(keys, depth=num_workers)

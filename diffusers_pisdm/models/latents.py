@@ -11,18 +11,8 @@ def load_vae(
     name_or_path: str, channels: int, dtype: torch.dtype = torch.float32
 ) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
     """
-    Loads a frozen autoencoder of any of the three kinds.
-
-    Args:
-        name_or_path (`str`): A folder or a name on the Hub.
-        channels (`int`): Channels of the latents that the stages were made for.
-        dtype (`torch.dtype`, defaults to `torch.float32`): What it computes in.
-
-    Returns:
-        The autoencoder, in evaluation mode.
-
-    Raises:
-        ValueError: It is of another kind, or its latents have other channels.
+    Loads a frozen autoencoder of any of the three kinds, in evaluation mode; raises ValueError if it is of another
+    kind, or its latents do not have `channels`.
     """
     vae = AutoModel.from_pretrained(name_or_path, torch_dtype=dtype)
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderDC)):
@@ -50,16 +40,8 @@ def encode_moments(
     vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Maps images to the normal distributions that [`encode_latents`] draws from.
-
-    Args:
-        vae: The autoencoder.
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor or None]`: Mean and standard deviation, float32, of shape
-        `(B, C, H / f, W / f)` with `f` the [`vae_scale_factor`]. Only an [`AutoencoderKL`] has the latter; the latents
-        of the others are the mean.
+    Mean and standard deviation, float32, that `encode_latents` draws from, of images (B, 3, H, W) in [-1, 1]. Only an
+    `AutoencoderKL` has the latter; the latents of the others are the mean.
     """
     encoded = vae.encode(images.to(vae.dtype))
     std = None
@@ -79,16 +61,8 @@ def encode_latents(
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """
-    Maps images to the space the transformers work in, scaled to about unit variance.
-
-    Args:
-        vae: The autoencoder; `None` is pixel space, where images are their own latents.
-        images (`torch.Tensor` of shape `(B, 3, H, W)`): Images in [-1, 1].
-        generator (`torch.Generator` or a list of them, *optional*):
-            Draws from the posterior of an [`AutoencoderKL`]; the others are deterministic.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, H / f, W / f)` with `f` the [`vae_scale_factor`].
+    Maps images (B, 3, H, W) in [-1, 1] to the space the transformers work in, scaled to about unit variance; without
+    an autoencoder to themselves. `generator` draws from the posterior of an `AutoencoderKL`.
     """
     if vae is None:
         return images
@@ -99,16 +73,7 @@ def encode_latents(
 
 
 def decode_latents(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None, latents: torch.Tensor) -> torch.Tensor:
-    """
-    Maps latents back to images: the inverse of [`encode_latents`].
-
-    Args:
-        vae: The autoencoder; `None` is pixel space, where latents are images.
-        latents (`torch.Tensor` of shape `(B, C, H / f, W / f)`): Latents of about unit variance.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 3, H, W)`, float32: images in about [-1, 1], not clipped.
-    """
+    """Maps latents (B, C, H / f, W / f) back to images (B, 3, H, W), float32, in about [-1, 1], not clipped."""
     if vae is None:
         return latents
     latents = latents / vae.config.scaling_factor + _shift_factor(vae)

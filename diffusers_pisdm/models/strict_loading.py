@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import WEIGHTS_NAME
 from typing_extensions import Self
 
 
@@ -27,34 +27,33 @@ KEYS_OF_DIFFUSERS = (
 
 class StrictLoadingMixin:
     """
-    Goes before [`ModelMixin`] or [`DiffusionPipeline`] in a class's bases. Weights come from safetensors unless
-    pickles are asked for, unreadable weights are reported with a remedy, and a configuration may not hold keys that
-    the class does not know: a misspelt one would otherwise be a silent default.
+    Goes before `ModelMixin` or `DiffusionPipeline` in a class's bases. A configuration may not hold unknown keys: a
+    misspelt one would otherwise be a silent default.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
-        r"""
+        """
         Loads as diffusers does, but from safetensors only, unless `use_safetensors=False` asks for pickled weights.
-
-        Raises:
-            OSError: Weights are missing, incomplete, pickled, truncated or corrupt.
-            ValueError: The configuration holds an unknown key.
+        Raises OSError for weights that are missing, incomplete or broken, ValueError for unknown configuration keys.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
-            message = str(error).strip()
-            remedy = _find_remedy(message)
-            if remedy is None:
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            if not folder.is_dir() or "Remedy:" in str(error):  # of the Hub, or of a component, which has said all
                 raise
-            pickled = message.replace(".safetensors", ".bin")
-            name = re.match(r"Error no file named (\S+\.bin) found in directory", pickled)
-            if name and not Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", name[1]).exists():
-                message = f"{message} {pickled}"  # what diffusers says where it would read pickles
-            raise OSError(f"{message} {remedy}") from error
+            remedy = "Remedy: copy the files again, or download them with `force_download=True`."
+            pickles = sorted(folder.rglob(f"{Path(WEIGHTS_NAME).stem}*{Path(WEIGHTS_NAME).suffix}"))
+            if pickles and kwargs["use_safetensors"]:
+                names = ", ".join(path.relative_to(folder).as_posix() for path in pickles)
+                remedy += (
+                    f" Pickled weights ({names}) are not read, as they can run code; where you trust them, pass"
+                    " `use_safetensors=False`."
+                )
+            raise OSError(f"{str(error).strip()} {remedy}") from error
         if isinstance(loaded, torch.nn.Module) and getattr(loaded, "hf_device_map", None) is None:
             # diffusers leaves parameters that the file lacks without memory, and warns.
             missing = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
@@ -76,14 +75,3 @@ class StrictLoadingMixin:
                 f" them; known keys are {', '.join(sorted(known - {'self'}))}."
             )
         return super().extract_init_dict(config_dict, **kwargs)
-
-
-def _find_remedy(message: str) -> str | None:
-    if message.startswith("Unable to load weights from checkpoint file") and "Remedy" not in message:
-        return "Remedy: the file is truncated or corrupt; copy it again, or download it with `force_download=True`."
-    if message.startswith("Error no file named") and ".safetensors" in message and "Remedy" not in message:
-        return (
-            "Remedy: copy or download the missing file. Pickled weights are not read, as they can run code; where you"
-            " trust them, pass `use_safetensors=False`."
-        )
-    return None

@@ -36,10 +36,8 @@ NOISE_LEVEL_SCALE = 1000.0  # noise levels in [0, 1) share the timesteps' range 
 
 def check_class_factors(class_factors: Sequence[Sequence[int]], num_classes: int) -> list[int]:
     """
-    Returns how many ids each factor has.
-
-    Raises:
-        ValueError: There is not one row a class, a row is of another length, or an id is negative.
+    How many ids each factor has; raises ValueError if there is not one row per class, a row is of another length, or
+    an id is negative.
     """
     if len(class_factors) != num_classes:
         raise ValueError(
@@ -75,11 +73,8 @@ def sincos_position_embedding(
     height: int, width: int, dim: int, base_size: int, *, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """
-    Fixed 2-D sine-cosine positions. A grid of any size spans the range of the `base_size x base_size` grid the model
-    is trained on, so that positions interpolate.
-
-    Returns:
-        `torch.Tensor` of shape `(height * width, dim)`, float32.
+    Fixed 2-D sine-cosine positions (height * width, dim), float32. A grid of any size spans the range of the
+    `base_size x base_size` grid the model is trained on, so that positions interpolate.
     """
     frequencies = torch.exp(torch.arange(dim // 4, device=device) * (-math.log(10000.0) / (dim // 4)))  # (D/4,)
 
@@ -209,7 +204,6 @@ class PISDMBlock(nn.Module):
 class PISDMSkipBlock(PISDMBlock):
     """
     A layer of the second half: it first takes in the output of its mirror image in the first half (U-ViT's long skip).
-
     A class of its own, so that each of the two is compiled once, whatever the number of layers.
     """
 
@@ -576,9 +570,8 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
 
 def get_class_embedding(transformer: PISDMTransformer2DModel) -> torch.Tensor:
     """
-    Returns:
-        `torch.Tensor` of shape `(num_classes + 1, hidden_size)`: One row a class, the null label's last, whether the
-        model has such rows or makes them of `class_factors`.
+    One row per class, the null label's last, (num_classes + 1, hidden_size), whether the model has such rows or makes
+    them of `class_factors`.
     """
     weight = transformer.class_embedding.weight
     if transformer.class_factor_ids is None:
@@ -596,15 +589,9 @@ def set_class_embedding(
     Gives a model other classes, in place: the rows of its class embedding, `config.num_classes` and
     `config.class_factors`.
 
-    Args:
-        transformer ([`PISDMTransformer2DModel`]): The model.
-        weight (`torch.Tensor` of shape `(num_classes + 1, hidden_size)`):
-            One row a class, the null label's last; with `class_factors` one row an id of each factor, each factor's
-            null label after its ids. It is copied, in the precision and onto the device of the present.
-        class_factors (`Sequence[Sequence[int]]`, *optional*): The factors of each class.
-
-    Raises:
-        ValueError: The embedding is offloaded: its module holds no weights at present.
+    `weight` (num_classes + 1, hidden_size) has one row per class, the null label's last; with `class_factors` one row
+    per id of each factor, each factor's null label after its ids. It is copied in the precision and onto the device of
+    the present weights; raises ValueError if these are offloaded.
     """
     embedding = transformer.class_embedding
     if embedding.weight.is_meta:
@@ -625,18 +612,8 @@ def set_class_embedding(
 
 def class_factors_from_names(class_names: Sequence[str], separator: str) -> tuple[tuple[int, ...], ...]:
     """
-    Reads factors off names like `"noto/animal-mammal"`: each part is an id of its place's factor, in order of their
-    names.
-
-    Args:
-        class_names (`Sequence[str]`): The names, by class id.
-        separator (`str`): What separates the parts.
-
-    Returns:
-        `tuple[tuple[int, ...], ...]`: `class_factors` of [`PISDMTransformer2DModel`].
-
-    Raises:
-        ValueError: A name has more or fewer parts than the first one.
+    Reads `class_factors` off names like `"noto/animal-mammal"`: each part is an id of its place's factor, in order of
+    their names. Raises ValueError if a name has more or fewer parts than the first.
     """
     parts = [name.split(separator) for name in class_names]
     for name, row in zip(class_names, parts):

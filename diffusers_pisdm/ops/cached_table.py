@@ -14,10 +14,9 @@ Table = TypeVar("Table")
 
 def cached_table(maxsize: int) -> Callable[[Callable[..., Table]], Callable[..., Table]]:
     """
-    Decorates a function of hashable arguments and the keyword `device` that builds constant tensors: eager calls share
-    one copy per argument set and device, the last `maxsize` of them. Compiled and exported graphs build the table
-    themselves, since their sizes may be symbolic, and so do calls under a mode that makes tensors of another kind
-    (fake tensors, say): those are of no use to anybody else.
+    Lets eager calls of a function of hashable arguments and `device` share one copy of a constant tensor. Compiled and
+    exported graphs build it themselves, as sizes may be symbolic, and so do calls under a mode that makes other
+    tensors (fake ones, say).
     """
 
     def decorate(build: Callable[..., Table]) -> Callable[..., Table]:

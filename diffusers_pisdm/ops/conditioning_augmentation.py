@@ -28,14 +28,31 @@ def upsample_low_res(
 
 def image_to_residual(image: torch.Tensor, upsampled: torch.Tensor, residual_scale: float) -> torch.Tensor:
     """
-    What a residual stage diffuses: the image less its mean, the upsampled lower image without any noise, at about unit
-    variance. All shapes are `(B, C, H, W)`.
+    What a residual stage diffuses: the image less the upsampled lower image, at about unit variance.
+
+    Args:
+        image (`torch.Tensor` of shape `(B, C, H, W)`): The stage's image, or its latent.
+        upsampled (`torch.Tensor` of shape `(B, C, H, W)`): Of [`upsample_low_res`], without any noise.
+        residual_scale (`float`): The stage's: about the standard deviation of the difference.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`.
     """
     return (image - upsampled) / residual_scale
 
 
 def residual_to_image(residual: torch.Tensor, upsampled: torch.Tensor, residual_scale: float) -> torch.Tensor:
-    """The inverse of [`image_to_residual`]."""
+    """
+    The inverse of [`image_to_residual`].
+
+    Args:
+        residual (`torch.Tensor` of shape `(B, C, H, W)`): What the stage has drawn.
+        upsampled (`torch.Tensor` of shape `(B, C, H, W)`): Of [`upsample_low_res`], without any noise.
+        residual_scale (`float`): The stage's.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`: The image, or its latent.
+    """
     return torch.add(upsampled, residual, alpha=residual_scale)
 
 

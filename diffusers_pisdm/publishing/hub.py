@@ -156,6 +156,8 @@ def upload(
     components = tuple(f"{name}/" for name in _list_components(files["model_index.json"]))
     present = api.list_repo_files(repo_id, revision=revision)
     stale = [path for path in present if path.startswith(components) or SAMPLES.fullmatch(path)]
+    # Not `upload_folder(delete_patterns=...)`: with hf_xet it commits a long upload in parts, and visitors would find
+    # stages that do not belong together.
     return api.create_commit(
         repo_id,
         [

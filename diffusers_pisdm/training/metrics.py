@@ -9,27 +9,15 @@ from ..utils.files import write_whole
 
 
 def append_metrics(file: str | Path, step: int, values: dict[str, float]) -> None:
-    """
-    Adds a line.
-
-    Args:
-        file (`str` or `Path`): Usually `metrics.jsonl`; made if missing.
-        step (`int`): The optimizer step.
-        values (`dict[str, float]`): Numbers by name.
-    """
+    """Adds a line of numbers by name to `metrics.jsonl`, which is made if missing."""
     with Path(file).open("a") as lines:
         lines.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def read_metrics(file: str | Path) -> list[dict[str, float]]:
     """
-    Reads the lines that are whole: a killed run may have left half of its last one.
-
-    Args:
-        file (`str` or `Path`): May be missing.
-
-    Returns:
-        `list[dict[str, float]]`: Each with its `step`.
+    The lines that are whole, each with its `step`: a killed run may have left half of its last one. The file may be
+    missing.
     """
     rows = []
     for line in Path(file).read_text().splitlines() if Path(file).exists() else []:
@@ -57,13 +45,8 @@ PANELS = {
 
 def plot_loss_curves(metrics_file: str | Path, picture: str | Path) -> None:
     """
-    Draws the losses of a run's `metrics.jsonl`: one panel for the denoising losses (solid in training, dashed on
-    held-out images), one for those of training by noise level, one for the scale-invariant ones; those that there are.
-
-    Args:
-        metrics_file (`str` or `Path`):
-            One JSON object a line, with `step` and losses named `train/...` or `validation/...`.
-        picture (`str` or `Path`): The PNG to write.
+    Draws the losses of a run's `metrics.jsonl` that there are: a panel for the denoising losses (solid in training,
+    dashed on held-out images), one for those of training by noise level, one for the scale-invariant ones.
     """
     import matplotlib
 

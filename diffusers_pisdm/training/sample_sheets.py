@@ -22,16 +22,8 @@ def draw_samples(
     pipeline: DiffusionPipeline, max_classes: int, seed: int, **arguments: Any
 ) -> tuple[list[Image.Image], list[str]]:
     """
-    Draws the same classes and seeds at every call, evenly spread over the classes.
-
-    Args:
-        pipeline ([`PISDMCascadePipeline`]): With names for its classes; its progress bars are silent from then on.
-        max_classes (`int`): How many of them, one image each.
-        seed (`int`): Image i is drawn with `seed + i`.
-        arguments (*optional*): Other arguments of the pipeline's call.
-
-    Returns:
-        `tuple[list[PIL.Image.Image], list[str]]`: The images, and the names of their classes.
+    Draws one image each of the same classes, evenly spread, at every call, image i with `seed + i`; returns images and
+    class names. `arguments` are the call's; the pipeline's progress bars are silent from then on.
     """
     num_classes = len(pipeline.config.id2label)
     count = min(max_classes, num_classes)
@@ -45,14 +37,7 @@ def draw_samples(
 def save_sample_sheets(folder: str | Path, step: int, images: list[Image.Image], labels: list[str]) -> Path:
     """
     Writes `step-<step>.png`, a labelled grid of the images, and adds a row of the first of them to `over_time.png`.
-
-    Args:
-        folder (`str` or `Path`): Where the pictures of a run are kept.
-        step (`int`): The optimizer step.
-        images (`list[PIL.Image.Image]`), labels (`list[str]`): The same classes and seeds in every call.
-
-    Returns:
-        `Path`: The grid.
+    Classes and seeds are the same in every call.
     """
     folder = Path(folder)
     strips = folder / "strips"

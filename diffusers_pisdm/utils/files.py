@@ -13,18 +13,8 @@ from pathlib import Path
 @contextmanager
 def write_whole(path: str | Path, unfinished_suffix: str = ".unfinished") -> Iterator[Path]:
     """
-    Lets the caller write a file beside `path`, then moves it there, unless there was an error.
-
-    Args:
-        path (`str` or `Path`): The file to be; its folder is made.
-        unfinished_suffix (`str`, defaults to `".unfinished"`):
-            What the unfinished file's name ends with. Processes that may write one file at a time need different ones.
-
-    Yields:
-        `Path`: The unfinished file. A killed process may leave it; the next one writes over it.
-
-    Raises:
-        OSError: The folder is not writable, the disk is full, and so on.
+    Lets the caller write a file beside `path`, then moves it there, unless there was an error. Processes that may
+    write one file at a time need different suffixes.
     """
     path = Path(path)
     unfinished = path.with_name(path.name + unfinished_suffix)
@@ -46,10 +36,6 @@ def save_in_place(write: Callable[[Path], None], folder: str | Path) -> None:
     """
     Lets `write` fill a folder beside `folder`, then moves each of its files to its place: at any moment every file in
     `folder` is whole. Other files there stay.
-
-    Args:
-        write (`Callable`): Writes files into the folder it is given.
-        folder (`str` or `Path`): Where they are to be.
     """
     folder = Path(folder)
     partial = folder / "partial-save"

@@ -82,14 +82,8 @@ def make_image_grid(
 
 def fit_into_cell(image: Image.Image, cell_size: int) -> Image.Image:
     """
-    Scale an image to the largest size that fits a square cell and keeps its shape, as RGB on white.
-
-    Args:
-        image (`PIL.Image.Image`): an image of any size and mode.
-        cell_size (`int`): side of the cell in pixels.
-
-    Returns:
-        `PIL.Image.Image`: enlarged by a whole factor with nearest neighbour, or reduced with an area filter.
+    Scales an image to the largest size that fits a square cell and keeps its shape, as RGB on white: enlarged by a
+    whole factor with nearest neighbour, or reduced with an area filter.
     """
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -105,17 +99,8 @@ def fit_into_cell(image: Image.Image, cell_size: int) -> Image.Image:
 
 def shorten_to_width(text: str, font: ImageFont.FreeTypeFont, width: int, keep: str = "end") -> str:
     """
-    Shorten one line of text until it is at most `width` pixels wide in `font`.
-
-    Args:
-        text (`str`): the text, on one line.
-        font (`ImageFont.FreeTypeFont`): the font it will be drawn in.
-        width (`int`): room in pixels.
-        keep (`str`, defaults to `"end"`): which side of the text stays, `"start"` or `"end"`.
-
-    Returns:
-        `str`: the text itself if it fits, else the longest part that fits together with an ellipsis; empty where not
-        even the ellipsis fits.
+    Shortens a line of text until it is at most `width` pixels wide: the longest part of its start or end (`keep`) that
+    fits together with an ellipsis; empty where not even that fits.
     """
     if font.getlength(text) <= width:
         return text

@@ -21,11 +21,8 @@ class AblationError(ValueError):
 
 class AblationFolder:
     """
-    `ablation.json` says what all runs have in common, `VARIANT/seed-N/` is the folder of a run, and `result.json` in
-    it what came out. Any number of processes may work in it.
-
-    Args:
-        path (`str` or `Path`): The folder.
+    An ablation's output: `ablation.json` says what all runs have in common, and `VARIANT/seed-N/` is the folder of a
+    run, whose outcome is its `result.json`. Any number of processes may work in it.
     """
 
     def __init__(self, path: str | Path):
@@ -34,13 +31,8 @@ class AblationFolder:
 
     def claim(self, conditions: dict) -> None:
         """
-        Makes the folder that of an ablation, or checks that it is that already.
-
-        Args:
-            conditions (`dict`): All that decides the outcome besides row and seed, as JSON has it.
-
-        Raises:
-            AblationError: It holds runs under other conditions.
+        Makes the folder that of an ablation; raises AblationError if it holds runs under other conditions (all that
+        decides the outcome besides row and seed, as JSON has it).
         """
         if not self.conditions_file.exists():
             self.write_json("ablation.json", conditions)
@@ -52,10 +44,7 @@ class AblationFolder:
             )
 
     def conditions(self) -> dict:
-        """
-        Raises:
-            AblationError: The folder is not an ablation's.
-        """
+        """Those that the folder was claimed with; raises AblationError if it is not an ablation's."""
         if not self.conditions_file.exists():
             raise AblationError(f"{self.path} holds no ablation: there is no {self.conditions_file}.")
         return json.loads(self.conditions_file.read_text())
@@ -74,14 +63,8 @@ class AblationFolder:
 
     def results(self, rows: Sequence[AblationRow]) -> list[dict]:
         """
-        Args:
-            rows (`Sequence[AblationRow]`): Of a table.
-
-        Returns:
-            `list[dict]`: Of the runs that are done, `variant`, `seed` and what was written of them.
-
-        Raises:
-            AblationError: One was made under other conditions, or the folder is not an ablation's.
+        `variant`, `seed` and what was written of each run of these rows that is done; raises AblationError if one was
+        made under other conditions.
         """
         conditions, results = self.conditions(), []
         for row in rows:
@@ -109,15 +92,8 @@ class AblationFolder:
 @contextmanager
 def hold_lock(file: Path, wait: bool) -> Iterator[TextIO | None]:
     """
-    Holds a lock until the block has ended, and every process that the file was passed on to: what a killed process has
-    started still keeps others away.
-
-    Args:
-        file (`Path`): The lock; it is empty and stays.
-        wait (`bool`): Whether to wait for whoever holds it.
-
-    Yields:
-        `TextIO` or `None`: The open file; `None` if somebody else holds the lock.
+    Yields the lock's open file, or `None` if somebody else holds it and `wait` is false. The lock lasts until the
+    block and every process that the file was passed to have ended: a killed process's child still keeps others away.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as lock:

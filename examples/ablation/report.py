@@ -18,17 +18,7 @@ from .rows import FULL, TABLES, AblationRow, table_notes
 
 def write_ablation_report(folder: AblationFolder, table: int) -> str:
     """
-    Writes `table_N.json`, `table_N.md`, `table_N.png` and, if any run is done, `samples_N.png`.
-
-    Args:
-        folder ([`AblationFolder`]): Its runs need not all be done.
-        table (`int`): The paper's, 1 or 2.
-
-    Returns:
-        `str`: What is in `table_N.md`: the table and its notes.
-
-    Raises:
-        AblationError: The folder is not an ablation's, or holds a run that does not belong to it.
+    Writes `table_N.json`, `table_N.md`, `table_N.png` and, if any run is done, `samples_N.png`; returns the Markdown.
     """
     rows, conditions = TABLES[table], folder.conditions()
     results = folder.results(rows)
@@ -73,23 +63,10 @@ MISSING = "missing"
 
 def summarize_ablation(rows: Sequence[AblationRow], results: list[dict]) -> list[dict]:
     """
-    Means over the seeds, and differences to the complete model, ours and the paper's.
+    Means over the seeds, and differences to the complete model, ours and the paper's; `None` where a row has no runs.
 
     Runs of one seed see the same batches and noise in every row, so that ours are the differences of each seed: what
-    seeds have in common, and rows of unlike seeds, drop out.
-
-    Args:
-        rows (`Sequence[AblationRow]`): Of the table, in its order.
-        results (`list[dict]`):
-            One a run: `variant`, `seed`, `parameters`, `training_flops` (an image), `scores` with a
-            `frechet_distance`. Those of other variants are ignored.
-
-    Returns:
-        `list[dict]`: One a row: `name`, `label`, `marks`, `seeds`, `distances` (one a seed), `mean`, `spread`
-        (standard deviation over the seeds, `None` of one seed), `differences` to the complete model of each seed that
-        both have and `relative_differences`, their means `difference` and `relative_difference` and the standard
-        deviation `difference_spread`, `paper_fid`, `paper_difference` and `paper_relative_difference`, `parameters`
-        and `training_flops`. What a row without runs does not have is `None`.
+    seeds have in common, and rows of unlike seeds, drop out. Spreads are standard deviations over the seeds.
     """
     own = {row.variant: [result for result in results if result["variant"] == row.variant] for row in rows}
     complete = {result["seed"]: result["scores"]["frechet_distance"] for result in own.get(FULL, [])}
@@ -131,14 +108,7 @@ def summarize_ablation(rows: Sequence[AblationRow], results: list[dict]) -> list
 
 
 def format_ablation_table(summary: list[dict], distance_name: str) -> str:
-    """
-    Args:
-        summary (`list[dict]`): Of [`summarize_ablation`].
-        distance_name (`str`): What our distance may be called; FID is that of ADM's Inception alone.
-
-    Returns:
-        `str`: A Markdown table; a row without runs says so.
-    """
+    """A Markdown table. `distance_name` is what our distance may be called: FID is that of ADM's Inception alone."""
     marks = list(summary[0]["marks"])
     header = ["", *marks, distance_name, "difference", "paper: FID", "paper: difference"]
     header += ["parameters", "GFLOP/image", "seeds"]
@@ -174,13 +144,8 @@ SHOWN_SAMPLES = 16
 
 def plot_ablation(summary: list[dict], distance_name: str, picture: str | Path) -> None:
     """
-    Draws how far the rows are from the complete model, ours (each seed a point, then mean and standard deviation)
-    beside the paper's, in percent, a line a row.
-
-    Args:
-        summary (`list[dict]`): Of [`summarize_ablation`].
-        distance_name (`str`): As in [`format_ablation_table`].
-        picture (`str` or `Path`): The PNG to write.
+    Draws how far each row is from the complete model in percent, ours (each seed a point, then mean and standard
+    deviation) beside the paper's.
     """
     import matplotlib
 
@@ -210,12 +175,8 @@ def plot_ablation(summary: list[dict], distance_name: str, picture: str | Path) 
 
 def draw_ablation_samples(rows: Sequence[AblationRow], folders: dict[str, Path], picture: str | Path) -> None:
     """
-    Draws the first samples of every row, unpicked. Images below one another share class and noise.
-
-    Args:
-        rows (`Sequence[AblationRow]`): Of the table.
-        folders (`dict[str, Path]`): Sample sets of one seed, by variant.
-        picture (`str` or `Path`): The PNG to write.
+    Draws the first samples of every row, unpicked, from `folders` by variant. Images below one another share class and
+    noise.
     """
     strips = []
     for row in rows:

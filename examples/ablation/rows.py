@@ -59,35 +59,20 @@ def without_scale_invariant_loss(recipe: dict) -> dict:
 
 @dataclass(frozen=True)
 class AblationRow:
-    """
-    A row of a table.
+    """A row of a table."""
 
-    Args:
-        name (`str`): What it is called on the command line.
-        variant (`str`): The name of its model, under which runs are kept: rows of two tables may share one.
-        label (`str`): For tables and pictures.
-        marks (`dict[str, str]`): The cells that say what the model has, by column.
-        paper_fid (`float`): The FID in the paper, on ImageNet at 256 px.
-        change (`Callable`, *optional*): Makes the row's recipe of the complete one; `None` leaves it as it is.
-    """
-
-    name: str
-    variant: str
-    label: str
-    marks: dict[str, str]
-    paper_fid: float
+    name: str  # on the command line
+    variant: str  # of its model, under which runs are kept: rows of two tables may share one
+    label: str  # for tables and pictures
+    marks: dict[str, str]  # the cells that say what the model has, by column
+    paper_fid: float  # on ImageNet at 256 px
+    # makes the row's recipe of the complete one; `None` leaves it as it is
     change: Callable[[dict], dict] | None = None
 
     def recipe(self, complete: dict) -> dict:
         """
-        Args:
-            complete (`dict`): A recipe that passes [`check_complete`].
-
-        Returns:
-            `dict`: This row's, which differs by the row's switch alone.
-
-        Raises:
-            ValueError: Its stages have too few layers for the row's directions.
+        The row's recipe, which differs from the complete one by the row's switch alone; raises ValueError if its
+        stages have too few layers for the row's directions.
         """
         recipe = copy.deepcopy(complete)
         return recipe if self.change is None else self.change(recipe)
@@ -141,14 +126,8 @@ def table_notes(table: int) -> list[str]:
 
 def check_complete(recipe: dict) -> None:
     """
-    Checks that there is something to take away.
-
-    Args:
-        recipe (`dict`): `stages`, `training` and so on, as JSON has it.
-
-    Raises:
-        ValueError: A component of the paper is missing, scan directions are chosen, or not all is trained from the
-            start.
+    Raises ValueError unless the recipe has every component of the paper, leaves the scan directions to the rows, and
+    trains all from the start.
     """
     stages, training = recipe["stages"], recipe.get("training", {})
     if len(stages) < 2:

@@ -13,10 +13,8 @@ MADE_BY = "Made by examples/datasets of diffusers-pisdm."  # in the README.md of
 
 
 def check_replaceable(output_dir: Path) -> None:
-    """Refuse an `output_dir` that holds anything but a data set written by this module, since it would be deleted.
-
-    Raises:
-        FileExistsError: `output_dir` is a file, or a folder that is neither empty nor a data set written here.
+    """
+    Refuse (FileExistsError) an `output_dir` that is not empty and not a data set written here: it would be deleted.
     """
     if not output_dir.exists():
         return
@@ -38,20 +36,12 @@ def write_dataset_folder(
     licenses: str,
     format: str = "parquet",
 ) -> None:
-    """Write the splits under a temporary name beside `output_dir`, then rename: a stopped run leaves no half data set.
+    """
+    Write the splits under a temporary name, then rename: a stopped run leaves no half data set.
 
-    Args:
-        output_dir (`Path`): The folder to make; a data set written there before is replaced.
-        splits (`Mapping[str, Sequence[dict]]`): Split name to rows; `row["image"]` is `{"bytes": encoded picture,
-            "path": name}` with a name that is unique in its split. A split without rows is left out.
-        features (`datasets.Features`): The columns, with an `Image` named `image` and a `ClassLabel` named `label`.
-        card (`str`): Markdown for README.md; a YAML header and the note of origin are added.
-        licenses (`str`): Markdown for LICENSES.md.
-        format (`str`): `"parquet"` (one file a split, all columns) or `"imagefolder"` (picture files in one folder
-            a class, a slash in the class's name written as an underscore; image and label only).
-
-    Raises:
-        FileExistsError: `output_dir` holds something else.
+    `row["image"]` is `{"bytes": encoded picture, "path": name}` with a name that is unique in its split; a split
+    without rows is left out. `"parquet"` makes one file per split with all columns, `"imagefolder"` a folder of
+    pictures per class, a slash in its name written as an underscore, with image and label only.
     """
     check_replaceable(output_dir)
     splits = {split: rows for split, rows in splits.items() if rows}

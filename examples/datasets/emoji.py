@@ -306,11 +306,7 @@ def read_labels(emoji_json: Sequence[dict]) -> dict[str, Emoji]:
 
 
 def read_package(path: Path) -> Package:
-    """Read one npm tarball into memory.
-
-    Raises:
-        ValueError: The file is no tarball, is truncated, or is not one of the known packages.
-    """
+    """Read one npm tarball into memory; ValueError if it is damaged or not one of the known packages."""
     files, tables = {}, {}
     image_dirs = {source.image_dir for source in SOURCE_OF_PACKAGE.values()}
     table_paths = {f"package/{name}.json" for name in ("package", "emoji", "icons", "chars")}
@@ -343,9 +339,9 @@ def read_package(path: Path) -> Package:
 
 
 def read_icons(package: Package, icons: dict, chars: dict[str, str]) -> None:
-    """Read the icons.json and chars.json of one of Iconify's sets into `package`.
-
-    Icons that are hidden, which the set has given up, are left out.
+    """
+    Read the icons.json and chars.json of one of Iconify's sets into `package`, without hidden icons, which the set
+    has given up.
     """
     box = {key: icons[key] for key in ("left", "top", "width", "height") if key in icons}
     for name, icon in icons["icons"].items():
@@ -420,12 +416,9 @@ def name_table(package: Package) -> dict[str, str]:
 
 
 def name_icons(package: Package, packages: Sequence[Package], emoji_json: Sequence[dict]) -> None:
-    """Find the code points of an icon set without a chars.json by the names of its icons.
-
-    Names are looked up in the sets that it follows, then among Unicode's in emoji.json, then among its short names.
-
-    Raises:
-        ValueError: A set that it follows is not in `packages`.
+    """
+    Find the code points of an icon set without a chars.json by the names of its icons: in the sets that it follows,
+    then among Unicode's in emoji.json, then among its short names.
     """
     by_name = {other.source.package: other for other in packages}
     names, unicode_names, short_names = {}, {}, {}
@@ -469,11 +462,9 @@ def needed_sources(sources: Sequence[Source]) -> list[Source]:
 
 
 def fetch_tarballs(cache_dir: Path, sources: Sequence[Source] = SOURCES) -> list[Path]:
-    """Fetch the packages with `npm pack`, which checks their checksums; those in `cache_dir` are kept.
-
-    Raises:
-        FileNotFoundError: npm is not installed.
-        RuntimeError: npm failed.
+    """
+    Fetch the packages with `npm pack`, which checks their checksums; those in `cache_dir` are kept. Raises
+    FileNotFoundError without npm, RuntimeError if it fails.
     """
     paths = []
     for source in sources:
@@ -500,11 +491,7 @@ def fetch_tarballs(cache_dir: Path, sources: Sequence[Source] = SOURCES) -> list
 
 
 def import_resvg() -> ModuleType:
-    """The package that draws SVG.
-
-    Raises:
-        ImportError: It is not installed.
-    """
+    """The package that draws SVG, or an ImportError that says how to install it."""
     try:
         import resvg_py
     except ImportError as error:
@@ -520,13 +507,11 @@ def rasterize(svg: bytes, side: int) -> bytes:
 
 
 def render(encoded: bytes, resolution: int, background: tuple[int, int, int]) -> Image.Image:
-    """Decode a picture, composite it on `background`, centre it on a square and resize it.
+    """
+    Decode a picture, composite it on `background`, centre it on a square and resize it; RGB.
 
     Compositing comes before resizing: the colour of fully transparent pixels, which is arbitrary, would otherwise
     bleed into the edges. SVG are drawn at twice the size: the mean of four pixels hides the seams between shapes.
-
-    Returns:
-        `PIL.Image.Image`: RGB, `resolution` x `resolution`.
     """
     if encoded.startswith(b"<svg"):
         encoded = rasterize(encoded, 2 * resolution)
@@ -570,27 +555,10 @@ def build(
     image_format: str = "png",
     quality: int = WEBP_QUALITY,
 ) -> tuple[dict[str, list[dict]], Features, dict]:
-    """Make the rows of both splits.
-
-    Args:
-        packages (`Sequence[Package]`): At least one with an emoji.json.
-        resolution (`int`): Height and width of the pictures in pixels.
-        max_skin_tones (`int`): Skin tones kept of each emoji and style.
-        holdout (`float`): Share of emoji, in [0, 1), that goes to the split `validation`, in all styles and tones.
-        min_images (`int`): Classes with fewer training pictures are left out.
-        background (`str`): Any colour name or code that PIL knows.
-        edition (`int`): A key of `EDITIONS`.
-        styles (`Sequence[str]`, *optional*): Styles of the edition to keep to; each needs its package. Without them
-            those of the packages are taken.
-        image_format (`str`): `"png"` or `"webp"`.
-        quality (`int`): Quality of lossy WebP, 0 to 100.
-
-    Returns:
-        `tuple[dict[str, list[dict]], Features, dict]`: Rows by split, their features, and counts for the report.
-
-    Raises:
-        ValueError: No emoji.json, a package that is given twice, missing or of the other edition, or nothing left to
-            write.
+    """
+    Make the rows of both splits (see the arguments of the command line), their features, and counts for the report.
+    Raises ValueError for packages that are missing, given twice or of the other edition, or if nothing is left to
+    write.
     """
     names = [package.source.package for package in packages]
     if len(set(names)) != len(names):

@@ -37,11 +37,9 @@ LICENSE = (
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped idx file of bytes: two zero bytes, type 8, number of axes, axis lengths (big-endian), values.
-
-    Raises:
-        FileNotFoundError: No such file; the message says what to install.
-        ValueError: The file is truncated or is not an idx file of bytes.
+    """
+    Read a gzipped idx file of bytes: two zero bytes, type 8, number of axes, axis lengths (big-endian), values.
+    Raises FileNotFoundError with what to install, ValueError if it is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -61,15 +59,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_split(idx_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read one split.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: Images (N, 28, 28) and labels (N,), both uint8; 0 is the black background.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is damaged, or the two do not fit.
-    """
+    """Images (N, 28, 28) and labels (N,) of one split, both uint8; 0 is the black background."""
     images = read_idx(idx_dir / f"{FILE_PREFIXES[split]}-images-idx3-ubyte.gz")
     labels = read_idx(idx_dir / f"{FILE_PREFIXES[split]}-labels-idx1-ubyte.gz")
     if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max(initial=0) >= len(NAMES):
@@ -81,14 +71,9 @@ def read_split(idx_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build(idx_dir: Path, resolution: int = 32) -> tuple[dict[str, list[dict]], Features]:
-    """Make the rows of both splits; 32 pixels are 28 with a black border of two, so that four stages can halve them.
-
-    Args:
-        idx_dir (`Path`): The folder of the four idx files.
-        resolution (`int`): 28 or 32.
-
-    Returns:
-        `tuple[dict[str, list[dict]], Features]`: Rows by split and their features.
+    """
+    Make the rows of both splits and their features; 32 pixels are 28 with a black border of two, so that four stages
+    can halve them.
     """
     border = (resolution - 28) // 2
     rows = {}

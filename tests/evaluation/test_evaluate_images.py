@@ -4,7 +4,15 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from diffusers_pisdm.evaluation import ListImages, collect_statistics, evaluate_images, load_feature_extractor
+from diffusers_pisdm.evaluation import (
+    ListImages,
+    collect_statistics,
+    evaluate_images,
+    load_feature_extractor,
+    precision_recall,
+)
+from diffusers_pisdm.evaluation.metrics.frechet_distance import frechet_distance
+from diffusers_pisdm.evaluation.metrics.inception_score import inception_score
 from tests.evaluation.pixel_features import InceptionStandIn, PixelFeatures, PooledOnly
 
 
@@ -72,10 +80,6 @@ def test_the_distances_grow_with_blur_and_with_noise(pictures, efficientnet, ref
 
 
 def test_the_scores_are_those_of_their_parts(pixels, pictures):
-    from diffusers_pisdm.evaluation import precision_recall
-    from diffusers_pisdm.evaluation.metrics.frechet_distance import frechet_distance
-    from diffusers_pisdm.evaluation.metrics.inception_score import InceptionScore
-
     samples, reference = pictures[:20], pictures[20:]
     result = evaluate(samples, reference, pixels, batch_size=6, split_size=5, seed=4, num_neighbors=2)
     with torch.no_grad():
@@ -84,9 +88,7 @@ def test_the_scores_are_those_of_their_parts(pixels, pictures):
     def distance(x, y):
         return frechet_distance(x.double().mean(0), x.double().T.cov(), y.double().mean(0), y.double().T.cov())
 
-    score = InceptionScore(split_size=5, seed=4)
-    score.update(ours.logits)
-    mean, spread = score.compute()
+    mean, spread = inception_score(ours.logits, split_size=5, seed=4)
     found = values(result)
     assert found["frechet_distance"] == pytest.approx(distance(ours.pooled, theirs.pooled).item(), rel=1e-4)
     assert found["spatial_frechet_distance"] == pytest.approx(distance(ours.spatial, theirs.spatial).item(), rel=1e-4)

@@ -21,6 +21,7 @@ from tests.pipelines.tiny_cascade import make_cascade
 
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +152,12 @@ def test_two_processes_do_as_one(model, folders, tmp_path):
         [sys.executable, evaluate_in_processes.__file__, *arguments, "--output", str(tmp_path / "two.json")],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={
+            **os.environ,
+            "PYTHONPATH": PATHS,
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
         timeout=250,
     )
     assert finished.returncode == 0, finished.stderr

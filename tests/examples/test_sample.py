@@ -15,6 +15,7 @@ from tests.pipelines.tiny_dit import make_dit
 
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,12 @@ def test_killed_processes_go_on_to_the_files_that_one_process_writes(model, tmp_
         [sys.executable, sample_in_processes.__file__, model, str(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={
+            **os.environ,
+            "PYTHONPATH": PATHS,
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
         timeout=250,
     )
     assert finished.returncode == 0, finished.stderr

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.speed.block_training import SlowMixer, slow_name
+from benchmarks.peers.slow_mixer import SlowMixer, slow_name
 from diffusers_pisdm.models.transformer_pisdm import PISDMMambaMixer
 
 

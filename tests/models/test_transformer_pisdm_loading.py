@@ -83,8 +83,8 @@ def test_variant(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path, variant="fp16")
     assert torch.equal(run(PISDMTransformer2DModel.from_pretrained(tmp_path, variant="fp16")), run(model))
-    with pytest.raises(OSError, match=r"Error no file named diffusion_pytorch_model\.bin found in directory"):
-        PISDMTransformer2DModel.from_pretrained(tmp_path)  # the wording that diffusers' own test of variants asks for
+    with pytest.raises(OSError, match=f"no file named {WEIGHTS}"):
+        PISDMTransformer2DModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("variant", [None, "bf16"])
@@ -181,7 +181,8 @@ def test_missing_weights(folder):
     assert error.type is OSError
     assert f"no file named {WEIGHTS}" in str(error.value)
     assert str(folder) in str(error.value)
-    assert "Remedy: copy or download the missing file." in str(error.value)
+    assert "Remedy: copy the files again, or download them" in str(error.value)
+    assert "Pickled" not in str(error.value)
 
 
 def test_missing_shard(tmp_path):
@@ -206,15 +207,13 @@ def test_broken_weights(tmp_path, damage, sharded):
         PISDMTransformer2DModel.from_pretrained(tmp_path)
     assert error.type is OSError
     assert path.name in str(error.value)
-    assert "Remedy: the file is truncated or corrupt; copy it again" in str(error.value)
+    assert "Remedy: copy the files again, or download them" in str(error.value)
 
 
 def test_pickled_weights_are_refused(folder):
     torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(
-        OSError, match=r"Pickled weights are not read, as they can run code; .*`use_safetensors=False`"
-    ):
+    with pytest.raises(OSError, match=r"\(diffusion_pytorch_model\.bin\) are not read, .*`use_safetensors=False`"):
         PISDMTransformer2DModel.from_pretrained(folder)
     assert torch.equal(run(PISDMTransformer2DModel.from_pretrained(folder, use_safetensors=False)), run(make_model()))
 

@@ -143,9 +143,9 @@ def test_precision_of_each_component(folder):
 @pytest.mark.parametrize("loader", [PISDMCascadePipeline, DiffusionPipeline])
 def test_missing_weights(copy, loader):
     (copy / "transformer_2" / WEIGHTS).unlink()
-    with pytest.raises(OSError, match=rf"no file named {WEIGHTS} .*transformer_2\. Remedy: copy or download") as error:
+    with pytest.raises(OSError, match=rf"no file named {WEIGHTS} .*transformer_2\. Remedy: copy the files") as error:
         loader.from_pretrained(copy)
-    assert error.type is OSError
+    assert error.type is OSError and str(error.value).count("Remedy") == 1
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_missing_weights(copy, loader):
 def test_broken_weights(copy, damage):
     path = copy / "transformer" / WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(OSError, match=rf"Unable to load weights .*transformer/{WEIGHTS}.* Remedy: .*copy it again"):
+    with pytest.raises(OSError, match=rf"transformer/{WEIGHTS}.* Remedy: copy the files again"):
         PISDMCascadePipeline.from_pretrained(copy)
 
 
@@ -165,11 +165,9 @@ def test_pickled_weights_are_refused(copy, loader):
     path = copy / "transformer" / WEIGHTS
     torch.save(load_file(path), path.with_suffix(".bin"))
     path.unlink()
-    with pytest.raises(
-        OSError, match=r"Pickled weights are not read, as they can run code; .*`use_safetensors=False`"
-    ):
+    with pytest.raises(OSError, match=r"\(diffusion_pytorch_model\.bin\) are not read, .*`use_safetensors=False`"):
         loader.from_pretrained(copy)
-    with pytest.raises(OSError, match="Pickled weights are not read"):
+    with pytest.raises(OSError, match="are not read"):
         loader.from_pretrained(copy, use_safetensors=None)
 
 

@@ -49,6 +49,27 @@ class FeatureStatistics:
     missing: dict[str, str] = field(default_factory=dict)
 
 
+class FeatureSums:
+    """Running sums of feature vectors, in float64, which give mean and covariance without keeping the features."""
+
+    def __init__(self, num_features: int, device: torch.device):
+        self.count = 0
+        self.sum = torch.zeros(num_features, dtype=torch.float64, device=device)  # (D,)
+        self.products = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)  # (D, D)
+
+    def update(self, features: torch.Tensor) -> None:
+        features = features.double()  # (B, D)
+        self.count += len(features)
+        self.sum += features.sum(dim=0)
+        self.products += features.T @ features
+
+    def gaussian(self) -> Gaussian:
+        """On the CPU; of two vectors or more."""
+        mean = self.sum / self.count
+        covariance = (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return Gaussian(mean.cpu(), covariance.cpu())
+
+
 def collect_statistics(
     source: ImageSource,
     extractor: FeatureExtractor,
@@ -78,12 +99,10 @@ def collect_statistics(
     Raises:
         ImageSourceError: An image cannot be read.
     """
-    from .frechet_distance import FrechetDistance  # torchmetrics is an extra
-
     is_kept = torch.zeros(len(source), dtype=torch.bool)
     is_kept[draw_indices(len(source), max_features, seed)] = True
     kept, start = [], 0
-    distances: dict[str, FrechetDistance] = {}
+    sums: dict[str, FeatureSums] = {}
     for size, features in iterate_features(source, extractor, batch_size, show_progress=show_progress):
         image_size = size
         for name in ("pooled", "spatial"):
@@ -91,9 +110,9 @@ def collect_statistics(
             if batch is None:
                 continue
             batch = batch.cpu() if batch.device.type == "mps" else batch  # which has no float64
-            if name not in distances:
-                distances[name] = FrechetDistance(batch.shape[1]).to(batch.device)
-            distances[name].update(batch, real=True)
+            if name not in sums:
+                sums[name] = FeatureSums(batch.shape[1], batch.device)
+            sums[name].update(batch)
         kept.append(features.pooled.cpu()[is_kept[start : start + batch_size]])
         start += batch_size
         if on_features is not None:
@@ -101,12 +120,12 @@ def collect_statistics(
 
     gaussians, missing = {"pooled": None, "spatial": None}, {}
     for name in gaussians:
-        if name not in distances:
+        if name not in sums:
             missing[name] = f"{extractor.title} gives no {name} features"
         elif len(source) < 2:
             missing[name] = f"a covariance needs two images or more, and {source.name} has one"
         else:
-            gaussians[name] = Gaussian(*(tensor.cpu() for tensor in distances[name].statistics(real=True)))
+            gaussians[name] = sums[name].gaussian()
     return FeatureStatistics(
         extractor=extractor.name,
         weights_hash=extractor.weights_hash(),
@@ -126,17 +145,7 @@ def iterate_features(
     indices: list[int] | None = None,
     show_progress: bool = True,
 ) -> Iterator[tuple[tuple[int, int], Features]]:
-    """
-    Args:
-        source ([`ImageSource`]): The images.
-        extractor ([`FeatureExtractor`]): The network.
-        batch_size (`int`): Images at a time.
-        indices (`list[int]`, *optional*): Which images, in ascending order; all of them by default.
-        show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `Iterator[tuple[tuple[int, int], Features]]`: Of each batch, height and width of its images and the features.
-    """
+    """Height and width of the images of each batch, and their features; `indices` ascend, `None` is all images."""
     total = len(source) if indices is None else len(indices)
     with tqdm(desc=f"features of {source.name}", total=total, unit="image", disable=not show_progress) as progress:
         for images in source.batches(batch_size, indices):

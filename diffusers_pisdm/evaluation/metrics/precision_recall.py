@@ -98,13 +98,7 @@ def _ball_radii(points: torch.Tensor, num_neighbors: int, chunk_size: int, progr
 
 
 def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """
-    Args:
-        x (`torch.Tensor` of shape `(N, D)`), y (`torch.Tensor` of shape `(M, D)`): Points.
-
-    Returns:
-        `torch.Tensor` of shape `(N, M)`, float64: Exactly 0 where points are equal.
-    """
+    """Of points (N, D) to points (M, D): (N, M), float64, exactly 0 where points are equal."""
     x, y = x.double(), y.double()
     lengths = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1)  # (N, M)
     table = torch.addmm(lengths, x, y.T, alpha=-2)

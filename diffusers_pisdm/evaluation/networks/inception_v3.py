@@ -51,12 +51,8 @@ class InceptionV3(FeatureExtractor):
 
 def make_inception_v3(weights: str | None) -> InceptionV3:
     """
-    The network with the weights of a file, or else those that torch-fidelity publishes, downloaded once.
-
-    Raises:
-        ImportError: torch-fidelity is missing, or torchvision does not fit torch.
-        FileNotFoundError: There is no such weights file.
-        ValueError: It is no file of these weights.
+    The network with the weights of a file, or else those that torch-fidelity publishes, downloaded once. Raises
+    ImportError without torch-fidelity, or if torchvision does not fit torch.
     """
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity

@@ -55,12 +55,8 @@ class TransformersFeatures(FeatureExtractor):
 
 def make_transformers_features(weights: str | None) -> TransformersFeatures:
     """
-    Loads a model's safetensors from a folder or the Hub.
-
-    Raises:
-        ImportError: transformers is missing.
-        OSError: There is no such model, or it has no safetensors.
-        ValueError: No model is named, or it gives no pooled features of images.
+    Loads a model's safetensors from a folder or the Hub; raises ImportError without transformers, OSError without
+    weights, ValueError for a model that gives no pooled features of images.
     """
     if weights is None:
         raise ValueError(

@@ -20,9 +20,8 @@ def sample_path(folder: str | Path, index: int) -> Path:
 
 def check_no_foreign_images(folder: str | Path, num_samples: int) -> None:
     """
-    Raises:
-        ValueError: There are PNG files in the folder, or below, that are no samples of a set of `num_samples`: what
-            takes all images of a folder would take them for samples.
+    Raises ValueError if there are PNG files in the folder, or below, other than a set of `num_samples` has: what takes
+    all images of a folder would take them for samples.
     """
     own = {str(sample_path(folder, index)) for index in range(num_samples)}
     foreign = sorted(path for path in find_images(folder) if path not in own)
@@ -46,18 +45,8 @@ def find_images(folder: str | Path) -> list[str]:
 
 def find_damaged(folder: str | Path, indices: Iterable[int]) -> tuple[list[int], tuple[int, int] | None]:
     """
-    Reads samples through, up to their checksums.
-
-    Args:
-        folder (`str` or `Path`): The sample set's.
-        indices (`Iterable[int]`): Which samples.
-
-    Returns:
-        `tuple[list[int], tuple[int, int] | None]`: Which are absent, cut off or damaged; and the width and height of
-        the others, if any.
-
-    Raises:
-        ValueError: The others differ in size.
+    Reads samples through, up to their checksums: which are absent, cut off or damaged, and the width and height of the
+    others, if any. Raises ValueError if these differ in size.
     """
     damaged, first = [], None
     for index in indices:

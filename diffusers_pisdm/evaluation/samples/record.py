@@ -28,14 +28,8 @@ NOT_COMPARED = ("settings.scheduler", "model.path", "model.revision")
 
 def describe_samples(pipe: DiffusionPipeline, settings: SampleSettings) -> dict:
     """
-    The record of a sample set.
-
-    Args:
-        pipe ([`DiffusionPipeline`]): The pipeline, with the schedulers that it samples with.
-        settings ([`SampleSettings`]): Resolved for it.
-
-    Returns:
-        `dict`: As [`read_sample_set`] returns it.
+    The record of a sample set, as `read_sample_set` returns it, of a pipeline with the schedulers that it samples with
+    and settings that are resolved for it.
     """
     package = __name__.partition(".")[0]
     record = {
@@ -95,16 +89,8 @@ def read_sample_set(folder: str | Path) -> dict:
 
 def claim_folder(folder: str | Path, record: dict, process_index: int) -> None:
     """
-    Makes a folder that of a sample set, or checks that it is that already. Each of several processes calls it.
-
-    Args:
-        folder (`str` or `Path`): Where the samples are to be.
-        record (`dict`): What [`describe_samples`] returned.
-        process_index (`int`): The calling process.
-
-    Raises:
-        OSError: The folder is not writable.
-        ValueError: It holds samples that were made otherwise, or images that are no samples.
+    Makes a folder that of a sample set, or raises ValueError if it holds samples that were made otherwise, or other
+    images. Each of several processes calls it.
     """
     path = Path(folder, RECORD_FILE)
     # In this order: a record is there before its images, so that images without their record are somebody else's.
@@ -163,17 +149,8 @@ def _describe_scheduler(scheduler: SchedulerMixin) -> dict:
 
 def weights_fingerprint(pipe: DiffusionPipeline) -> str:
     """
-    A SHA-256 of the configurations and weights of all of a pipeline's models, loaded adapters included. A pipeline
-    that was moved or compiled keeps it, one that was trained on or cast does not.
-
-    Args:
-        pipe ([`DiffusionPipeline`]): Its weights have to be in memory.
-
-    Returns:
-        `str`: 64 hexadecimal digits.
-
-    Raises:
-        ValueError: Weights are not in memory, as with sequential offloading.
+    A SHA-256 of the configurations and weights, which have to be in memory, of all of a pipeline's models with their
+    adapters. A pipeline that was moved or compiled keeps it, one that was trained on or cast does not.
     """
     digest = hashlib.sha256()
     models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}

@@ -162,32 +162,15 @@ def sample_classes(settings: SampleSettings, num_classes: int | None) -> list[in
 
 
 def random_words(seed: int, purpose: int, count: int) -> np.ndarray:
-    """
-    Random numbers; the first of them are the same for any `count`.
-
-    Args:
-        seed (`int`): Not negative.
-        purpose (`int`): Positive.
-        count (`int`): How many.
-
-    Returns:
-        `np.ndarray` of shape `(count,)`, uint64.
-    """
+    """Random numbers (count,), uint64; the first of them are the same for any `count`. `purpose` is positive."""
     # NumPy promises that `SeedSequence` stays as it is, unlike its generators.
     return split_mix(np.random.SeedSequence((seed, purpose)).generate_state(1, np.uint64)[0], count)
 
 
 def noise_seeds(seed: int, indices: Iterable[int]) -> np.ndarray:
     """
-    A seed of 32 bits for each sample's noise, no two the same: torch's CPU generator does not look at the other bits
-    of a seed, and of 50,000 random ones two or more would be the same in a quarter of all sample sets.
-
-    Args:
-        seed (`int`): The sample set's, not negative.
-        indices (`Iterable[int]`): Samples, in `0..2^32 - 1`.
-
-    Returns:
-        `np.ndarray` of shape `(B,)`, uint32.
+    A seed of 32 bits for each sample's noise, no two the same: (B,), uint32. torch's CPU generator does not look at
+    the other bits of a seed, and of 50,000 random ones two or more would be the same in a quarter of all sample sets.
     """
     start = np.random.SeedSequence((seed, NOISE)).generate_state(1, np.uint32)  # (1,)
     return murmur_finalizer(start + np.fromiter(indices, dtype=np.uint32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -44,22 +44,21 @@ def check_backend(backend: str) -> None:
         raise ImportError(f"{reason[0].upper()}{reason[1:]}.")
 
 
+def refuse_float64(backend: str, tensors: Iterable[torch.Tensor | None]) -> None:
+    """Raises NotImplementedError for float64 tensors: compiled kernels compute in float32."""
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        raise NotImplementedError(f"The {backend!r} backend computes in float32: use backend='torch' for float64.")
+
+
 _FORCED: dict[str, str | None] = {"selective_scan": None, "causal_conv": None}
 
 
 @contextlib.contextmanager
 def force_backends(**backends: str) -> Iterator[None]:
     """
-    In here, `backend="auto"` is the backend given for the operator, whatever the device, the dtypes and the packages
-    installed, in all threads: `with force_backends(selective_scan="numba", causal_conv="torch"):`.
-
-    Not for compiled models: their graphs keep the backend that was chosen when they were compiled.
-
-    Args:
-        backends (`str`): The backend of `selective_scan` or `causal_conv`, by the operator's name.
-
-    Raises:
-        ValueError: An operator has no backends.
+    In here, `backend="auto"` is the backend given for the operator, in all threads: `with
+    force_backends(selective_scan="numba", causal_conv="torch"):`. Compiled models keep the backend that they were
+    compiled with.
     """
     unknown = backends.keys() - _FORCED.keys()
     if unknown:

@@ -61,17 +61,11 @@ def launch(
     parameters: dict[int, int | torch.Tensor | None],
 ) -> None:
     """
-    Run a kernel.
+    Runs a kernel on sequences of `shape` (batch, channels, length).
 
-    Args:
-        kernels (`module`): The kernel's module, which names the entries of the parameter array.
-        address (`int`): The compiled kernel.
-        scratch_bytes (`callable`): Bytes a thread needs, from `size` and the groups in a unit.
-        size (`int`): State size or number of taps: a step costs vector operations in proportion to it.
-        shape (`tuple`): (batch, channels, length).
-        parameters (`dict`):
-            The other entries, by index. Tensors are float32 and become addresses; those with three axes are sequence
-            tensors and bring their strides.
+    `size` is the state size or the number of taps, to which a step's work is proportional; `scratch_bytes` says what a
+    thread needs for it and the groups in a unit. Tensors among the other `parameters` are float32 and become
+    addresses; those with three axes are sequence tensors and bring their strides.
     """
     batch, channels, length = shape
     blocks, groups = split_channels(batch, channels)

@@ -6,10 +6,7 @@ import torch
 
 
 def check_device(x: torch.Tensor, kernel) -> None:
-    """
-    Raises:
-        NotImplementedError: `x` is on the CPU and `kernel` was not made for Triton's interpreter.
-    """
+    """Raises NotImplementedError if `x` is on the CPU and `kernel` was not made for Triton's interpreter."""
     if x.device.type != "cpu":
         return
     from triton.runtime.interpreter import InterpretedFunction

@@ -11,11 +11,9 @@ def register_conv_autograd(conv: Callable, conv_backward: Callable) -> None:
     """
     Makes one operator the gradient of another, and tells tracing the shapes of what both give.
 
-    Args:
-        conv (`CustomOpDef`): `(x, weight, bias, activation)` to the output, whose channels are adjacent.
-        conv_backward (`CustomOpDef`):
-            `(grad_out, x, weight, bias, activation)` to the gradients of the three tensors, an empty one for an absent
-            bias. That of x has adjacent channels.
+    `conv(x, weight, bias, activation)` gives the output, `conv_backward(grad_out, x, weight, bias, activation)` the
+    gradients of the three tensors, an empty one for an absent bias. The output and the gradient of x have adjacent
+    channels.
     """
 
     def setup_context(ctx, inputs, output):

@@ -13,11 +13,7 @@ from .triton_operator import causal_conv_triton
 def causal_conv_torch(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = "silu"
 ) -> torch.Tensor:
-    """
-    Depthwise causal convolution by `torch.nn.functional.conv1d`.
-
-    Arguments and return value are those of [`~diffusers_pisdm.ops.conv.dispatch`].
-    """
+    """Depthwise causal convolution by `torch.nn.functional.conv1d`."""
     weight = weight.to(x.dtype)[:, None]  # (D, 1, K)
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias, groups=x.shape[1])  # (B, D, L)

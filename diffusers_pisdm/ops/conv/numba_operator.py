@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from ..common.backends import refuse_float64
 from ..common.numba_launch import LANES, channels_last, launch
 from ..common.sequence_layout import ceil_div, empty_channels_last
 from .autograd import register_conv_autograd
@@ -78,18 +79,8 @@ def causal_conv_numba(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = "silu"
 ) -> torch.Tensor:
     """
-    Causal convolution with compiled CPU kernels; arguments as of [`~ops.causal_conv`], of any strides.
-
-    All arithmetic is float32. The result has `x`'s dtype and is a transposed, contiguous (batch, length, channels)
-    tensor. The backward recomputes what lies before the activation. The first call compiles the kernels, or loads them
-    from Numba's cache.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, channels, length)`.
-
-    Raises:
-        NotImplementedError: if a tensor is float64, which only the `torch` backend computes in, or not on the CPU.
+    Causal convolution with compiled CPU kernels, in float32; the result has `x`'s dtype and (B, L, D) memory order.
+    The backward recomputes what lies before the activation.
     """
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, weight, bias)):
-        raise NotImplementedError("The 'numba' backend computes in float32: use backend='torch' for float64.")
+    refuse_float64("numba", (x, weight, bias))
     return _conv(x, weight, bias, activation)

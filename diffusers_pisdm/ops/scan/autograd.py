@@ -11,13 +11,9 @@ def register_scan_autograd(scan: Callable, scan_backward: Callable) -> None:
     """
     Makes one operator the gradient of another, and tells tracing the shapes of what it gives.
 
-    Args:
-        scan (`CustomOpDef`):
-            `(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states)` to the scan's output and the states
-            kept for the backward.
-        scan_backward (`CustomOpDef`):
-            `(grad_out, kept, u, delta, A, B, C, D, z, delta_bias, delta_softplus)` to the gradients of the eight
-            tensors, empty ones for what is absent. Those of sequences over channels have adjacent channels.
+    `scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states)` gives the output and the states kept for
+    `scan_backward(grad_out, kept, u, delta, A, B, C, D, z, delta_bias, delta_softplus)`, which gives the gradients of
+    the eight tensors, empty ones for what is absent. Those of sequences over channels have adjacent channels.
     """
 
     def setup_context(ctx, inputs, output):

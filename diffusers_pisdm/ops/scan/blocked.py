@@ -44,8 +44,8 @@ class _Block:
 
 def _walk(A: torch.Tensor, *tensors: torch.Tensor) -> Iterator[tuple[int, list[tuple[torch.Tensor, ...]]]]:
     """
-    Cuts (B, L, ...) tensors into blocks: for each group of batch rows its first row and, in time order, the views
-    (S, b, ...) of every tensor.
+    Cuts (B, L, ...) tensors into blocks: for each group of batch rows its first row and, in time order, the views (S,
+    b, ...) of every tensor.
     """
     wanted = CPU_BLOCK_ELEMENTS if A.device.type == "cpu" else BLOCK_ELEMENTS
     rows = max(1, wanted // (STEPS * A.numel()))
@@ -58,10 +58,8 @@ def _scan(
     x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, keep_states: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `y_t = C_t h_t` of the recurrence above, without skip and gate.
-
-    x, delta (B, L, D); A (N, D); B, C (B, L, N); all of one dtype. Returns y (B, L, D) and the states that enter each
-    block (blocks, B, N, D), or an empty tensor in place of these.
+    `y_t = C_t h_t` of the recurrence above, without skip and gate, of x, delta (B, L, D), A (N, D) and B, C (B, L, N),
+    all of one dtype: y (B, L, D), and the states that enter each block (blocks, B, N, D) or an empty tensor.
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     kept = x.new_empty(-(-x.shape[1] // STEPS) if keep_states else 0, x.shape[0], *A.shape)
@@ -159,10 +157,8 @@ def selective_scan_torch(
     delta_softplus: bool = False,
 ) -> torch.Tensor:
     """
-    Selective scan in blocks of plain torch operations, on any device.
-
-    Arguments and return value are those of [`~diffusers_pisdm.ops.scan.dispatch`]. The state is kept in float64 for
-    float64 inputs and in float32 for all others.
+    Selective scan in blocks of plain torch operations, on any device. The state is float64 for float64 inputs, else
+    float32.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     u_, delta_ = u.mT.to(dtype), delta.mT.to(dtype)  # (B, L, D)

@@ -19,10 +19,8 @@ def selective_scan_mamba_ssm(
     delta_softplus: bool = False,
 ) -> torch.Tensor:
     """
-    Selective scan by `mamba_ssm.ops.selective_scan_interface.selective_scan_fn`.
-
-    Arguments and return value are those of [`~diffusers_pisdm.ops.scan.dispatch`]. The kernel wants one dtype for all
-    sequences and float32 for the parameters, which mixed precision does not always give: they are cast here.
+    Selective scan by mamba_ssm's `selective_scan_fn`. It wants one dtype for all sequences and float32 for the
+    parameters, which mixed precision does not always give: they are cast here.
     """
     if u.numel() == 0:  # which the kernel refuses
         return selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus)

@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from ..common.backends import refuse_float64
 from ..common.numba_launch import LANES, channels_last, launch, split_channels
 from ..common.sequence_layout import ceil_div, empty_channels_last
 from .autograd import register_scan_autograd
@@ -29,9 +30,8 @@ def _kernel(name: str):
 
 def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
     """
-    The number of floats in the states before each chunk.
-
-    They are kept as a flat tensor: an axis of chunks could have length 1, which a compiled graph would guard against.
+    How many floats the kept states are. They are a flat tensor: an axis of chunks could have length 1, which a
+    compiled graph would guard against.
     """
     from .numba_kernels import CHUNK
 
@@ -142,10 +142,8 @@ def _fill_up_states(
     A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The same system with a multiple of four states.
-
-    The last states are repeated, two or four times, and their read-outs are shared out: exact, since these are powers
-    of two. A state of zeros would not do, as it turns an infinite input into NaN.
+    The same system with a multiple of four states. The last ones are repeated, two or four times, and their read-outs
+    shared out: exact, as these are powers of two. A state of zeros would turn an infinite input into NaN.
     """
     states = A.shape[1]
     repeats = [1] * (states // STATES_AT_ONCE * STATES_AT_ONCE) + {0: [], 1: [4], 2: [2, 2], 3: [1, 1, 2]}[
@@ -167,22 +165,12 @@ def selective_scan_numba(
     delta_bias: torch.Tensor | None = None,
     delta_softplus: bool = False,
 ) -> torch.Tensor:
-    r"""
-    Selective scan with compiled CPU kernels; arguments as of [`~ops.selective_scan`], of any strides.
-
-    All arithmetic is float32. The result has `u`'s dtype and is a transposed, contiguous (batch, length, channels)
-    tensor. The backward keeps one state in 24 steps and recomputes the others: memory is linear in the length. The
-    first call compiles the kernels, or loads them from Numba's cache.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, channels, length)`.
-
-    Raises:
-        NotImplementedError: if a tensor is float64, which only the other backends compute in, or not on the CPU.
+    """
+    Selective scan with compiled CPU kernels, in float32; the result has `u`'s dtype and (B, L, D) memory order. The
+    backward keeps one state in 24 steps and recomputes the others: memory is linear in the length.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        raise NotImplementedError("The 'numba' backend computes in float32: use backend='torch' for float64.")
+    refuse_float64("numba", tensors)
     keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if A.shape[1] % STATES_AT_ONCE:
         A, B, C = _fill_up_states(A, B, C)

@@ -18,10 +18,8 @@ def selective_scan_reference(
     delta_softplus: bool = False,
 ) -> torch.Tensor:
     """
-    Selective scan as a loop over time, differentiated by autograd.
-
-    Arguments and return value are those of [`~diffusers_pisdm.ops.scan.dispatch`]. The state is kept in float64 for
-    float64 inputs and in float32 for all others. Source: Mamba, arXiv 2312.00752, section 3.2 and algorithm 2.
+    Selective scan as a loop over time (Mamba, arXiv 2312.00752, section 3.2 and algorithm 2), differentiated by
+    autograd. The state is float64 for float64 inputs, else float32.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)
     x, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))

@@ -21,6 +21,7 @@ import functools
 
 import torch
 
+from ..common.backends import refuse_float64
 from ..common.sequence_layout import adjacent_channels, ceil_div, empty_channels_last
 from ..common.triton_launch import check_device, strides_of
 from .autograd import register_scan_autograd
@@ -121,9 +122,8 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias):
 
 def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
     """
-    The number of floats in the kept states.
-
-    They are kept as a flat tensor: an axis of chunks could have length 1, which a compiled graph would guard against.
+    How many floats the kept states are. They are a flat tensor: an axis of chunks could have length 1, which a
+    compiled graph would guard against.
     """
     batch, channels, length = u.shape
     return batch * ceil_div(length, KEPT_STEPS) * A.shape[1] * channels if keep_states else 0
@@ -236,21 +236,10 @@ def selective_scan_triton(
     delta_softplus: bool = False,
 ) -> torch.Tensor:
     """
-    Selective scan with Triton kernels; arguments as of [`~ops.selective_scan`], of any strides.
-
-    All arithmetic is float32. The result has `u`'s dtype and is a transposed, contiguous (batch, length, channels)
-    tensor. The backward keeps one state in 16 steps and recomputes the others: memory is linear in the length.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, channels, length)`.
-
-    Raises:
-        NotImplementedError:
-            if a tensor is float64, which only the other backends compute in, or on the CPU, where the kernels run in
-            Triton's interpreter alone (`TRITON_INTERPRET=1`).
+    Selective scan with Triton kernels, in float32; the result has `u`'s dtype and (B, L, D) memory order. The backward
+    keeps one state in 16 steps and recomputes the others: memory is linear in the length.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        raise NotImplementedError("The 'triton' backend computes in float32: use backend='torch' for float64.")
+    refuse_float64("triton", tensors)
     keep_states = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states)[0]

@@ -71,10 +71,8 @@ FLOP_FORMULAS = flop_registry | {
 
 class StepTrace(TorchDispatchMode):
     """
-    Counts while it is entered (`with StepTrace() as trace:`); what it counted stays.
-
-    `flops` (`int`) are those of the operators that ran, `live_bytes` (`int`) the size of the storages that these made
-    and that are still alive, `peak_bytes` (`int`) the most that this ever was.
+    Counts while it is entered: `flops` of the operators that ran, `live_bytes` of the storages that these made and
+    that are still alive, `peak_bytes`, the most that this ever was.
     """
 
     # FlopCounterMode would do for the FLOPs, but its hooks on every module keep tensors alive.

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from diffusers_pisdm.evaluation import ImageSource, ListImages, collect_statistics
-from diffusers_pisdm.evaluation.metrics.feature_statistics import draw_indices
+from diffusers_pisdm.evaluation.metrics.feature_statistics import FeatureSums, draw_indices
 from tests.evaluation.pixel_features import PixelFeatures, PooledOnly
 
 
@@ -28,6 +28,17 @@ def test_streamed_statistics_equal_those_of_all_at_once(extractor, pictures, bat
         assert gaussian.mean.dtype == gaussian.covariance.dtype == torch.float64
         torch.testing.assert_close(gaussian.mean, features.double().mean(dim=0), rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(gaussian.covariance, features.double().T.cov(), rtol=1e-5, atol=1e-7)
+
+
+def test_sums_are_of_double_precision():
+    """Far from 0 and of very different spread, as features are; in single precision 4 digits would be left."""
+    x = (torch.randn(1000, 24, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 24) + 50).float()
+    sums = FeatureSums(24, x.device)
+    for chunk in x.split(64):
+        sums.update(chunk)
+    mean, covariance = sums.gaussian()
+    torch.testing.assert_close(mean, x.double().mean(dim=0), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(covariance, x.double().T.cov(), rtol=1e-9, atol=1e-9)
 
 
 def test_some_features_are_kept_but_all_count(extractor, pictures):

@@ -1,0 +1,74 @@
+"""Drawing samples in one process or several, for sample.py and evaluate.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from diffusers import DiffusionPipeline
+
+import diffusers_pisdm  # noqa: F401  (makes diffusers know PISDMCascadePipeline)
+from diffusers_pisdm.evaluation import SampleSettings, write_sample_set
+from diffusers_pisdm.evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES
+
+
+# How long processes that are done wait for the slowest: torch's own 10 minutes would end a run of hours.
+PATIENCE = timedelta(days=7)
+
+
+def add_drawing_arguments(add: Callable[..., argparse.Action]) -> None:
+    """Those of the drawing itself, by a parser's or a group's `add_argument`; model, number and seed are not here."""
+    add(
+        "--classes",
+        nargs="+",
+        default=["balanced"],
+        metavar="CLASS",
+        help="balanced (the default): equally many of each; uniform: drawn anew for each sample; or class ids.",
+    )
+    add("--scheduler", help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    for name in CALL_ARGUMENTS:
+        kind = int if name == "num_inference_steps" else float
+        add(f"--{name}", type=kind, nargs="+", help="One, or one a stage; default: the pipeline's.")
+
+
+def find_processes() -> PartialState:
+    """Which process this is of those that `accelerate launch` or `torchrun` started."""
+    # Unless told of the CPU, `PartialState` takes each process there for the only one.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+
+
+def draw_sample_set(args: argparse.Namespace, folder: str | Path, state: PartialState) -> None:
+    """Draws what is missing of the samples, in all processes, and waits for all."""
+    settings = _read_settings(args)
+    pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype)).to(state.device)
+    write_sample_set(pipe, folder, settings, args.batch_size, state.process_index, state.num_processes)
+    state.wait_for_everyone()
+
+
+def _read_settings(args: argparse.Namespace) -> SampleSettings:
+    if len(args.classes) == 1 and args.classes[0] in CLASS_RULES:
+        classes = args.classes[0]
+    elif all(word.removeprefix("-").isdecimal() for word in args.classes):
+        classes = [int(word) for word in args.classes]
+    else:
+        raise ValueError(f"--classes takes {' or '.join(CLASS_RULES)} or class ids, got {' '.join(args.classes)}.")
+    values = {name: getattr(args, name) for name in CALL_ARGUMENTS}
+    single = {name: value[0] if value is not None and len(value) == 1 else value for name, value in values.items()}
+    return SampleSettings(args.num_samples, args.seed, classes, scheduler=args.scheduler, **single)
+
+
+def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+    """Loads a pipeline by its own class, whose checks `DiffusionPipeline.from_pretrained` would leave out."""
+    name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
+    pipeline_class = getattr(diffusers, name or "", None)
+    if pipeline_class is None:
+        raise ValueError(f"{model} is a pipeline of class {name}, which diffusers does not have.")
+    return pipeline_class.from_pretrained(model, revision=revision, dtype=dtype)
