@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""The paper's ablations on any data set: trains and evaluates the rows of its Table 1 (components) or 2 (directions).
+"""Runs the paper's ablations on any data set: trains and evaluates the rows of Table 1 (components) or 2 (directions).
 
-    python examples/ablate.py --table 1 --cascade_config examples/recipes/ablation32.json \
+    python examples/ablate.py --table 1 --cascade_config examples/recipes/ablation32.json \\
         --train_data_dir data/emoji64 --held_out_split validation --output_dir outputs/ablation --seeds 0 1
 
-Nothing but the row's switch differs. Arguments after `--` go to train_pisdm.py, as in `... -- --max_train_steps 500`.
-Killed, the same command goes on. Several processes may share an output folder, with the same command or with other
---table, --rows and --seeds: each takes runs that no other is at. At the end, or with --report_only at any time, the
-folder gets the table, beside the paper's, and two pictures.
+Rows differ only in their switch. Arguments after `--` go to train_pisdm.py, as in `... -- --max_train_steps 500`.
+If interrupted, rerun the same command to resume. Several processes can share an output folder, with the same command
+or with other --table, --rows and --seeds: each picks runs that no other is working on. At the end, or at any time with
+--report_only, the script writes the table, next to the paper's numbers, and two pictures to the folder.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ TRAIN_SCRIPT = Path(__file__).with_name("train_pisdm.py")
 REFUSED = {
     **dict.fromkeys(
         ("cascade_config", "train_data_dir", "image_column", "label_column", "output_dir", "seed"),
-        "it belongs to the ablation: give it before the --",
+        "it belongs to the ablation: pass it before the --",
     ),
-    **dict.fromkeys(("sil_weight", *PER_STAGE_ARGUMENTS), "rows change it: write it into the recipe's `training`"),
+    **dict.fromkeys(("sil_weight", *PER_STAGE_ARGUMENTS), "rows change it: set it in the recipe's `training`"),
     **dict.fromkeys(
         ("pretrained_model_name_or_path", "lora_rank", "train_stages", "resume_from_checkpoint", "dry_run"),
-        "every row is trained as a whole and from the start",
+        "every row trains all stages from scratch",
     ),
 }
 MAX_REFERENCE_FEATURES = 10_000  # of precision and recall, as in ADM's files
@@ -80,18 +80,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--table", type=int, choices=TABLES, required=True)
     add("--output_dir", type=Path, required=True)
-    add("--rows", nargs="+", help="Some of the rows: " + "; ".join(", ".join(names(table)) for table in TABLES))
+    add("--rows", nargs="+", help="Only these rows: " + "; ".join(", ".join(names(table)) for table in TABLES))
     add("--seeds", type=int, nargs="+", default=[0])
-    add("--report_only", action="store_true", help="Write the table of what is there.")
-    add("--cascade_config", help="A recipe with all components.")
-    add("--train_data_dir", help="As of train_pisdm.py, or a data set on the Hub.")
-    add("--held_out_split", default="validation", help="The reference of all scores; never trained on.")
+    add("--report_only", action="store_true", help="Only write the table, from the runs so far.")
+    add("--cascade_config", help="A recipe with all components of the paper.")
+    add("--train_data_dir", help="As for train_pisdm.py, or a data set on the Hub.")
+    add("--held_out_split", default="validation", help="The split to score against; never trained on.")
     add("--image_column", default="image")
     add("--label_column", default="label")
     add("--num_samples", type=int, default=2000)
-    add("--num_inference_steps", type=int, default=20, help="In each stage.")
+    add("--num_inference_steps", type=int, default=20, help="Per stage.")
     add("--guidance_scale", type=float, default=1.0)
-    add("--features", default="efficientnet_lite0", help="The network that compares; FID needs inception_v3.")
+    add("--features", default="efficientnet_lite0", help="The network behind the scores; FID needs inception_v3.")
     add("--features_weights")
 
     argv = sys.argv[1:] if argv is None else argv
@@ -101,12 +101,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for word in args.training_arguments:
         name = word.removeprefix("--").partition("=")[0]
         if word.startswith("--") and name in REFUSED:
-            parser.error(f"--{name} cannot be passed on to the training: {REFUSED[name]}")
+            parser.error(f"--{name} cannot go to the training script: {REFUSED[name]}")
     unknown = [name for name in args.rows or [] if name not in names(args.table)]
     if unknown:
-        parser.error(f"Table {args.table} has no row {unknown[0]}, only {', '.join(names(args.table))}")
+        parser.error(f"Table {args.table} has no row {unknown[0]}. Choose from {', '.join(names(args.table))}")
     if not args.report_only and (args.cascade_config is None or args.train_data_dir is None):
-        parser.error("give --cascade_config and --train_data_dir, or --report_only")
+        parser.error("pass --cascade_config and --train_data_dir, or --report_only")
     if args.num_samples < 2:
         parser.error(f"--num_samples must be at least 2, got {args.num_samples}")
     return args
@@ -169,7 +169,7 @@ def train(folder: Path, seed: int, conditions: dict, title: str, lock: TextIO) -
     if process.returncode != 0:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise AblationError(
-            f"{title}: the training failed with exit code {process.returncode}. The end of {log}:\n"
+            f"{title}: training failed with exit code {process.returncode}. Last lines of {log}:\n"
             + "\n".join(lines[-LOG_LINES:])
         )
 
@@ -269,9 +269,9 @@ def complete_runs(args: argparse.Namespace, output: AblationFolder) -> None:
         title = f"[{number}/{len(runs)}] {row.name}, seed {seed}"
         with hold_lock(folder / "lock", wait=False) as lock:
             if output.is_done(row.variant, seed):
-                print(f"{title}: done before")
+                print(f"{title}: already done")
             elif lock is None:
-                print(f"{title}: another process is at it")
+                print(f"{title}: another process is running it")
             else:
                 output.write_json(folder.relative_to(output.path) / "recipe.json", recipes[row.variant])
                 train(folder, seed, conditions, title, lock)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Encodes a data set once for all: the latents of every stage of a cascade, from which it is trained without the VAE.
+"""Encodes a data set once into the latents of every stage of a cascade, so that training does not need the VAE.
 
-    accelerate launch examples/cache_latents.py --cascade_config recipe.json --train_data_dir imagenet \
+    accelerate launch examples/cache_latents.py --cascade_config recipe.json --train_data_dir imagenet \\
         --random_flip --output_dir imagenet-latents
     accelerate launch examples/train_pisdm.py --cascade_config recipe.json --latent_cache imagenet-latents ...
 
-The same command again completes an interrupted cache. An image of 256 pixels takes 22 kB in four stages, 44 kB with
-its mirror image: 56 GB for ImageNet.
+If interrupted, rerun the same command to resume. An image of 256 pixels takes 22 kB in four stages, 44 kB with its
+mirror image: 56 GB for ImageNet.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--output_dir", required=True, help="Of the cache.")
-    add("--cascade_config", required=True, help="The recipe whose stages' sizes to encode.")
-    add("--pretrained_vae_model_name_or_path", help="default: the recipe's")
-    add("--vae_dtype", choices=DTYPES, default="float32", help="What the VAE computes in.")
-    add("--latent_dtype", choices=DTYPES, default="float16", help="What is stored.")
+    add("--output_dir", required=True, help="The folder for the cache.")
+    add("--cascade_config", required=True, help="The recipe; its stages set the sizes to encode.")
+    add("--pretrained_vae_model_name_or_path", help="Default: the recipe's.")
+    add("--vae_dtype", choices=DTYPES, default="float32", help="Precision of the VAE.")
+    add("--latent_dtype", choices=DTYPES, default="float16", help="Precision of the stored latents.")
     add("--images_per_shard", type=int, default=4096)
-    add("--batch_size", type=int, default=64, help="Images a process and step.")
+    add("--batch_size", type=int, default=64, help="Images per process and step.")
 
-    data = parser.add_argument_group("data: one of the first two")
+    data = parser.add_argument_group("data (pass one of the first two)")
     data.add_argument("--dataset_name", help="A data set on the Hub.")
-    data.add_argument("--train_data_dir", help="A folder of images, one folder a class; of parquet; of webdataset.")
+    data.add_argument("--train_data_dir", help="A folder: one subfolder of images per class, parquet or webdataset.")
     data.add_argument("--split", default="train")
     data.add_argument("--image_column", default="image")
     data.add_argument("--label_column", default="label")
-    data.add_argument("--class_names_file", help="One class name a line, where the labels are bare numbers.")
-    data.add_argument("--random_flip", action="store_true", help="Encode the mirrored images, too.")
+    data.add_argument("--class_names_file", help="A file with one class name per line, if labels are bare numbers.")
+    data.add_argument("--random_flip", action="store_true", help="Also encode the mirrored images.")
     data.add_argument("--on_bad_image", choices=ON_BAD_IMAGE, default="stop")
     data.add_argument("--dataloader_num_workers", type=int, default=0)
 
     args = parser.parse_args(argv)
     if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("give either --dataset_name or --train_data_dir")
+        parser.error("pass either --dataset_name or --train_data_dir")
     for name in ("images_per_shard", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         recipe = read_recipe(args.cascade_config)
         vae_name = args.pretrained_vae_model_name_or_path or recipe.vae
         if vae_name is None:
-            raise ValueError("The recipe has no `vae`: name one with --pretrained_vae_model_name_or_path.")
+            raise ValueError("The recipe has no `vae`: pass one as --pretrained_vae_model_name_or_path.")
         vae = load_vae(vae_name, recipe.stages[-1]["in_channels"], DTYPES[args.vae_dtype][0]).to(accelerator.device)
         sizes = [stage["sample_size"] for stage in recipe.stages]
         data = load_data(args)

@@ -1,6 +1,6 @@
 """Draws the orders in which the model's layers read the tokens of an image.
 
-The pictures of the documentation:
+The documentation's pictures:
     python examples/draw_scan_paths.py --output docs/images/scan_paths.png
     python examples/draw_scan_paths.py --snake --output docs/images/scan_paths_snake.png
 """
@@ -18,10 +18,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=5, help="rows of tokens")
     parser.add_argument("--width", type=int, default=5, help="columns of tokens")
     parser.add_argument("--directions", nargs="+", choices=SCAN_DIRECTIONS, default=SCAN_DIRECTIONS, metavar="NAME")
-    parser.add_argument("--snake", action="store_true", help="walk every second line backwards")
+    parser.add_argument("--snake", action="store_true", help="scan every second line backwards")
     parser.add_argument("--num_padding_tokens", type=int, default=1, help="tokens at the end of every line")
     parser.add_argument("--cell_size", type=int, default=24, help="side of a token in pixels")
-    parser.add_argument("--output", type=Path, default=Path("scan_paths.png"), help="the picture's file")
+    parser.add_argument("--output", type=Path, default=Path("scan_paths.png"), help="the picture to write")
     return parser.parse_args(arguments)
 
 

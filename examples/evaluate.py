@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Judges a model, or images that are there already: Frechet distances (FID, sFID), inception score, precision, recall.
+"""Scores a model, or existing images: Fréchet distances (FID, sFID), inception score, precision and recall.
 
     accelerate launch examples/evaluate.py --model checkpoints/pisdm-emoji128 --num_samples 5000 \\
         --reference data/emoji128 --reference_split train
@@ -7,9 +7,9 @@
         --features inception_v3
     python examples/evaluate.py --reference my_images --image_size 64 --save_reference my_images.npz
 
-Samples and reference may be folders of images, .npz files as ADM's suite has them, and data sets, local or on the
-Hub. Writes the scores with all that they depend on as JSON, and a picture of samples beside reference images. A
-command that was interrupted while it drew samples goes on where it was.
+Samples and reference can be folders of images, .npz files as in ADM's suite, or data sets, local or on the Hub. Writes
+the scores and everything they depend on as JSON, and a picture of samples next to reference images. If interrupted
+while drawing samples, rerun the same command to resume.
 """
 
 from __future__ import annotations
@@ -66,42 +66,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    what = parser.add_argument_group("what is judged: one of these (or none with --save_reference)")
-    what.add_argument("--model", help="A pipeline to draw samples with: a folder, or a repository on the Hub.")
-    what.add_argument("--revision", help="Branch, tag or commit of that repository.")
+    what = parser.add_argument_group("what to score: --model or --samples (neither, with --save_reference)")
+    what.add_argument("--model", help="A pipeline to draw samples with: a folder or a Hub repository.")
+    what.add_argument("--revision", help="The repository's branch, tag or commit.")
     what.add_argument("--samples", help="Images: a folder, an .npz file or a data set.")
-    what.add_argument("--samples_split", help="Read --samples as a data set, of which this split.")
+    what.add_argument("--samples_split", help="Read --samples as a data set, and use this split.")
 
-    by_what = parser.add_argument_group("by what")
-    by_what.add_argument("--reference", help="Images likewise, or an .npz file of statistics; IS needs none.")
-    by_what.add_argument("--reference_split", help="Read --reference as a data set, of which this split.")
-    by_what.add_argument("--image_column", default="image", help="Of data sets.")
-    by_what.add_argument("--label_column", default="label", help="Of data sets.")
+    by_what = parser.add_argument_group("how to score")
+    by_what.add_argument("--reference", help="Images, as for --samples, or .npz statistics; not needed for IS.")
+    by_what.add_argument("--reference_split", help="Read --reference as a data set, and use this split.")
+    by_what.add_argument("--image_column", default="image", help="Column of a data set.")
+    by_what.add_argument("--label_column", default="label", help="Column of a data set.")
     by_what.add_argument("--image_size", type=int, help="Crop and resize all images to this size.")
     by_what.add_argument(
         "--features",
         default="efficientnet_lite0",
-        help="efficientnet_lite0, inception_v3 (FID proper) or transformers:MODEL (a folder, or on the Hub).",
+        help="efficientnet_lite0, inception_v3 (FID proper) or transformers:MODEL (a folder or a Hub name).",
     )
-    by_what.add_argument("--features_weights", help="A weights file instead of the network's own.")
-    by_what.add_argument("--save_reference", metavar="FILE.npz", help="Keep the reference's statistics.")
-    by_what.add_argument("--num_neighbors", type=int, default=3, help="k of precision and recall.")
+    by_what.add_argument("--features_weights", help="A weights file to use instead of the default.")
+    by_what.add_argument("--save_reference", metavar="FILE.npz", help="Save the reference's statistics.")
+    by_what.add_argument("--num_neighbors", type=int, default=3, help="k for precision and recall.")
     by_what.add_argument("--max_reference_features", type=int, default=10_000, help="Images for precision and recall.")
-    by_what.add_argument("--split_size", type=int, default=5000, help="Images a split of the inception score.")
-    by_what.add_argument("--batch_size", type=int, default=50, help="Images a process draws or looks at at once.")
-    by_what.add_argument("--output", type=Path, default=Path("evaluation.json"), help="A .png is written beside it.")
+    by_what.add_argument("--split_size", type=int, default=5000, help="Images per split for the inception score.")
+    by_what.add_argument("--batch_size", type=int, default=50, help="Images per process and step.")
+    by_what.add_argument("--output", type=Path, default=Path("evaluation.json"), help="A .png goes next to it.")
 
     drawing = parser.add_argument_group("drawing samples, with --model")
-    drawing.add_argument("--samples_dir", type=Path, help="Where they go; default: beside --output.")
+    drawing.add_argument("--samples_dir", type=Path, help="Where samples go; default: next to --output.")
     drawing.add_argument("--num_samples", type=int, default=50_000)
-    drawing.add_argument("--seed", type=int, default=0, help="Of the samples, and of the scores' random choices.")
+    drawing.add_argument("--seed", type=int, default=0, help="For the samples, and for random choices in the scores.")
     add_drawing_arguments(drawing.add_argument)
 
     args = parser.parse_args(argv)
     if args.model and args.samples:
-        parser.error("--model and --samples: give one of them")
+        parser.error("pass --model or --samples, not both")
     if not (args.model or args.samples) and not (args.reference and args.save_reference):
-        parser.error("--model or --samples is needed, or --reference with --save_reference")
+        parser.error("pass --model or --samples, or --reference with --save_reference")
     if args.save_reference and not args.reference:
         parser.error("--save_reference needs --reference")
     if args.samples_split and not args.samples:
@@ -109,11 +109,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.reference_split and not args.reference:
         parser.error("--reference_split needs --reference")
     if args.output.suffix != ".json":
-        parser.error(f"--output has to end with .json but is {args.output}")
+        parser.error(f"--output must end in .json, got {args.output}")
     for name in ("image_size", "num_neighbors", "max_reference_features", "split_size", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            parser.error(f"--{name} has to be at least 1 but is {value}")
+            parser.error(f"--{name} must be at least 1, got {value}")
     return args
 
 
@@ -131,7 +131,7 @@ def open_images(path: str, split: str | None, split_argument: str, args: argpars
         try:
             return FolderImages(path, decode_image, crop)
         except ImageSourceError as error:
-            raise ImageSourceError(f"{error} If it is a data set, say which split: {split_argument}.") from error
+            raise ImageSourceError(f"{error} If it is a data set, name its split with {split_argument}.") from error
     data = load_image_data(path, split or "train", image_column=args.image_column, label_column=args.label_column)
     return DatasetImages(f"{path} ({split or 'train'})", data, decode_image, crop)
 
@@ -159,7 +159,7 @@ def read_generation(folder: str) -> tuple[dict | None, float | str]:
     if not Path(folder, RECORD_FILE).is_file():
         return None, "unknown"
     if missing := missing_samples(folder):
-        raise ValueError(f"{len(missing)} samples of {folder} are missing: complete the set first.")
+        raise ValueError(f"{len(missing)} samples are missing in {folder}: rerun the command that draws them.")
     record = read_sample_set(folder)
     try:
         config = json.loads(Path(record["model"]["path"], "training_config.json").read_text(encoding="utf-8"))

@@ -30,16 +30,16 @@ STAGE_CELL_SIZE = 64
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample a PIS-DM cascade into a labelled grid.")
-    parser.add_argument("--model", default="checkpoints/pisdm-emoji128", help="a folder or a Hub repository")
+    parser.add_argument("--model", default="checkpoints/pisdm-emoji128", help="a folder or Hub repository")
     parser.add_argument(
         "--classes",
         nargs="+",
         help="class names or ids, separated by spaces or commas "
-        f"(default: {NUM_DEFAULT_CLASSES} classes spread evenly over all of the model's)",
+        f"(default: {NUM_DEFAULT_CLASSES} classes spread evenly over the model's classes)",
     )
     parser.add_argument("--images_per_class", type=int, default=4)
-    parser.add_argument("--steps", type=int, nargs="+", help="denoising steps: one number, or one a stage")
-    parser.add_argument("--guidance_scale", type=float, nargs="+", help="one number, or one a stage; 1 turns it off")
+    parser.add_argument("--steps", type=int, nargs="+", help="denoising steps: one number, or one per stage")
+    parser.add_argument("--guidance_scale", type=float, nargs="+", help="one number, or one per stage; 1 turns it off")
     parser.add_argument("--seed", type=int, default=0, help="image i of the grid is drawn with seed + i")
     parser.add_argument("--scheduler", help="a diffusers scheduler class to sample with, e.g. DDIMScheduler")
     parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the picture to write")
@@ -48,7 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     if args.images_per_class < 1:
-        parser.error(f"--images_per_class has to be at least 1 but is {args.images_per_class}")
+        parser.error(f"--images_per_class must be at least 1, got {args.images_per_class}")
     return args
 
 

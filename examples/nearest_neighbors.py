@@ -3,9 +3,9 @@
 
     python examples/nearest_neighbors.py --model checkpoints/pisdm-emoji128 --train_data_dir data/emoji128
 
-Draws random classes and seeds, finds the nearest training image of each sample in pixel space, and reports the share
-that is nearer than the near-duplicates within the training set (its 1-percentile nearest-neighbour distance). Writes
-the figures as JSON and the nearest pairs as a picture.
+Draws samples with random classes and seeds, finds each one's nearest training image in pixel space, and reports the
+share that is closer than near-duplicates within the training set (its 1st percentile of nearest-neighbour distances).
+Writes the figures as JSON and the closest pairs as a picture.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from diffusers_pisdm.utils.image_grid import make_image_grid
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="checkpoints/pisdm-emoji128")
-    parser.add_argument("--train_data_dir", required=True, help="Folder of images or parquet files.")
+    parser.add_argument("--train_data_dir", required=True, help="A folder of images or parquet files.")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--num_samples", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--num_inference_steps", type=int, default=None, help="The pipeline's default if not given.")
-    parser.add_argument("--guidance_scale", type=float, default=None, help="The pipeline's default if not given.")
+    parser.add_argument("--num_inference_steps", type=int, default=None, help="Default: the pipeline's.")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="Default: the pipeline's.")
     parser.add_argument("--percentile", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="nearest_neighbors.json")

@@ -18,16 +18,16 @@ from diffusers_pisdm.publishing.hub import VARIANTS, prepare_upload, upload
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Publish a trained PIS-DM cascade on the Hugging Face Hub.")
     parser.add_argument("folder", type=Path, help="the training script's output folder, or a saved pipeline")
-    parser.add_argument("repo_id", metavar="owner/name", help="the Hub repository; made if there is none")
-    parser.add_argument("--license", help="the weights' licence by the Hub's name, e.g. apache-2.0")
-    parser.add_argument("--dataset", nargs="+", help="the Hub's data sets that the cascade was trained on")
+    parser.add_argument("repo_id", metavar="owner/name", help="the Hub repository; created if needed")
+    parser.add_argument("--license", help="the weights' licence, as the Hub names it, e.g. apache-2.0")
+    parser.add_argument("--dataset", nargs="+", help="data sets on the Hub that the cascade was trained on")
     parser.add_argument("--model_card", type=Path, help="a Markdown file to fill in (default: a skeleton)")
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=[], help="add weights in half precision")
-    parser.add_argument("--max_shard_size", help="save the weights anew in files of at most this size, e.g. 5GB")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=[], help="add half-precision weights")
+    parser.add_argument("--max_shard_size", help="reshard the weights into files of at most this size, e.g. 5GB")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="a branch to publish on, made if there is none (default: main)")
-    parser.add_argument("--commit_message", help="the commit's title")
-    parser.add_argument("--dry_run", action="store_true", help="show the files and the model card; send nothing")
+    parser.add_argument("--revision", help="the branch to publish to, created if needed (default: main)")
+    parser.add_argument("--commit_message", help="the commit message")
+    parser.add_argument("--dry_run", action="store_true", help="show the files and the model card; upload nothing")
     return parser.parse_args(arguments)
 
 
@@ -55,14 +55,14 @@ def main(arguments: list[str] | None = None) -> None:
             total = f"{len(files)} files, {describe_size(sum(sizes.values()))}"
             if args.dry_run:
                 print(f"\nREADME.md:\n\n{files['README.md'].read_text(encoding='utf-8')}")
-                print(f"Nothing was sent (--dry_run). {args.repo_id} would get {total}.")
+                print(f"Nothing was uploaded (--dry_run). {args.repo_id} would get {total}.")
                 return
             commit = upload(files, args.repo_id, args.private, args.revision, args.commit_message)
         except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
     revision = f', revision="{args.revision}"' if args.revision else ""
     print(
-        f"Published {total} at {commit.repo_url}. Load it with"
+        f"Published {total} to {commit.repo_url}. Load it with"
         f' PISDMCascadePipeline.from_pretrained("{args.repo_id}"{revision})'
     )
 

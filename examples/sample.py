@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Draws the samples that a model is judged by: a folder of PNG files, and if wanted one file for ADM's evaluator.
+"""Draws samples for evaluating a model: a folder of PNG files and, optionally, one file for ADM's evaluator.
 
     accelerate launch examples/sample.py --model checkpoints/pisdm-emoji128 --output_dir samples --num_samples 5000
     accelerate launch examples/sample.py ... --save_npz samples.npz
 
-The same command again completes what was interrupted. Several processes share the work; the images are the same with
-any number of them. `--model` may be any class-conditional pipeline of diffusers, a DiT for example.
+If interrupted, rerun the same command to resume. Several processes share the work; the images do not depend on their
+number. `--model` can be any class-conditional diffusers pipeline, for example a DiT.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", default="checkpoints/pisdm-emoji128", help="A folder, or a repository on the Hub.")
-    add("--revision", help="Branch, tag or commit of the repository.")
+    add("--model", default="checkpoints/pisdm-emoji128", help="A folder or a Hub repository.")
+    add("--revision", help="The repository's branch, tag or commit.")
     add("--output_dir", required=True, help="Where the images go.")
     add("--num_samples", type=int, default=50_000)
     add("--seed", type=int, default=0)
-    add("--batch_size", type=int, default=50, help="Images a process draws at once.")
+    add("--batch_size", type=int, default=50, help="Images per process and step.")
     add("--save_npz", metavar="FILE", help="Pack the complete set into this file for ADM's evaluator.")
 
     add_drawing_arguments(parser.add_argument_group("how they are drawn").add_argument)
@@ -56,8 +56,8 @@ def finish(args: argparse.Namespace) -> None:
         print(f"Wrote {args.save_npz}")
     elif missing := missing_samples(args.output_dir):
         raise ValueError(
-            f"{len(missing)} of the samples are not in {args.output_dir}, the first is number {missing[0]}. Do all"
-            " processes see the same folder? Run it again to draw what is missing."
+            f"{len(missing)} samples are missing in {args.output_dir}, the first is number {missing[0]}. Check that"
+            " all processes see the same folder, then rerun the command to draw the rest."
         )
 
 

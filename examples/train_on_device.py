@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Trains a cascade on a data set that fits in the device's memory, one stage after another, for a given time.
+"""Trains a cascade for a given time on a data set that fits in the device's memory, one stage after another.
 
-    python examples/train_on_device.py --cascade_config examples/recipes/emoji128_gpu.json \
+    python examples/train_on_device.py --cascade_config examples/recipes/emoji128_gpu.json \\
         --train_data_dir data/emoji128 --output_dir outputs/emoji128
 
-For small pictures and short times: the images lie decoded on the device, and on a GPU a whole training step is one
-CUDA graph. Every stage has a batch size, learning rate and time of its own. Rerun the same command to resume from the
-newest checkpoints; `train_pisdm.py` trains everything else (large data, several processes, stages together, latents).
+For small pictures and short runs: the decoded images stay on the device, and on a GPU a whole training step is one
+CUDA graph. Each stage has its own batch size, learning rate and time. If interrupted, rerun the same command to resume
+from the newest checkpoints. For large data, several processes, joint training or latents, use `train_pisdm.py`.
 """
 
 from __future__ import annotations
@@ -42,46 +42,46 @@ from diffusers_pisdm.utils.files import save_in_place
 from diffusers_pisdm.utils.machine import describe_machine
 
 
-ONE_OR_EACH = "One value, or one for each stage."
+ONE_OR_EACH = "One value, or one per stage."
 
 
 @dataclass(kw_only=True)
 class RunArguments:
-    cascade_config: str = argument(help="A recipe: JSON of noise schedule, stages, and defaults of these.")
+    cascade_config: str = argument(help="A recipe: a JSON file with noise schedule, stages, and defaults.")
     train_data_dir: str = argument(help="A folder of images, or a data set on the Hub.")
     output_dir: str = argument()
     pretrained_model_name_or_path: str | None = argument(
         None, "A cascade of the same stages to start from; its classes may differ."
     )
     train_split: str = "train"
-    validation_split: str | None = argument(None, "A held-out split, whose loss is measured.")
-    flip_column: str | None = argument(None, "A column of truth values: which images may be mirrored.")
-    random_flip: bool = argument(False, "Mirror every other image, of those that may be.")
-    random_shift: int = argument(0, "Move images by up to so many pixels.")
+    validation_split: str | None = argument(None, "A held-out split on which to measure the loss.")
+    flip_column: str | None = argument(None, "A boolean column that says which images may be mirrored.")
+    random_flip: bool = argument(False, "Mirror half of the images at random, where allowed.")
+    random_shift: int = argument(0, "Shift images by up to this many pixels.")
     on_bad_image: str = argument("stop", choices=ON_BAD_IMAGE)
-    class_name_factors: str | None = argument(None, "Embed a class as the sum of its name's parts, separated by this.")
+    class_name_factors: str | None = argument(None, "Embed a class as the sum of its name's parts, split at this.")
     seed: int = 0
 
 
 @dataclass(kw_only=True)
 class TimeArguments:
-    title: ClassVar[str] = "how long: one of the first two"
+    title: ClassVar[str] = "duration (pass one of the first two)"
 
-    minutes: list[float] | None = argument(None, f"Time to train. {ONE_OR_EACH}")
+    minutes: list[float] | None = argument(None, f"Training time. {ONE_OR_EACH}")
     max_train_steps: list[int] | None = argument(None, ONE_OR_EACH)
-    rehearse: bool = argument(False, "A tenth of the time, steps and batches.")
+    rehearse: bool = argument(False, "Run with a tenth of the time, steps and batch sizes.")
 
 
 @dataclass(kw_only=True)
 class StageArguments:
     title: ClassVar[str] = "stages"
 
-    train_stages: list[int] | None = argument(None, "Which, in this order, from 1; all, highest first.")
+    train_stages: list[int] | None = argument(None, "Stages to train, in this order; default: all, highest first.")
     train_batch_size: list[int] = argument([64], ONE_OR_EACH)
     learning_rate: list[float] = argument([1e-3], ONE_OR_EACH)
     ema_decay: list[float] = argument([0.999], ONE_OR_EACH)
-    prediction_types: list[str] | None = argument(None, "Of each stage, instead of the recipe's scheduler's.")
-    noise_shifts: list[float] | None = argument(None, "Shift of each stage's noise schedule.")
+    prediction_types: list[str] | None = argument(None, "One per stage, instead of the recipe's.")
+    noise_shifts: list[float] | None = argument(None, "Factor that shifts each stage's noise schedule.")
     loss_weighting: list[str] = argument(["uniform"], ONE_OR_EACH, LOSS_WEIGHTINGS)
 
 
@@ -89,19 +89,19 @@ class StageArguments:
 class SharedArguments:
     title: ClassVar[str] = "the same for all stages"
 
-    snr_gamma: float = argument(5.0, "gamma of min_snr")
+    snr_gamma: float = argument(5.0, "Gamma of min_snr.")
     label_dropout: float = 0.1
     factor_dropout: float = 0.0
-    max_noise_level: float = argument(0.5, "conditioning augmentation")
+    max_noise_level: float = argument(0.5, "Conditioning augmentation: the highest level.")
     lr_warmup_steps: int = 200
-    lr_cooldown: float = argument(0.3, "Share of the steps over which the rate falls.")
+    lr_cooldown: float = argument(0.3, "Share of the steps over which the learning rate falls to zero.")
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99
     adam_weight_decay: float = 0.03
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     mixed_precision: str = argument("no", choices=("no", "bf16"))
-    no_cuda_graph: bool = argument(False, "Launch a GPU's kernels one by one.")
+    no_cuda_graph: bool = argument(False, "Launch a GPU's kernels individually.")
 
 
 @dataclass(kw_only=True)
@@ -109,7 +109,7 @@ class WatchArguments:
     title: ClassVar[str] = "watching and resuming"
 
     logging_steps: int = 100
-    validation_minutes: float = argument(10, "Held-out loss, and the pipeline saved.")
+    validation_minutes: float = argument(10, "How often to measure the held-out loss and save the pipeline.")
     checkpointing_minutes: float = 5
     validation_classes: int = argument(32, "Classes in the sample grid.")
     validation_inference_steps: int = 10
@@ -120,7 +120,7 @@ class WatchArguments:
 class DeviceArguments(  # the last one's come first
     WatchArguments, SharedArguments, StageArguments, TimeArguments, RunArguments
 ):
-    """All arguments of this script; their defaults stand here, and recipes fill the same fields."""
+    """All arguments of this script, with their defaults; recipes fill the same fields."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[DeviceArguments, Recipe]:
@@ -132,15 +132,15 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[DeviceArguments, Reci
     elif given.minutes is not None and given.max_train_steps is None:
         args.max_train_steps = None
     if recipe.vae is not None:
-        parser.error("this script trains on pixels: train_pisdm.py trains in latents")
+        parser.error("this script trains on pixels; to train in latents, use train_pisdm.py")
     if (args.minutes is None) == (args.max_train_steps is None):
-        parser.error("give one of --minutes and --max_train_steps")
+        parser.error("pass one of --minutes and --max_train_steps")
     count = len(recipe.stages)
     lists = ("minutes", "max_train_steps", "train_batch_size", "learning_rate", "ema_decay", "loss_weighting")
     for name in (*lists, "validation_guidance_scale"):
         values = getattr(args, name)
         if values is not None and len(values) not in (1, count):
-            parser.error(f"--{name} takes one value, or one for each of the {count} stages, got {len(values)}")
+            parser.error(f"--{name} takes one value, or one per stage ({count}), got {len(values)}")
         if values is not None:
             setattr(args, name, values * (count // len(values)))
     if args.train_stages is None:
@@ -189,7 +189,7 @@ def train_stage(
     """Trains one stage; its averaged weights are in the model afterwards."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
-        raise DataError("This script trains in one process: start it with `python`, or use train_pisdm.py.")
+        raise DataError("This script runs in one process: start it with `python`, or use train_pisdm.py.")
     for stage in stages:
         stage.to(accelerator.device).requires_grad_(True)
     objective = CascadeObjective(
@@ -208,7 +208,7 @@ def train_stage(
     trainer = DeviceTrainer(accelerator, objective, data[0], settings, folder, *data[1:], on_validation=save)
     trainer.resume()
     if trainer.is_done:
-        tqdm.write(f"stage {number}: complete, with {trainer.state.step} steps")
+        tqdm.write(f"stage {number}: already complete, with {trainer.state.step} steps")
     trainer.train()
     trainer.average.copy_to(trainer.parameters)
     accelerator.free_memory()
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_noise_schedules(pretrained, schedulers)
         defaults = pretrained_defaults(pretrained, len(stages))
         if args.factor_dropout > 0 and any(stage.config.class_factors is None for stage in stages):
-            print("The classes are others than the pretrained ones, a row each: --factor_dropout does nothing.")
+            print("The classes differ from the pretrained ones and have no factors: --factor_dropout has no effect.")
             args.factor_dropout = 0.0
     else:
         stages = new_cascade(recipe.stages, class_names, args.class_name_factors)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Trains a PIS-DM cascade on a folder of images or a data set: eq. 17 of the paper, all stages together or some.
+"""Trains a PIS-DM cascade on a folder of images or a data set, by eq. 17 of the paper: all stages together, or some.
 
-    accelerate launch examples/train_pisdm.py --cascade_config examples/recipes/emoji64.json \
+    accelerate launch examples/train_pisdm.py --cascade_config examples/recipes/emoji64.json \\
         --train_data_dir data/emoji64 --output_dir outputs/emoji64
 
-Rerun the same command to resume from the newest checkpoint. The output folder is a pipeline that
-`PISDMCascadePipeline.from_pretrained` loads, with checkpoints, sample grids and loss curves beside it.
+If interrupted, rerun the same command to resume from the newest checkpoint. The output folder is a pipeline that
+`PISDMCascadePipeline.from_pretrained` loads, with checkpoints, sample grids and loss curves next to it.
 """
 
 from __future__ import annotations
@@ -69,32 +69,32 @@ from diffusers_pisdm.utils.machine import describe_machine
 class RunArguments:
     output_dir: str = argument()
     cascade_config: str | None = argument(
-        None, "A recipe: JSON of noise schedule, stages, and defaults of these arguments."
+        None, "A recipe: a JSON file with noise schedule, stages, and defaults for these arguments."
     )
     pretrained_model_name_or_path: str | None = argument(
-        None, "A cascade to start from; classes and stages may be added."
+        None, "A cascade to start from; you may add classes and stages."
     )
-    dry_run: bool = argument(False, "Print parameters, memory, FLOPs and time; then stop.")
+    dry_run: bool = argument(False, "Print parameters, memory, FLOPs and time, then stop.")
 
 
 @dataclass(kw_only=True)
 class DataArguments:
-    title: ClassVar[str] = "data: one of the first three"
+    title: ClassVar[str] = "data (pass one of the first three)"
 
     dataset_name: str | None = argument(None, "A data set on the Hub.")
-    train_data_dir: str | None = argument(None, "A folder of images, one folder a class; of parquet; of webdataset.")
-    latent_cache: str | None = argument(None, "What examples/cache_latents.py wrote; training then needs no VAE.")
-    validation_latent_cache: str | None = argument(None, "Likewise of held-out images.")
-    streaming: bool = argument(False, "Read the data set as it comes, without a local copy.")
-    shuffle_buffer_size: int = argument(10_000, "Rows a stream is shuffled among.")
+    train_data_dir: str | None = argument(None, "A folder: one subfolder of images per class, parquet or webdataset.")
+    latent_cache: str | None = argument(None, "A folder from examples/cache_latents.py; training then needs no VAE.")
+    validation_latent_cache: str | None = argument(None, "The same for held-out images.")
+    streaming: bool = argument(False, "Read the data set as it arrives, without a local copy.")
+    shuffle_buffer_size: int = argument(10_000, "Shuffle a stream within this many rows.")
     image_column: str = "image"
     label_column: str = "label"
-    class_names_file: str | None = argument(None, "One class name a line, where the labels are bare numbers.")
+    class_names_file: str | None = argument(None, "A file with one class name per line, if labels are bare numbers.")
     train_split: str = "train"
-    validation_split: str | None = argument(None, "A held-out split, whose loss is measured.")
+    validation_split: str | None = argument(None, "A held-out split on which to measure the loss.")
     random_crop: bool = False
-    random_flip: bool = argument(False, "Mirror every other image.")
-    flip_column: str | None = argument(None, "A column of truth values: which images may be mirrored.")
+    random_flip: bool = argument(False, "Mirror half of the images at random.")
+    flip_column: str | None = argument(None, "A boolean column that says which images may be mirrored.")
     on_bad_image: str = argument("stop", choices=ON_BAD_IMAGE)
 
 
@@ -103,33 +103,33 @@ class ObjectiveArguments:
     title: ClassVar[str] = "objective (eq. 17)"
 
     loss_weighting: list[str] = argument(
-        ["uniform"], "lambda(t): one for all stages, or one for each.", LOSS_WEIGHTINGS
+        ["uniform"], "lambda(t): one for all stages, or one per stage.", LOSS_WEIGHTINGS
     )
-    snr_gamma: float = argument(5.0, "gamma of min_snr")
+    snr_gamma: float = argument(5.0, "Gamma of min_snr.")
     label_dropout: float = 0.1
-    factor_dropout: float = argument(0.0, "Beside it, of each factor of a class.")
-    max_noise_level: float = argument(0.5, "conditioning augmentation")
-    sil_weight: float = argument(1.0, "0 trains without the scale-invariant loss")
+    factor_dropout: float = argument(0.0, "In addition, dropout of each factor of a class.")
+    max_noise_level: float = argument(0.5, "Conditioning augmentation: the highest level.")
+    sil_weight: float = argument(1.0, "0 trains without the scale-invariant loss.")
     sil_temperature: float = 0.1
     sil_mask_same_class: bool = False
-    train_stages: list[int] | None = argument(None, "Stages to train, from 1; the others stay.")
-    batch_shares: list[float] | None = argument(None, "Share of the batch for each stage.")
+    train_stages: list[int] | None = argument(None, "Stages to train, counted from 1; the others are frozen.")
+    batch_shares: list[float] | None = argument(None, "Each stage's share of the batch.")
     stage_loss_weights: list[float] | None = argument(None, "Weight of each stage's denoising loss.")
-    prediction_types: list[str] | None = argument(None, "Of each stage, instead of the recipe's scheduler's.")
-    noise_shifts: list[float] | None = argument(None, "Shift of each stage's noise schedule.")
+    prediction_types: list[str] | None = argument(None, "One per stage, instead of the recipe's.")
+    noise_shifts: list[float] | None = argument(None, "Factor that shifts each stage's noise schedule.")
 
 
 @dataclass(kw_only=True)
 class ModelArguments:
     title: ClassVar[str] = "models"
 
-    class_name_factors: str | None = argument(None, "Embed a class as the sum of its name's parts, separated by this.")
+    class_name_factors: str | None = argument(None, "Embed a class as the sum of its name's parts, split at this.")
     pretrained_vae_model_name_or_path: str | None = argument(None, "Train in the latents of this VAE.")
-    mixed_precision: str | None = argument(None, "default: accelerate's configuration", ("no", "fp16", "bf16"))
+    mixed_precision: str | None = argument(None, "Default: accelerate's configuration.", ("no", "fp16", "bf16"))
     gradient_checkpointing: bool = False
-    compile: bool = argument(False, "torch.compile each block")
+    compile: bool = argument(False, "Apply torch.compile to each block.")
     lora_rank: int | None = argument(None, "Train LoRA adapters of this rank instead of all weights.")
-    lora_alpha: float | None = argument(None, "default: the rank")
+    lora_alpha: float | None = argument(None, "Default: the rank.")
 
 
 @dataclass(kw_only=True)
@@ -139,7 +139,7 @@ class SampleArguments:
     validation_classes: int = argument(16, "Classes in the sample grid.")
     validation_guidance_scale: float = 2.0
     validation_inference_steps: int = 20
-    report_to: str | None = argument(None, "tensorboard, wandb, trackio, ...: any tracker of accelerate.")
+    report_to: str | None = argument(None, "tensorboard, wandb, trackio or another accelerate tracker.")
     tracker_project_name: str = "pisdm"
 
 
@@ -147,8 +147,8 @@ class SampleArguments:
 class HubArguments:
     title: ClassVar[str] = "publishing"
 
-    push_to_hub: bool = argument(False, "At the end; see also examples/publish.py.")
-    hub_model_id: str | None = argument(None, "owner/name")
+    push_to_hub: bool = argument(False, "Publish at the end; see also examples/publish.py.")
+    hub_model_id: str | None = argument(None, "The repository: owner/name.")
     hub_private_repo: bool = False
 
 
@@ -156,31 +156,31 @@ class HubArguments:
 class TrainingArguments(  # the last one's come first
     HubArguments, SampleArguments, TrainerSettings, ModelArguments, ObjectiveArguments, DataArguments, RunArguments
 ):
-    """All arguments of this script; their defaults stand here, and recipes fill the same fields."""
+    """All arguments of this script, with their defaults; recipes fill the same fields."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[TrainingArguments, Recipe | None]:
     parser = make_parser(TrainingArguments, __doc__)
     args, recipe = parse_arguments(parser, TrainingArguments, argv)
     if args.cascade_config is None and args.pretrained_model_name_or_path is None:
-        parser.error("give --cascade_config, --pretrained_model_name_or_path or both")
+        parser.error("pass --cascade_config, --pretrained_model_name_or_path or both")
     if sum(source is not None for source in (args.dataset_name, args.train_data_dir, args.latent_cache)) != 1:
-        parser.error("give one of --dataset_name, --train_data_dir and --latent_cache")
+        parser.error("pass one of --dataset_name, --train_data_dir and --latent_cache")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "lora_rank"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.latent_cache is not None and args.pretrained_vae_model_name_or_path is None:
-        parser.error("--latent_cache needs --pretrained_vae_model_name_or_path, to decode samples")
+        parser.error("--latent_cache needs --pretrained_vae_model_name_or_path to decode samples")
     if args.push_to_hub and args.hub_model_id is None:
         parser.error("--push_to_hub needs --hub_model_id owner/name")
     if args.push_to_hub and args.lora_rank is not None:
-        parser.error("--push_to_hub publishes whole cascades: upload the LoRA file with `hf upload`")
+        parser.error("--push_to_hub publishes whole cascades; upload a LoRA file with `hf upload`")
     if args.class_name_factors is not None and args.pretrained_model_name_or_path is not None:
-        parser.error("--class_name_factors is for new models: a pretrained cascade has its class embedding")
+        parser.error("--class_name_factors is for new models; a pretrained cascade already has a class embedding")
     if args.flip_column is not None and args.latent_cache is not None:
-        parser.error("--flip_column is for pixels: a latent cache does not say what may be mirrored")
+        parser.error("--flip_column is for pixels; a latent cache does not record what may be mirrored")
     if args.lora_rank is not None and args.pretrained_model_name_or_path is None:
-        parser.error("--lora_rank adapts a trained cascade: give --pretrained_model_name_or_path")
+        parser.error("--lora_rank adapts a trained cascade: pass --pretrained_model_name_or_path")
     return args, recipe
 
 
@@ -266,7 +266,7 @@ def make_stages(
     else:
         stages = start_cascade(pretrained, configs, class_names)
         if args.lora_rank is not None and len(stages) > len(pretrained.stages):
-            raise ValueError("--lora_rank adapts the stages that the pretrained cascade has: add stages without it.")
+            raise ValueError("--lora_rank only adapts pretrained stages: drop --lora_rank to add stages.")
     for number, stage in enumerate(stages, start=1):
         if args.lora_rank is not None and number in (args.train_stages or range(1, len(stages) + 1)):
             alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha

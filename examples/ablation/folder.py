@@ -16,7 +16,7 @@ from .rows import AblationRow
 
 
 class AblationError(ValueError):
-    """What the user has to mend; the message says how."""
+    """Something the user has to fix; the message says how."""
 
 
 class AblationFolder:
@@ -39,14 +39,14 @@ class AblationFolder:
         changed = _differences(self.conditions(), conditions)
         if changed:
             raise AblationError(
-                f"{self.path} holds an ablation with other arguments: {'; '.join(changed)}. Rows would not compare:"
-                " use its arguments, or name another folder."
+                f"{self.path} holds an ablation with other arguments: {'; '.join(changed)}. Its rows would not be"
+                " comparable: use the same arguments or another folder."
             )
 
     def conditions(self) -> dict:
         """Those that the folder was claimed with; raises AblationError if it is not an ablation's."""
         if not self.conditions_file.exists():
-            raise AblationError(f"{self.path} holds no ablation: there is no {self.conditions_file}.")
+            raise AblationError(f"{self.path} is not an ablation's folder: {self.conditions_file} does not exist.")
         return json.loads(self.conditions_file.read_text())
 
     def run(self, variant: str, seed: int) -> Path:

@@ -49,12 +49,12 @@ def _common_settings(conditions: dict, result: dict, distance: str) -> list[str]
     """What is the same in all rows."""
     return [
         f"Trained for {result['steps']:,} steps of {result['images_per_step']} images on"
-        f" {Path(conditions['train_data_dir']).name}. GFLOP/image are those of training, without the heads of the"
+        f" {Path(conditions['train_data_dir']).name}. GFLOP/image count training, without the heads of the"
         " scale-invariant loss.",
-        f"{distance} of {result['num_samples']:,} samples a run ({conditions['num_inference_steps']} denoising steps"
-        f" in each stage, guidance {conditions['guidance_scale']:g}) to {result['num_reference']:,} held-out images; ±"
-        " is the standard deviation over the seeds. Differences are those of each seed, whose batches and noise are"
-        " the same in every row.",
+        f"{distance} of {result['num_samples']:,} samples per run ({conditions['num_inference_steps']} denoising"
+        f" steps per stage, guidance {conditions['guidance_scale']:g}) to {result['num_reference']:,} held-out images;"
+        " ± is the standard deviation over seeds. Differences are taken per seed: all rows of a seed share batches"
+        " and noise.",
     ]
 
 

@@ -108,19 +108,19 @@ TABLES = {
 
 
 def table_notes(table: int) -> list[str]:
-    """How this project reads a table of the paper, and what its rows have not in common."""
+    """How we read a table of the paper, and where its rows are not comparable."""
     if table == 1:
         return [
-            "Which component each row of the paper lacks is read from its order; its text names padding tokens alone.",
-            "Without a cascade there is no second scale, and the scale-invariant loss has nothing to compare: the row"
-            " without CN, marked SIL as in the paper, trains without that loss too.",
-            "All rows train for the same number of steps on the same batches, not with the same arithmetic: the row"
-            " without CN trains and samples its last stage alone, and has fewer parameters.",
+            "We infer which component each row of the paper lacks from its order; the text only names padding tokens.",
+            "Without a cascade there is no second scale, so the scale-invariant loss has nothing to compare: the row"
+            " without CN, marked SIL as in the paper, also trains without that loss.",
+            "All rows train for the same number of steps on the same batches, but not with the same FLOPs: the row"
+            " without CN trains and samples only the last stage, and has fewer parameters.",
         ]
     return [
-        'The paper gives 1.97, 1.93 and 1.90 to "small subsets" of directions: read as one, two and three.',
-        f"Directions are taken in the order {', '.join(SCAN_DIRECTIONS)}.",
-        "A stage of N layers, whose second half mirrors the first, reads in no more than N/2 (rounded up) of them.",
+        'The paper gives 1.97, 1.93 and 1.90 for "small subsets" of directions: we read that as one, two and three.',
+        f"The order of directions is {', '.join(SCAN_DIRECTIONS)}.",
+        "A stage of N layers reads in at most N/2 (rounded up) of them, since its second half mirrors the first.",
     ]
 
 
@@ -134,7 +134,7 @@ def check_complete(recipe: dict) -> None:
         raise ValueError("an ablation needs a cascade, but the recipe has one stage: add one below it")
     for number, stage in enumerate(stages, start=1):
         if "scan_directions" in stage:
-            raise ValueError(f"rows decide on `scan_directions`: leave it out of stage {number}")
+            raise ValueError(f"the rows set `scan_directions`: remove it from stage {number}")
         for name in ("num_padding_tokens", "local_enhancement"):
             if not stage.get(name, True):
                 raise ValueError(f"an ablation needs all components, but `{name}` of stage {number} is {stage[name]}")
@@ -142,7 +142,7 @@ def check_complete(recipe: dict) -> None:
         raise ValueError(f"an ablation needs all components, but `sil_weight` is {training['sil_weight']}")
     for name in ("train_stages", "pretrained_model_name_or_path", "lora_rank"):
         if name in training:
-            raise ValueError(f"every row is trained as a whole and from the start: leave out `{name}`")
+            raise ValueError(f"every row trains all stages from scratch: remove `{name}`")
 
 
 def _check_layers(recipe: dict, directions: int) -> None:
@@ -151,8 +151,8 @@ def _check_layers(recipe: dict, directions: int) -> None:
     used = max(math.ceil(count / 2) for count in layers)
     if used < directions:
         raise ValueError(
-            f"stages of {', '.join(map(str, layers))} layers read in no more than {used} directions, since the second"
-            f" half mirrors the first: {directions} directions need {2 * directions - 1} layers in some stage"
+            f"stages of {', '.join(map(str, layers))} layers read in at most {used} directions, since the second half"
+            f" mirrors the first: {directions} directions need a stage of {2 * directions - 1} layers"
         )
 
 

@@ -24,7 +24,7 @@ def check_replaceable(output_dir: Path) -> None:
         names and not (card.is_file() and MADE_BY in card.read_text(encoding="utf-8"))
     ):
         raise FileExistsError(
-            f"{output_dir} exists and is not a data set written by this script: name another --output_dir or move it."
+            f"{output_dir} exists and is not a data set from this script: choose another --output_dir or move it."
         )
 
 

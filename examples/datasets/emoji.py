@@ -1,13 +1,13 @@
-"""Build the emoji data set: pictures of several styles on one background, labelled style/subgroup.
+"""Build the emoji data set: pictures in several styles on one background, labelled style/subgroup.
 
     python examples/datasets/emoji.py --output_dir data/emoji64
     python examples/datasets/emoji.py --edition 2 --output_dir data/emoji128
     python -c "from datasets import load_dataset; print(load_dataset('data/emoji64'))"
 
-The first edition has Fluent 3D, Noto and Twemoji at 64 pixels; the second has eight styles, drawn from SVG but for
-Fluent 3D, and needs `pip install resvg-py`. The pictures come from npm packages of fixed versions, fetched by
-`npm pack` or given by `--tarballs`. They are read from the tarballs in memory: nothing is unpacked to disk. The result
-depends on the arguments alone.
+The first edition has Fluent 3D, Noto and Twemoji at 64 pixels. The second has eight styles, drawn from SVG except for
+Fluent 3D, and needs `pip install resvg-py`. The pictures come from fixed versions of npm packages, downloaded with
+`npm pack` or passed as `--tarballs`. The tarballs are read in memory: nothing is unpacked to disk. The result depends
+only on the arguments.
 """
 
 import argparse
@@ -320,15 +320,15 @@ def read_package(path: Path) -> Package:
                 elif str(PurePosixPath(member.name).parent) in image_dirs:
                     files[member.name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole npm tarball ({error}): remove it and fetch it again.") from error
+        raise ValueError(f"{path} is not a complete npm tarball ({error}): delete it and try again.") from error
     name = tables.get("package", {}).get("name")
     if name not in SOURCE_OF_PACKAGE:
-        raise ValueError(f"{path} holds the package {name!r}; known are {', '.join(sorted(SOURCE_OF_PACKAGE))}.")
+        raise ValueError(f"{path} is package {name!r}; pass one of {', '.join(sorted(SOURCE_OF_PACKAGE))}.")
     source = SOURCE_OF_PACKAGE[name]
     package = Package(source, tables["package"]["version"], path, {}, tables.get("emoji"))
     if source.image_dir is None:
         if "icons" not in tables:
-            raise ValueError(f"{path} has no package/icons.json: remove it and fetch it again.")
+            raise ValueError(f"{path} has no package/icons.json: delete it and try again.")
         read_icons(package, tables["icons"], tables.get("chars", {}))
     for member_path in sorted(files):  # sorted: of two spellings of one emoji (00ae-fe0f, ae-fe0f) the first wins
         if str(PurePosixPath(member_path).parent) == source.image_dir:
@@ -432,7 +432,7 @@ def name_icons(package: Package, packages: Sequence[Package], emoji_json: Sequen
     tables = [names, unicode_names, short_names]
     for other in reversed(package.source.named_like):
         if other not in by_name:
-            raise ValueError(f"{package.path} has the names of {other}, but no code points: add the tarball of that.")
+            raise ValueError(f"{package.path} has no code points, only the names of {other}: add its tarball.")
         tables.insert(0, name_table(by_name[other]))
     if package.source.style == "fxemoji":
         pairs = (pair.split() for pair in FXEMOJI_NAMES.split(","))
@@ -475,9 +475,9 @@ def fetch_tarballs(cache_dir: Path, sources: Sequence[Source] = SOURCES) -> list
         npm = shutil.which("npm")
         if npm is None:
             raise FileNotFoundError(
-                "npm is not installed: install it (Debian: apt install npm), or fetch the packages "
+                "npm is not installed: install it (Debian: apt install npm), or run `npm pack` for the packages "
                 + ", ".join(f"{s.package}@{s.version}" for s in sources)
-                + " elsewhere with `npm pack` and name the files with --tarballs."
+                + " on another machine and pass the files as --tarballs."
             )
         cache_dir.mkdir(parents=True, exist_ok=True)
         print(f"npm pack {source.package}@{source.version}", flush=True)
@@ -496,7 +496,7 @@ def import_resvg() -> ModuleType:
         import resvg_py
     except ImportError as error:
         raise ImportError(
-            "SVG are drawn by resvg-py, which is not installed: pip install resvg-py, or all of the extra [emoji]"
+            "Drawing SVG needs resvg-py, which is not installed: pip install resvg-py, or the extra [emoji]"
         ) from error
     return resvg_py
 
@@ -562,13 +562,13 @@ def build(
     """
     names = [package.source.package for package in packages]
     if len(set(names)) != len(names):
-        raise ValueError(f"A package is given twice: {', '.join(str(package.path) for package in packages)}.")
+        raise ValueError(f"Pass each package only once, got {', '.join(str(package.path) for package in packages)}.")
     for package in packages:
         if package.source not in needed_sources(EDITIONS[edition]):
-            raise ValueError(f"{package.path} is not of --edition {edition}: leave it out or name the other edition.")
+            raise ValueError(f"{package.path} is not in --edition {edition}: leave it out or pass the other edition.")
     emoji_json = next((package.emoji_json for package in packages if package.emoji_json), None)
     if emoji_json is None:
-        raise ValueError("No emoji.json, which holds the labels: add the tarball of emoji-datasource-google.")
+        raise ValueError("There is no emoji.json with the labels: add the tarball of emoji-datasource-google.")
     labels = read_labels(emoji_json)
     everything = packages
     packages = [package for package in everything if package.source in choose_sources(edition, styles)]
@@ -695,40 +695,40 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output_dir", type=Path, required=True, help="the folder to write; an earlier build is replaced"
     )
     parser.add_argument(
-        "--tarballs", type=Path, nargs="+", help="npm tarballs to read (default: `npm pack` fetches them)"
+        "--tarballs", type=Path, nargs="+", help="npm tarballs to read (default: download them with `npm pack`)"
     )
     parser.add_argument(
         "--cache_dir",
         type=Path,
         default=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusers_pisdm" / "npm",
-        help="where fetched tarballs are kept (default: %(default)s)",
+        help="where to keep downloaded tarballs (default: %(default)s)",
     )
     parser.add_argument(
         "--edition",
         type=int,
         choices=sorted(EDITIONS),
         default=1,
-        help="1: three styles, of 64 pixels at most; 2: eight styles, drawn from SVG for any resolution but fluent3d, "
-        "and the columns subgroup and may_mirror (default: %(default)s)",
+        help="1: three styles, at most 64 pixels; 2: eight styles, drawn from SVG at any resolution (except "
+        "fluent3d), with the columns subgroup and may_mirror (default: %(default)s)",
     )
     parser.add_argument(
         "--styles",
         nargs="+",
         metavar="STYLE",
-        help="styles to keep to (default: all of the edition: "
+        help="only these styles (default: all of the edition: "
         + "; ".join(", ".join(source.style for source in sources) for sources in EDITIONS.values())
         + ")",
     )
-    parser.add_argument("--resolution", type=int, help="pixels a side (default: 64 in edition 1, 128 in edition 2)")
+    parser.add_argument("--resolution", type=int, help="pixels per side (default: 64 in edition 1, 128 in edition 2)")
     parser.add_argument("--format", choices=("parquet", "imagefolder"), default="parquet")
-    parser.add_argument("--image_format", choices=("png", "webp"), default="png", help="webp is lossy, PNG is not")
-    parser.add_argument("--quality", type=int, help=f"of WebP, 0 to 100 (default: {WEBP_QUALITY})")
+    parser.add_argument("--image_format", choices=("png", "webp"), default="png", help="WebP is lossy, PNG is not")
+    parser.add_argument("--quality", type=int, help=f"WebP quality, 0 to 100 (default: {WEBP_QUALITY})")
     parser.add_argument(
         "--max_skin_tones",
         type=int,
         default=1,
-        help="skin tones kept of each emoji and style, besides the yellow one (default: %(default)s: a third of the "
-        "pictures are then of people; all tones, which add no new shapes, would make it 60%%)",
+        help="skin tones to keep per emoji and style, besides the yellow one (default: %(default)s, with which a "
+        "third of the pictures show people; all tones would make it 60%%, without adding new shapes)",
     )
     parser.add_argument(
         "--holdout", type=float, default=0.05, help="share of emoji held out for validation (default: %(default)s)"
@@ -737,8 +737,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--min_images",
         type=int,
         default=2,
-        help="leave out classes with fewer training images (default: %(default)s, which costs 6 of 294 classes; 4 "
-        "would cost 23, monkey faces and hats among them)",
+        help="leave out classes with fewer training images (default: %(default)s, which drops 6 of 294 classes; 4 "
+        "would drop 23, including monkey faces and hats)",
     )
     parser.add_argument("--background", default="white", help="colour behind the pictures (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -749,7 +749,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.resolution is None:
         args.resolution = RESOLUTIONS[args.edition]
     if args.edition == 1 and args.resolution > RESOLUTIONS[1]:
-        parser.error(f"--resolution {args.resolution} would enlarge pictures of 64 pixels: add --edition 2")
+        parser.error(f"--resolution {args.resolution} would upscale pictures of 64 pixels: add --edition 2")
     if args.quality is None:
         args.quality = WEBP_QUALITY
     elif args.image_format != "webp":
@@ -795,7 +795,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_dataset_folder(args.output_dir, rows, features, card, licenses, args.format)
     print(card)
     print(licenses)
-    print(f"wrote {args.output_dir}")
+    print(f"Wrote {args.output_dir}")
 
 
 if __name__ == "__main__":

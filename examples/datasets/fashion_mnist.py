@@ -43,18 +43,18 @@ def read_idx(path: Path) -> np.ndarray:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist: install it (Debian: apt install dataset-fashion-mnist) or name the folder of the "
-            "four *-ubyte.gz files with --idx_dir."
+            f"{path} does not exist: install it (Debian: apt install dataset-fashion-mnist) or pass the folder with "
+            "the four *-ubyte.gz files as --idx_dir."
         )
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}): install or fetch it again.") from error
+        raise ValueError(f"{path} is not a complete gzip file ({error}): install or download it again.") from error
     num_axes = content[3] if content[:3] == b"\x00\x00\x08" and len(content) > 3 else 0
     start = 4 + 4 * num_axes
     shape = struct.unpack(f">{num_axes}I", content[4:start]) if len(content) >= start else ()
     if not shape or len(content) != start + math.prod(shape):
-        raise ValueError(f"{path} is not an idx file of bytes: install or fetch it again.")
+        raise ValueError(f"{path} is not an idx file of bytes: install or download it again.")
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
 
 
@@ -94,7 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output_dir", type=Path, required=True, help="the folder to write; an earlier one is replaced"
     )
     parser.add_argument("--idx_dir", type=Path, default=IDX_DIR, help="folder of the idx files (default: %(default)s)")
-    parser.add_argument("--resolution", type=int, choices=(28, 32), default=32, help="pixels a side (default: 32)")
+    parser.add_argument("--resolution", type=int, choices=(28, 32), default=32, help="pixels per side (default: 32)")
     parser.add_argument("--format", choices=("parquet", "imagefolder"), default="parquet")
     return parser.parse_args(argv)
 
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_dataset_folder(args.output_dir, rows, features, card, LICENSE, args.format)
     print(card)
     print(LICENSE)
-    print(f"wrote {args.output_dir}")
+    print(f"Wrote {args.output_dir}")
 
 
 if __name__ == "__main__":

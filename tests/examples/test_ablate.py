@@ -145,7 +145,7 @@ def test_what_is_done_is_not_done_again(finished, arguments, capsys):
     times = {path: path.stat().st_mtime_ns for path in output.glob("*/seed-0/**/*") if path.is_file()}
     ablate.main(arguments(output))
     said = capsys.readouterr().out
-    assert "[1/2] full, seed 0: done before\n[2/2] without_cn, seed 0: done before\n" in said
+    assert re.findall(r"\[(\d/2)\] (\w+), seed 0: already done", said) == [("1/2", "full"), ("2/2", "without_cn")]
     assert (output / "table_1.md").read_text() in said
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
@@ -156,7 +156,7 @@ def test_another_process_is_not_disturbed(finished, arguments, capsys):
     with open(output / "full" / "seed-7" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ablate.main(arguments(output, "--rows", "full", "--seeds", "7"))
-    assert "full, seed 7: another process is at it" in capsys.readouterr().out
+    assert "full, seed 7: another process" in capsys.readouterr().out
     assert [path.name for path in (output / "full" / "seed-7").iterdir()] == ["lock"]
 
 
@@ -171,7 +171,7 @@ def test_changed_arguments_are_refused(finished, arguments, more, training, mess
     output, _ = finished
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
         ablate.main(arguments(output, *more, training=training))
-    assert error.value.code.startswith(f"error: {output} holds an ablation with other arguments: ")
+    assert error.value.code.startswith(f"error: {output} ") and "use the same arguments" in error.value.code
 
 
 def test_a_training_that_fails_shows_why(arguments, tmp_path, monkeypatch):
@@ -183,24 +183,24 @@ def test_a_training_that_fails_shows_why(arguments, tmp_path, monkeypatch):
         ablate.main(arguments(tmp_path / "output", "--rows", "without_cn"))
     first, *lines = error.value.code.splitlines()
     log = tmp_path / "output" / "without_cn" / "seed-0" / "training.log"
-    assert first == f"error: [1/1] without_cn, seed 0: the training failed with exit code 1. The end of {log}:"
+    assert first.startswith("error: [1/1] without_cn, seed 0: ") and "exit code 1" in first and f"{log}:" in first
     assert lines[-2:] == ["line 99", "error: no luck"] and len(lines) == ablate.LOG_LINES
 
 
 @pytest.mark.parametrize(
     ("more", "training", "message"),
     [
-        (["--rows", "without_x"], [], "Table 1 has no row without_x, only full, without_csm, without_cn"),
+        (["--rows", "without_x"], [], r"Table 1 has no row without_x\..* full, without_csm, without_cn"),
         (["--num_samples", "1"], [], "--num_samples must be at least 2"),
-        ([], ["--seed", "3"], "--seed cannot be passed on to the training: it belongs to the ablation"),
-        ([], ["--batch_shares=1"], "--batch_shares cannot be passed on to the training: rows change it"),
-        ([], ["--dry_run"], "--dry_run cannot be passed on to the training: every row is trained as a whole"),
+        ([], ["--seed", "3"], "--seed cannot .*belongs to the ablation"),
+        ([], ["--batch_shares=1"], "--batch_shares cannot .*rows change it"),
+        ([], ["--dry_run"], "--dry_run cannot .*from scratch"),
     ],
 )
 def test_bad_arguments(arguments, tmp_path, capsys, more, training, message):
     with pytest.raises(SystemExit):
         ablate.main(arguments(tmp_path, *more, training=training))
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_bad_arguments(arguments, tmp_path, capsys, more, training, message):
         (["--held_out_split", "test"], "Cannot load split 'test'"),
         (["--features", "nothing"], "There is no feature extractor 'nothing'"),
         (["--cascade_config", "nowhere.json"], "--cascade_config nowhere.json: "),
-        (["--table", "2", "--rows", "8_directions"], "stages of 2, 2 layers read in no more than 1 directions"),
+        (["--table", "2", "--rows", "8_directions"], "stages of 2, 2 layers read in at most 1 directions"),
     ],
 )
 def test_mistakes_show_before_anything_is_trained(arguments, tmp_path, more, message):
@@ -219,8 +219,8 @@ def test_mistakes_show_before_anything_is_trained(arguments, tmp_path, more, mes
 
 
 def test_a_report_of_nothing(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="holds no ablation"):
+    with pytest.raises(SystemExit, match="not an ablation's folder"):
         ablate.main(["--table", "1", "--output_dir", str(tmp_path), "--report_only"])
     with pytest.raises(SystemExit):
         ablate.main(["--table", "1", "--output_dir", str(tmp_path)])
-    assert "give --cascade_config and --train_data_dir, or --report_only" in capsys.readouterr().err
+    assert "--cascade_config and --train_data_dir, or --report_only" in capsys.readouterr().err

@@ -140,7 +140,7 @@ def test_a_model_is_sampled_and_judged(model, folders, tmp_path):
     )
     assert scores(again) == scores(report) and again["generation"] == report["generation"]
     (folder / "000" / "000002.png").unlink()
-    with pytest.raises(SystemExit, match=r"error: 1 samples of .* are missing"):
+    with pytest.raises(SystemExit, match=r"error: 1 samples are missing in .*rerun"):
         run(tmp_path, "--features", "pixels", "--samples", str(folder))
 
 
@@ -175,7 +175,7 @@ def test_two_processes_do_as_one(model, folders, tmp_path):
             "error: There is no feature extractor 'vgg', only efficientnet",
         ),
         (["--samples", "{ours}", "--features_weights", "no.pth"], "error: There is no weights file no.pth"),
-        (["--samples", "{empty}"], "If it is a data set, say which split: --samples_split."),
+        (["--samples", "{empty}"], "name its split with --samples_split."),
         (["--samples", "{ours}", "--reference", "{stats}"], "error: The statistics of"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
         (["--model", "{model}", "--scheduler", "Nothing"], "error: diffusers has no scheduler `Nothing`"),
@@ -199,13 +199,13 @@ def test_errors_are_one_line(model, folders, tmp_path, arguments, message, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--model or --samples is needed"),
-        (["--model", "a", "--samples", "b"], "give one of them"),
+        ([], "--model or --samples, or --reference with --save_reference"),
+        (["--model", "a", "--samples", "b"], "--model or --samples, not both"),
         (["--samples", "a", "--save_reference", "b.npz"], "--save_reference needs --reference"),
         (["--model", "a", "--samples_split", "train"], "--samples_split needs --samples"),
         (["--samples", "a", "--reference_split", "train"], "--reference_split needs --reference"),
-        (["--samples", "a", "--num_neighbors", "0"], "--num_neighbors has to be at least 1 but is 0"),
-        (["--samples", "a", "--output", "a.txt"], "--output has to end with .json but is a.txt"),
+        (["--samples", "a", "--num_neighbors", "0"], "--num_neighbors must be at least 1, got 0"),
+        (["--samples", "a", "--output", "a.txt"], "--output must end in .json, got a.txt"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message, capsys):

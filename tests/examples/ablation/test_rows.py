@@ -94,7 +94,7 @@ def test_too_few_layers_for_the_directions():
     shallow = with_stages(num_layers=7)
     assert row("4_directions").recipe(shallow)["stages"][0]["num_layers"] == 7
     for name in ("5_directions", "8_directions"):
-        with pytest.raises(ValueError, match=r"7, 7, 7 layers read in no more than 4 directions.* need (9|15) layers"):
+        with pytest.raises(ValueError, match=r"7, 7, 7 layers read in at most 4 directions.* (9|15) layers"):
             row(name).recipe(shallow)
     row("8_directions").recipe({"stages": [{}, {}]})  # 49 layers
 
@@ -103,11 +103,11 @@ def test_too_few_layers_for_the_directions():
     ("recipe", "message"),
     [
         (RECIPE | {"stages": RECIPE["stages"][:1]}, "needs a cascade, but the recipe has one stage"),
-        (with_stages(scan_directions=["row_top_left"]), "rows decide on `scan_directions`: leave it out of stage 1"),
+        (with_stages(scan_directions=["row_top_left"]), "`scan_directions`: remove it from stage 1"),
         (with_stages(num_padding_tokens=0), "`num_padding_tokens` of stage 1 is 0"),
         (with_stages(local_enhancement=False), "`local_enhancement` of stage 1 is False"),
         (RECIPE | {"training": {"sil_weight": 0}}, "`sil_weight` is 0"),
-        (RECIPE | {"training": {"train_stages": [1]}}, "leave out `train_stages`"),
+        (RECIPE | {"training": {"train_stages": [1]}}, "remove `train_stages`"),
     ],
 )
 def test_a_recipe_without_a_component_is_refused(recipe, message):

@@ -366,7 +366,7 @@ def test_a_stopped_run_leaves_the_old_data_set(tarballs, tmp_path, monkeypatch):
 def test_a_folder_of_other_things_is_not_replaced(tarballs, tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("years of work")
-    with pytest.raises(SystemExit, match="mine exists and is not a data set written by this script"):
+    with pytest.raises(SystemExit, match=r"mine exists and is not a data set.*--output_dir"):
         run_main(tmp_path / "mine", tarballs)
     assert (tmp_path / "mine" / name).read_text() == "years of work"
 
@@ -411,13 +411,13 @@ def test_npm_fetches_once_and_its_errors_are_shown(tarballs, tmp_path, monkeypat
 def test_bad_tarballs_are_named(tarballs, tmp_path):
     truncated = tmp_path / "truncated.tgz"
     truncated.write_bytes(tarballs[1].read_bytes()[:20000])
-    with pytest.raises(ValueError, match=r"truncated\.tgz is not a whole npm tarball"):
+    with pytest.raises(ValueError, match=r"truncated\.tgz is not a complete npm tarball"):
         emoji.read_package(truncated)
     truncated.write_bytes(b"<html>502 Bad Gateway</html>")
-    with pytest.raises(ValueError, match=r"truncated\.tgz is not a whole npm tarball"):
+    with pytest.raises(ValueError, match=r"truncated\.tgz is not a complete npm tarball"):
         emoji.read_package(truncated)
     other = write_tarball(tmp_path, GOOGLE, members={"package/package.json": b'{"name": "left-pad"}'})
-    with pytest.raises(ValueError, match="holds the package 'left-pad'; known are @iconify-json/emojione, "):
+    with pytest.raises(ValueError, match=r"is package 'left-pad'.*@iconify-json/emojione, "):
         emoji.read_package(other)
     with pytest.raises(SystemExit, match=r"No such file.*missing\.tgz"):
         run_main(tmp_path / "emoji", [tmp_path / "missing.tgz"])
@@ -426,7 +426,7 @@ def test_bad_tarballs_are_named(tarballs, tmp_path):
 def test_tarballs_that_do_not_make_a_set_are_refused(packages):
     with pytest.raises(ValueError, match=r"No emoji\.json.*add the tarball of emoji-datasource-google"):
         emoji.build(packages[:1])
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="each package only once"):
         emoji.build([packages[1], packages[1]])
 
 
@@ -458,5 +458,5 @@ def test_the_script_runs_from_any_folder_and_shows_a_progress_bar(tarballs, tmp_
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "100%" in result.stderr
-    assert result.stdout.rstrip().endswith("wrote emoji")
+    assert result.stdout.rstrip().endswith("Wrote emoji")
     assert (tmp_path / "emoji" / "data" / "train-00000-of-00001.parquet").is_file()

@@ -354,7 +354,7 @@ def test_webp_folders_have_files_of_that_kind(tarballs, tmp_path):
         (["--quality", "50"], "--quality is for --image_format webp"),
         (["--image_format", "gif"], "--image_format"),
         (["--edition", "3"], "--edition"),
-        (["--resolution", "128"], "--resolution 128 would enlarge pictures of 64 pixels: add --edition 2"),
+        (["--resolution", "128"], "--resolution 128 .*64 pixels: add --edition 2"),
         (["--styles", "noto", "openmoji"], "--styles openmoji: --edition 1 has fluent3d, noto, twemoji"),
         (["--edition", "2", "--styles", "wingdings"], "--styles wingdings: --edition 2 has fluent3d, fluent, "),
     ],
@@ -376,7 +376,7 @@ def test_resolutions_and_quality_have_defaults(tmp_path):
 def test_without_resvg_the_message_comes_before_the_download(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     arguments = ["--output_dir", str(tmp_path / "emoji"), "--edition", "2", "--cache_dir", str(tmp_path / "cache")]
-    with pytest.raises(SystemExit, match="resvg-py, which is not installed: pip install resvg-py"):
+    with pytest.raises(SystemExit, match=r"resvg-py.* not installed: pip install resvg-py"):
         emoji.main(arguments)
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("PATH", "")
@@ -407,15 +407,15 @@ def test_missing_tarballs_are_named(packages):
     google, fluent = by_package[emoji.GOOGLE], by_package[PACKAGES["fluent"]]
     with pytest.raises(ValueError, match=r"The style noto needs the tarball of @iconify-json/noto@1\.2\.9"):
         emoji.build([google], edition=2, styles=["noto"])
-    with pytest.raises(ValueError, match="has the names of @iconify-json/fluent-emoji-flat"):
+    with pytest.raises(ValueError, match="names of @iconify-json/fluent-emoji-flat: add its tarball"):
         emoji.build([google, fluent], edition=2)
 
 
 def test_tarballs_of_the_other_edition_are_refused(packages, tmp_path):
-    with pytest.raises(ValueError, match=r"fluent-emoji-1.* is not of --edition 1"):
+    with pytest.raises(ValueError, match=r"fluent-emoji-1.* is not in --edition 1"):
         emoji.build(packages[1:2], edition=1)
     twitter = write_tarball(tmp_path, "emoji-datasource-twitter", emoji=emoji_json())
-    with pytest.raises(ValueError, match=r"emoji-datasource-twitter-16.* is not of --edition 2"):
+    with pytest.raises(ValueError, match=r"emoji-datasource-twitter-16.* is not in --edition 2"):
         emoji.build([emoji.read_package(twitter)], edition=2)
     empty = write_tarball(tmp_path, PACKAGES["noto"])
     with pytest.raises(ValueError, match=r"has no package/icons\.json"):

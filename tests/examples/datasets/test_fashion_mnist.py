@@ -92,7 +92,7 @@ def damage_header(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_gzip, "is not a whole gzip file"),
+        (damage_gzip, "is not a complete gzip file"),
         (damage_magic, "is not an idx file of bytes"),
         (damage_length, "is not an idx file of bytes"),
         (damage_header, "is not an idx file of bytes"),

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_a_rehearsal_is_not_taken_for_the_run(train, capsys):
     ):
         train("run", "--minutes", "1", "--train_stages", "1")
     train("run", "--minutes", "1", "--rehearse", "--train_stages", "1")
-    assert "stage 1: complete, with" in capsys.readouterr().out
+    assert "stage 1: already complete" in capsys.readouterr().out
 
 
 def test_the_command_line_overrides_the_recipes_time(recipe):
@@ -156,16 +157,16 @@ def test_a_recipe_that_asks_the_pretrained_stages_for_something_else_is_refused(
 @pytest.mark.parametrize(
     ("more", "culprit"),
     [
-        ([], "give one of --minutes and --max_train_steps"),
-        (["--minutes", "1", "--max_train_steps", "1"], "give one of --minutes and --max_train_steps"),
-        (["--minutes", "1", "2", "3"], "--minutes takes one value, or one for each of the 2 stages, got 3"),
+        ([], "one of --minutes and --max_train_steps"),
+        (["--minutes", "1", "--max_train_steps", "1"], "one of --minutes and --max_train_steps"),
+        (["--minutes", "1", "2", "3"], "--minutes takes one value.* per stage .*2.* got 3"),
         (["--minutes", "1", "--ema_decay", "1", "2", "3"], "--ema_decay takes one value"),
     ],
 )
 def test_usage_errors(recipe, more, culprit, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--cascade_config", str(recipe), "--train_data_dir", "d", "--output_dir", "o", *more])
-    assert culprit in capsys.readouterr().err
+    assert re.search(culprit, capsys.readouterr().err)
 
 
 def test_a_rehearsal_is_a_tenth(recipe):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -55,10 +56,10 @@ def test_held_out_images_are_measured_with_the_same_noise_each_time(train):
 
 
 USAGE_ERRORS = {
-    "no data": ([], "give one of --dataset_name, --train_data_dir and --latent_cache"),
-    "two data sets": (["--dataset_name", "a", "--train_data_dir", "b"], "give one of --dataset_name"),
+    "no data": ([], "one of --dataset_name, --train_data_dir and --latent_cache"),
+    "two data sets": (["--dataset_name", "a", "--train_data_dir", "b"], "one of --dataset_name"),
     "no repository": (["--train_data_dir", "a", "--push_to_hub"], "--push_to_hub needs --hub_model_id"),
-    "no base for LoRA": (["--train_data_dir", "a", "--lora_rank", "4"], "give --pretrained_model_name_or_path"),
+    "no base for LoRA": (["--train_data_dir", "a", "--lora_rank", "4"], "pass --pretrained_model_name_or_path"),
     "no images a step": (["--train_data_dir", "a", "--train_batch_size", "0"], "must be at least 1, got 0"),
     "unknown": (["--train_data_dir", "a", "--lr", "4"], "unrecognized arguments: --lr 4"),
     "abbreviated": (["--train_data_dir", "a", "--learning", "4"], "unrecognized arguments: --learning 4"),
@@ -71,13 +72,13 @@ def test_wrong_usage_is_told(tmp_path, capsys, arguments, message):
     config.write_text(json.dumps(CASCADE))
     with pytest.raises(SystemExit):
         train_pisdm.parse_args(["--cascade_config", str(config), "--output_dir", "o", *arguments])
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_cascade_must_be_described(capsys):
     with pytest.raises(SystemExit):
         train_pisdm.parse_args(["--train_data_dir", "a", "--output_dir", "o"])
-    assert "give --cascade_config, --pretrained_model_name_or_path or both" in capsys.readouterr().err
+    assert "--cascade_config, --pretrained_model_name_or_path or both" in capsys.readouterr().err
 
 
 def test_a_recipe_gives_defaults_and_the_command_line_counts_more(tmp_path):
