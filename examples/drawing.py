@@ -35,7 +35,7 @@ def add_drawing_arguments(add: Callable[..., argparse.Action]) -> None:
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     for name in CALL_ARGUMENTS:
         kind = int if name == "num_inference_steps" else float
-        add(f"--{name}", type=kind, nargs="+", help="One, or one a stage; default: the pipeline's.")
+        add(f"--{name}", type=kind, nargs="+", help="One, or one per stage; default: the pipeline's.")
 
 
 def find_processes() -> PartialState:
