@@ -424,7 +424,7 @@ def test_bad_tarballs_are_named(tarballs, tmp_path):
 
 
 def test_tarballs_that_do_not_make_a_set_are_refused(packages):
-    with pytest.raises(ValueError, match=r"No emoji\.json.*add the tarball of emoji-datasource-google"):
+    with pytest.raises(ValueError, match=r"no emoji\.json.*add the tarball of emoji-datasource-google"):
         emoji.build(packages[:1])
     with pytest.raises(ValueError, match="each package only once"):
         emoji.build([packages[1], packages[1]])
