@@ -14,13 +14,6 @@ from diffusers_pisdm.models.transformer_pisdm import PISDMTransformer2DModelOutp
 from .first_stage import check_first_stage
 
 
-# Table 1 of the paper; patches of 2x2. Keyword arguments of UViT2DModel.
-UVIT_SIZES = {
-    "S": {"num_layers": 13, "hidden_size": 512, "num_heads": 8},
-    "L": {"num_layers": 21, "hidden_size": 1024, "num_heads": 16},
-    "H": {"num_layers": 29, "hidden_size": 1152, "num_heads": 16},
-}
-
 NUM_PREFIX_TOKENS = 2  # timestep and class
 
 

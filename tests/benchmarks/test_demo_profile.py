@@ -12,8 +12,6 @@ from tests.pipelines.tiny_cascade import generators, make_cascade
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
-
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):

@@ -8,9 +8,6 @@ from tests.models.tiny_vae import KINDS, make_dc, make_kl
 from tests.pipelines.tiny_cascade import generators, make_cascade
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
-
-
 @pytest.fixture(params=KINDS)
 def make_vae(request):
     return KINDS[request.param]

@@ -14,8 +14,6 @@ from diffusers_pisdm import PISDMCascadePipeline
 from tests.pipelines.tiny_cascade import generators, make_cascade, make_transformer
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAMES = ["cat", "dog, hound", *"cdefghij"]
 

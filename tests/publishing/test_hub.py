@@ -20,10 +20,7 @@ from tests.hub_server import connect, serve_hub
 from tests.publishing.finished_run import make_finished_run
 
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers' schedulers on NumPy 2
-    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # huggingface_hub's upload
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's upload
 
 ROOT = Path(__file__).parents[2]
 NAME = "someone/cascade"

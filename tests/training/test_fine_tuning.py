@@ -16,8 +16,6 @@ from tests.models.tiny_model import make_inputs, make_model, mean_square_error_g
 from tests.pipelines.tiny_cascade import make_cascade
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
-
 OLD_NAMES = list("abcdefghij")
 NEW_NAMES = ["c", "new", "a", "newer"]
 

@@ -2,9 +2,15 @@ import pytest
 import torch
 
 from benchmarks.peers.equal_parameters import count_parameters
-from benchmarks.peers.uvit import UVIT_SIZES, UViT2DModel, UViTAttention
+from benchmarks.peers.uvit import UViT2DModel, UViTAttention
 
 
+# Table 1 of the paper; patches of 2x2. Keyword arguments of UViT2DModel.
+SIZES = {
+    "S": {"num_layers": 13, "hidden_size": 512, "num_heads": 8},
+    "L": {"num_layers": 21, "hidden_size": 1024, "num_heads": 16},
+    "H": {"num_layers": 29, "hidden_size": 1152, "num_heads": 16},
+}
 CONFIG = {"sample_size": 8, "num_layers": 5, "hidden_size": 32, "num_heads": 4, "num_classes": 3}
 
 
@@ -24,7 +30,7 @@ def run(model, height=8, width=8, timestep=500, label=0, images=None):
     ("size", "changes", "millions"), [("S", {"in_channels": 3, "num_classes": 9}, 44), ("L", {}, 287), ("H", {}, 501)]
 )
 def test_parameter_counts_are_the_papers(size, changes, millions):
-    assert round(count_parameters(UViT2DModel, {**UVIT_SIZES[size], **changes}) / 1e6) == millions
+    assert round(count_parameters(UViT2DModel, {**SIZES[size], **changes}) / 1e6) == millions
 
 
 def test_attention_is_softmax_attention():
