@@ -13,7 +13,7 @@ from diffusers import (
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
 )
-from diffusers.callbacks import PipelineCallback
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMCascadePipelineOutput
 from diffusers_pisdm.evaluation import SampleSettings
@@ -70,7 +70,7 @@ def test_one_to_four_stages(num_stages):
     assert pipe.num_stages == num_stages
     sizes = [8 * 2**stage for stage in range(num_stages)]
     assert [images.shape for images in output.stage_images] == [(2, size, size, 3) for size in sizes]
-    assert np.array_equal(output.images, output.stage_images[-1])
+    assert output.images is output.stage_images[-1]  # decoded once
     assert np.isfinite(output.images).all()
 
 
@@ -289,6 +289,24 @@ def test_pipeline_callback_switches_guidance_off(shared_pipe):
     images = run(shared_pipe, num_inference_steps=4, callback_on_step_end=callback).images
     expected = run(shared_pipe, num_inference_steps=4, guidance_scale=[4.0, 1.0]).images
     np.testing.assert_allclose(images, expected, atol=1e-6)
+
+
+def test_a_pipeline_callback_gets_the_tensors_it_asks_for(shared_pipe):
+    class Relabel(PipelineCallback):
+        tensor_inputs = ["class_labels"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"class_labels": torch.full_like(callback_kwargs["class_labels"], 3)} if step_index == 0 else {}
+
+    callback = Relabel(cutoff_step_ratio=None, cutoff_step_index=0)
+    labels = []
+    hook = shared_pipe.transformer_2.register_forward_pre_hook(
+        lambda _, args, kwargs: labels.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    for one_or_several in (callback, MultiPipelineCallbacks([callback])):
+        run(shared_pipe, num_inference_steps=1, guidance_scale=1.0, callback_on_step_end=one_or_several)
+    hook.remove()
+    assert labels == [[3, 3]] * 2
 
 
 def test_interrupt_returns_the_running_stages_image(shared_pipe):
