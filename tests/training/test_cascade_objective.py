@@ -72,9 +72,66 @@ def test_the_loss_is_equation_17_for_what_the_stages_were_given(batch):
         weight = betas / (2 * (1 - betas) * (1 - alpha_bar))
         expected = weight * (prediction - noise).square().mean(dim=(1, 2, 3))
         torch.testing.assert_close(losses.denoising[index], expected, rtol=1e-3, atol=0)
+    assert losses.scale_invariant.shape == (2,)  # stages 1 and 2, 2 and 3
     first, second, third = (errors.mean() for errors in losses.denoising)
     expected_total = first + 0.5 * second + 2.0 * third + 0.5 * losses.scale_invariant.mean()
     torch.testing.assert_close(losses.total.detach(), expected_total)
+
+
+def test_timesteps_are_uniform_over_the_whole_schedule():
+    [stage] = make_stages((4,))
+    objective = CascadeObjective([stage], [DDPMScheduler(num_train_timesteps=10)])
+    recorder = Recorder(objective)
+    timesteps = objective([torch.zeros(4000, 3, 4, 4)], torch.zeros(4000, dtype=torch.long), 5).timesteps
+    assert torch.equal(recorder.calls[0][1], timesteps)
+    counts = timesteps.bincount(minlength=10)
+    assert len(counts) == 10 and ((counts > 320) & (counts < 480)).all()  # 400 each, four standard deviations
+
+
+def test_every_stage_has_noise_and_levels_of_its_own():
+    """Of black images, only what is drawn is left: the noise times sigma, and in the condition times the level."""
+    count = 600
+    objective = make_objective(max_noise_level=0.3, sil_weight=0.0)
+    recorder = Recorder(objective)
+    objective([torch.zeros(count, 3, size, size) for size in (4, 8, 16)], torch.zeros(count, dtype=torch.long), 5)
+    drawn, levels = [], []
+    for noisy, timesteps, _, low_res, level, _ in recorder.calls:
+        sigma = (1 - DDPMScheduler().alphas_cumprod[timesteps]).sqrt()
+        drawn.append(noisy / sigma[:, None, None, None])
+        if low_res is not None:
+            levels.append(level)
+            drawn.append(low_res / level[:, None, None, None])
+    assert len(drawn) == 5 and len(levels) == 2
+    for noise in drawn:
+        assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+        assert ((noise.flatten(1).std(dim=1) - 1).abs() < 5 / (2 * noise[0].numel()) ** 0.5).all()  # of each image
+    same_places = torch.stack([noise[:, :, :4, :4].flatten() for noise in drawn])
+    assert (torch.corrcoef(same_places) - torch.eye(5)).abs().max() < 0.03
+    for level in levels:
+        assert 0 <= level.min() < 0.01 and 0.29 < level.max() < 0.3 and abs(level.mean() - 0.15) < 0.015
+    assert torch.corrcoef(torch.stack(levels))[0, 1].abs() < 0.2
+
+
+def test_defaults(real_images):
+    """Equation 17 as DDPM, U-ViT and DiM train it, and our reading of the rest."""
+    pyramid, labels = image_pyramid(real_images, [4, 8, 16]), torch.arange(len(real_images)) % NUM_CLASSES
+    stated = {
+        "loss_weighting": "uniform",
+        "label_dropout": 0.1,
+        "max_noise_level": 0.5,
+        "sil_weight": 1.0,
+        "sil_temperature": 0.1,
+        "sil_mask_same_class": False,
+        "train_stages": [1, 2, 3],
+        "batch_shares": [1.0, 1.0, 1.0],
+        "stage_loss_weights": [1.0, 1.0, 1.0],
+        "process_index": 0,
+        "num_processes": 1,
+    }
+    assert make_objective()(pyramid, labels, 3).total == make_objective(**stated)(pyramid, labels, 3).total
+    min_snr = {"loss_weighting": "min_snr"}
+    expected = make_objective(**min_snr, min_snr_gamma=5.0)(pyramid, labels, 3).total
+    assert make_objective(**min_snr)(pyramid, labels, 3).total == expected
 
 
 def test_residual_stages_learn_what_the_clean_upsampled_image_lacks(batch):
@@ -127,6 +184,9 @@ def test_factors_are_dropped_one_by_one_beside_the_whole_label(real_images):
     assert abs(first - (0.2 + 0.8 * 0.3)) < 0.025
     objective.eval()(pyramid, labels, 5)
     assert torch.equal(recorder.calls[1][2], labels)
+    objective = CascadeObjective([stage], [DDPMScheduler()], label_dropout=0.2)  # by default no factors are dropped
+    objective(pyramid, labels, 5)
+    assert set(recorder.calls[2][2].tolist()) == {*range(NUM_CLASSES + 1)}
 
 
 def test_factor_dropout_needs_factors():
@@ -161,6 +221,10 @@ def test_stages_share_timestep_and_label_and_see_the_stage_below(batch):
         added = low_res - augment_low_res(upsampled, torch.zeros_like(upsampled), noise_level)
         measured = added.flatten(1).std(dim=1)
         torch.testing.assert_close(measured, noise_level, rtol=0.35, atol=0.01)
+
+
+def test_checkpoints_hold_the_stages_and_the_heads_alone():
+    assert {name.split(".")[0] for name in make_objective().state_dict()} == {"stages", "scale_invariant_loss"}
 
 
 def test_without_noise_level_the_condition_is_the_upsampled_image(batch):

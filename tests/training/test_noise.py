@@ -6,7 +6,7 @@ from diffusers_pisdm.training.noise import RowNoise, noise_seed
 
 DRAWS = {
     "normal": lambda noise, rows: noise.normal(rows, 3, 2),
-    "uniform": lambda noise, rows: noise.uniform(rows, 5),
+    "uniform": lambda noise, rows: noise.uniform(rows, 5, 3),
     "integers": lambda noise, rows: noise.integers(7, rows),
 }
 
@@ -30,6 +30,18 @@ def test_numbers_have_the_distribution_they_say():
     assert integers.unique().tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_a_generator_stands_for_its_seed_and_decides_the_device(draw):
+    expected = draw(RowNoise(11, torch.device("cpu")), 6)
+    generator = torch.Generator().manual_seed(11)
+    with torch.device("meta"):  # the default device, where no numbers are
+        for noise in (RowNoise(generator, torch.device("meta")), RowNoise(11, torch.device("cpu"))):
+            assert noise.generator.device.type == "cpu"
+            assert torch.equal(draw(noise, 6), expected)
+    generator.manual_seed(11)
+    assert torch.equal(draw(RowNoise(generator, torch.device("cpu")), 6), expected)  # not a copy of the generator
+
+
 def test_a_place_has_one_seed_and_no_two_places_share_one():
     places = [
         (seed, process, epoch, step) for seed in (0, 1) for process in (0, 1) for epoch in (0, 1) for step in range(50)
@@ -37,7 +49,7 @@ def test_a_place_has_one_seed_and_no_two_places_share_one():
     seeds = {noise_seed(*place) for place in places}
     assert len(seeds) == len(places)
     assert noise_seed(0, 1, 0, 7) in seeds
-    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert 2**62 < max(seeds) < 2**63 and min(seeds) >= 0  # all 63 bits are used
 
 
 def test_neighbouring_places_draw_unrelated_noise():
