@@ -44,13 +44,15 @@ def test_there_are_eight_directions_and_the_four_of_dim_come_first():
     assert len(set(SCAN_DIRECTIONS)) == 8
     paths = [image_path((2, 3), direction) for direction in SCAN_DIRECTIONS[:4]]
     assert paths == [(0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0), (0, 3, 1, 4, 2, 5), (5, 2, 4, 1, 3, 0)]
+    assert scan_path(2, 3, SCAN_DIRECTIONS[0]).tolist() == [0, 1, 2, 3, 4, 5]  # a raster without padding tokens
 
 
-def test_a_direction_names_its_axis_and_its_start():
+@snakes
+def test_a_direction_names_its_axis_and_its_start(snake):
     corners = {"top_left": 0, "top_right": 3, "bottom_left": 8, "bottom_right": 11}
     for direction in SCAN_DIRECTIONS:
         axis, corner = direction.split("_", 1)
-        first, second, *_ = image_path((3, 4), direction)
+        first, second, *_ = image_path((3, 4), direction, snake)
         assert first == corners[corner]
         assert abs(second - first) == (1 if axis == "row" else 4)
 
@@ -302,6 +304,16 @@ def test_default_device_is_part_of_what_is_cached():
         assert scan_transitions(13, 13, SCAN_DIRECTIONS)[1].index.device.type == "meta"
     assert scan_transitions(13, 13, SCAN_DIRECTIONS)[1].index.device.type == "cpu"
     assert scan_transitions(13, 13, SCAN_DIRECTIONS, device="meta")[1].index.device.type == "meta"
+
+
+def test_paths_and_moves_are_built_on_the_device_asked_for():
+    sizes = (3, 17)  # of no other test: what lies in the cache is not built
+    with torch.device("meta"):
+        path = scan_path(*sizes, "row_bottom_right", True, 2, device="cpu")
+        moves = scan_transitions(*sizes, SCAN_DIRECTIONS, True, 2, 1, device="cpu")
+    assert torch.equal(path, scan_path(*sizes, "row_bottom_right", True, 2))
+    assert {move.index.device.type for move in moves} == {"cpu"}
+    assert scan_path(*sizes, "row_bottom_right", True, 2, device="meta").device.type == "meta"
 
 
 def permutation(length):

@@ -22,8 +22,13 @@ def test_processes_share_the_rows_of_one(draw, num_processes):
             assert torch.equal(draw(noise, 6 // num_processes), rows[rank::num_processes])
 
 
-def test_numbers_have_the_distribution_they_say():
+def test_numbers_have_the_shape_and_the_distribution_they_say():
     noise = RowNoise(0, torch.device("cpu"))
+    assert [x.shape for x in (noise.normal(2, 3, 4), noise.uniform(5), noise.integers(9, 2, 3))] == [
+        (2, 3, 4),
+        (5,),
+        (2, 3),
+    ]
     normal, uniform, integers = noise.normal(10_000), noise.uniform(10_000), noise.integers(5, 10_000)
     assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
     assert 0 <= uniform.min() < 0.01 and 0.99 < uniform.max() < 1
