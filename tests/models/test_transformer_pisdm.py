@@ -69,6 +69,22 @@ def test_patch_channels_and_outputs_are_free():
     assert output.features.shape == (2, 24, 32)
 
 
+def test_all_is_computed_on_the_inputs_device():
+    """Whatever the default device: there, nothing could be computed."""
+    model = make_model(snake=True)
+    size = {"height": 6, "width": 22}  # of no other test: what lies in the cache is not built
+    inputs = make_inputs(model, **size)
+    inputs["timestep"] = 7
+    with torch.device("meta"):
+        sample = run(model, **inputs).sample
+    assert torch.equal(sample, run(model, **inputs).sample)
+
+
+def test_the_rank_of_the_time_step_is_a_sixteenth_rounded_up_or_as_given():
+    for config, rank in [({"hidden_size": 36}, 3), ({"hidden_size": 32}, 2), ({"time_step_rank": 5}, 5)]:
+        assert make_model(**config).transformer_blocks[0].mixer.dt_proj.in_features == rank
+
+
 def test_time_and_level_may_be_numbers():
     model = make_model()
     inputs = make_inputs(model)
