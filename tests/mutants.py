@@ -24,6 +24,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -198,10 +199,17 @@ class MutantFinder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
 
 
 class FirstFailure:
-    """A plugin of pytest's that reports which test has failed and ends the process there and then."""
+    """
+    A plugin of pytest's that reports which test has failed and ends the process there and then. The tests that have
+    noticed most mutants come first.
+    """
 
-    def __init__(self, writer: int):
+    def __init__(self, writer: int, noticed: Counter[str]):
         self.writer = writer
+        self.noticed = noticed
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: -self.noticed[item.nodeid])
 
     def end(self, result: str | None) -> NoReturn:
         os.write(self.writer, json.dumps(result).encode())
@@ -216,7 +224,7 @@ class FirstFailure:
             self.end(report.nodeid)
 
 
-def run_tests(path: Path, source: str, seconds: float, writer: int) -> NoReturn:
+def run_tests(path: Path, source: str, seconds: float, plugin: FirstFailure) -> NoReturn:
     """Ends this process, having written which test fails with this source in place of the file's (`null`: none)."""
     import pytest
 
@@ -228,21 +236,20 @@ def run_tests(path: Path, source: str, seconds: float, writer: int) -> NoReturn:
     sys.meta_path.insert(0, MutantFinder(path, source))
     tests = [f"tests/{name}" for name in TESTS[str(path.relative_to(ROOT / "diffusers_pisdm"))]]
     chosen = " and ".join(f"not {word}" for word in LEFT_OUT)
-    plugin = FirstFailure(writer)
     code = pytest.main(["-q", *PLUGINS, "-k", chosen, *tests], plugins=[plugin])
     plugin.end(None if code == 0 else f"pytest ends with {code}")
 
 
 def run_mutants(path: Path, mutants: dict[int, str], jobs: int, seconds: float) -> Iterator[tuple[int, str | None]]:
     """Yields each mutant's number and the test that has noticed it."""
-    waiting, running = list(mutants.items()), {}
+    waiting, running, noticed = list(mutants.items()), {}, Counter()
     while waiting or running:
         while waiting and len(running) < jobs:
             number, mutant = waiting.pop(0)
             reader, writer = os.pipe()
             pid = os.fork()
             if pid == 0:
-                run_tests(path, mutant, seconds, writer)
+                run_tests(path, mutant, seconds, FirstFailure(writer, noticed))
             os.close(writer)
             running[pid] = number, reader
         pid, status = os.wait()
@@ -251,7 +258,9 @@ def run_mutants(path: Path, mutants: dict[int, str], jobs: int, seconds: float) 
             text = results.read()
         if os.WIFSIGNALED(status):
             text = json.dumps("timeout" if os.WTERMSIG(status) == signal.SIGXCPU else "crash")
-        yield number, json.loads(text or '"crash"')
+        test = json.loads(text or '"crash"')
+        noticed[test] += 1
+        yield number, test
 
 
 def test_file(path: Path, numbers: list[int], jobs: int) -> None:
