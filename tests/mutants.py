@@ -56,25 +56,22 @@ TESTS = {
     "training/optimization.py": ["training/test_optimization.py"],
 }
 LEFT_OUT = ("compiled", "export", "lora", "two_processes_give", "lowers")  # tests of these words are slow
-# What does not find failures costs half a second a mutant.
-PLUGINS = (
-    "-p",
-    "pytest_timeout",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:unraisableexception",
-    "-p",
-    "no:threadexception",
-)
+# What does not find failures costs a second a mutant: plugins, and asserts that explain themselves.
+PYTEST_ARGS = [
+    *("-p", "pytest_timeout", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception"),
+    "--assert=plain",
+]
 IMPORTED_ONCE = (
-    "numba",
+    "diffusers.models.auto_model",
+    "diffusers.pipelines.pipeline_utils",
+    "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.training_utils",
     "peft",
     "pytest",
     "pytest_timeout",
     "torch._dynamo",
+    "torch.utils.flop_counter",
     "transformers",
-    "diffusers.pipelines.pipeline_utils",
 )
 
 SWAPPED_CALLS = {
@@ -236,7 +233,7 @@ def run_tests(path: Path, source: str, seconds: float, plugin: FirstFailure) -> 
     sys.meta_path.insert(0, MutantFinder(path, source))
     tests = [f"tests/{name}" for name in TESTS[str(path.relative_to(ROOT / "diffusers_pisdm"))]]
     chosen = " and ".join(f"not {word}" for word in LEFT_OUT)
-    code = pytest.main(["-q", *PLUGINS, "-k", chosen, *tests], plugins=[plugin])
+    code = pytest.main(["-q", *PYTEST_ARGS, "-k", chosen, *tests], plugins=[plugin])
     plugin.end(None if code == 0 else f"pytest ends with {code}")
 
 
@@ -288,15 +285,22 @@ def test_file(path: Path, numbers: list[int], jobs: int) -> None:
     )
 
 
+def import_once() -> None:
+    """Imports here what all mutants need, and no thread may start: only the one that forks lives on in a fork."""
+    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+    for name in IMPORTED_ONCE:
+        importlib.import_module(name)
+    numba = importlib.import_module("numba")
+    numba.njit(lambda x: x)(1)  # its first compilation imports half of numba
+    gc.freeze()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="files, or FILE:3,7 for some mutants of one; all if not given")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     args = parser.parse_args()
-    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-    for name in IMPORTED_ONCE:
-        importlib.import_module(name)
-    gc.freeze()
+    import_once()
     for name in args.files or [f"diffusers_pisdm/{name}" for name in TESTS]:
         file, _, numbers = name.partition(":")
         test_file(ROOT / file, [int(number) for number in numbers.split(",") if number], args.jobs)
