@@ -335,6 +335,8 @@ def test_a_new_model_starts_as_stated():
         assert 0.97 * bound < values.max() <= bound and -bound <= values.min() < -0.97 * bound, name
         assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
 
+    assert parameters["class_embedding.weight"].shape == (500 + 1, 64)  # and the null label
+    assert not any("norm" in name for name in parameters)  # modulation is their scale and shift
     for name in ("padding_tokens", "class_embedding.weight", "proj_out.weight"):
         assert parameters[name].std().item() == pytest.approx(0.02, rel=0.05), name
         assert parameters[name].abs().max() > 3 * 0.02, name  # normal
