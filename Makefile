@@ -1,6 +1,7 @@
 # make demo [CLASSES="fluent3d/animal-mammal 12 ..."] [STEPS=10]   sample the checkpoint: demo.png and demo_stages.png
 # make test [PYTEST_ARGS="tests/ops -k scan"]           run the tests: all, by two processes, or those chosen, by one
 # make test-inception                                  compare with torch-fidelity's Inception v3 (gigabytes: see below)
+# make mutants [MUTANTS="diffusers_pisdm/ops/scan_paths.py ..."]   the edits that no test notices: of all files, or of some
 # make lint | make docs | make clean
 #
 # Each of them first creates .venv with what it needs, at the versions of constraints.txt, and can be interrupted and
@@ -11,6 +12,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+MUTANTS ?=
 # Denoising steps: one number, or one per stage; empty: what the checkpoint was found best with.
 STEPS ?=
 # Read by the recipe from its environment, so that no shell ever interprets a class name.
@@ -31,7 +33,7 @@ DEMO_ARGS = --model checkpoints/pisdm-emoji128 $(if $(STEPS),--steps $(STEPS)) -
 REMOVE_OLD_COPY = rm -rf $(VENV)/lib/python*/site-packages/diffusers_pisdm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-inception lint docs clean
+.PHONY: help demo test test-inception mutants lint docs clean
 # All steps install into one environment: two pips at once would break it, so `make -j` runs them one by one too.
 .NOTPARALLEL:
 
@@ -46,6 +48,9 @@ test: $(VENV)/.installed-test
 
 test-inception: $(INCEPTION_VENV)/.installed
 	@$(INCEPTION_PYTHON) -m pytest tests/evaluation/networks/test_inception_v3.py $(PYTEST_ARGS)
+
+mutants: $(VENV)/.installed-mutants
+	@$(VENV_PYTHON) -m tests.mutants $(MUTANTS)
 
 lint: $(VENV)/.installed-lint
 	@$(VENV_PYTHON) -m ruff check .

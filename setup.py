@@ -38,6 +38,8 @@ extras["test"] = [
     'triton>=3.3 ; platform_system == "Linux"',
     *extras["lint"],
 ]
+# Says which edits the tests should notice.
+extras["mutants"] = [*extras["test"], "mutmut>=3.8"]
 extras["dev"] = sorted({*extras["test"], *extras["docs"]})
 
 setup(

@@ -218,7 +218,7 @@ class CascadeObjective(nn.Module):
             noisy, timesteps, labels, low_res=low_res, noise_level=noise_level, return_dict=False
         )
         target = denoising_target(scheduler, clean, noise, timesteps)
-        errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
+        errors = (prediction.float() - target).square().mean(dim=(1, 2, 3))  # (B,)
         return self.get_buffer(f"loss_weights_{index}")[timesteps] * errors, features
 
 

@@ -65,8 +65,7 @@ def denoising_weights(scheduler: DDPMScheduler, weighting: str, min_snr_gamma: f
 
     snr = alphas_cumprod / (1 - alphas_cumprod)
     if weighting == "vlb":
-        betas, alphas = scheduler.betas.double(), scheduler.alphas.double()
-        weights = betas / (2 * alphas * (1 - alphas_cumprod))
+        weights = scheduler.betas / (2 * scheduler.alphas * (1 - alphas_cumprod))
     elif weighting == "min_snr":
         weights = snr.clamp(max=min_snr_gamma) / snr
     else:

@@ -91,3 +91,13 @@ def test_half_precision_stays_near_single(dtype):
     out, expected = half(tokens), mixer(tokens.float())
     assert out.dtype == dtype
     assert (out.float() - expected).norm() / expected.norm() < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+
+
+def test_what_steers_the_scan_is_taken_in_single_precision():
+    """Also where a user has cast all of the model."""
+    half = make_pair(32, 8, 3, 2, 2)[0].bfloat16()
+    tokens = torch.randn(2, 20, 32).bfloat16()
+    out = half(tokens)
+    for parameter in (half.A_log, half.D, half.dt_bias):
+        parameter.data = parameter.data.float()
+    assert torch.equal(out, half(tokens))

@@ -64,7 +64,7 @@ def test_factors_are_read_off_names():
 
 
 def test_names_with_another_number_of_parts_are_refused():
-    with pytest.raises(ValueError, match=r"Class 'face' has 1 parts between '/', but 'noto/animal' has 2"):
+    with pytest.raises(ValueError, match=r"'face' .* 1 .*'noto/animal' .* 2"):
         class_factors_from_names(["noto/animal", "face"], "/")
 
 
@@ -80,6 +80,6 @@ def test_precision_and_freezing_stay(trains):
 def test_offloaded_embeddings_are_refused():
     model = make_model()
     model.class_embedding.to("meta")
-    with pytest.raises(ValueError, match=r"while its weights are offloaded\. Call the pipeline's `remove_all_hooks"):
+    with pytest.raises(ValueError, match=r"offloaded.*`remove_all_hooks"):
         set_class_embedding(model, torch.randn(4, 32))
     assert model.config.num_classes == 10

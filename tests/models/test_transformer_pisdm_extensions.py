@@ -44,8 +44,9 @@ def make_extended(**config):
 # --- Formulas --------------------------------------------------------------------------------------------------------
 
 
-def test_the_head_changes_nothing_at_first():
-    plain, headed = PISDMTransformer2DModel(**tiny()), PISDMTransformer2DModel(**tiny(), pixel_head_channels=6)
+@pytest.mark.parametrize("channels", [1, 6])
+def test_the_head_changes_nothing_at_first(channels):
+    plain, headed = PISDMTransformer2DModel(**tiny()), PISDMTransformer2DModel(**tiny(), pixel_head_channels=channels)
     headed.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(run(headed), run(plain))
 
@@ -101,6 +102,10 @@ def test_a_class_is_the_sum_of_its_factors():
     # Ids of factors are taken, too, with the null label of one of them.
     partial = model._embed_classes(torch.tensor([[1, 4], [3, 2]]))
     torch.testing.assert_close(partial, torch.stack([weight[1] + weight[8], weight[3] + weight[6]]))
+    assert not any("factor" in name for name in model.state_dict())  # the configuration has them
+    model = make_model(num_classes=2, class_factors=((0, 1, 0), (2, 0, 1)))  # 3 + 1, 2 + 1, 2 + 1 rows
+    weight = model.class_embedding.weight
+    torch.testing.assert_close(model._embed_classes(torch.tensor([1]))[0], weight[2] + weight[4] + weight[7 + 1])
 
 
 def test_factors_are_what_the_model_sees():
@@ -205,16 +210,18 @@ def test_lora(tmp_path, config):
 @pytest.mark.parametrize(
     ("config", "culprit"),
     [
-        ({"overlapping_patches": True, "patch_size": 1}, "`overlapping_patches` needs an even `patch_size`, got 1"),
-        ({"pixel_head_channels": 0}, "`pixel_head_channels` must be None or at least 1, got 0"),
-        ({"residual_scale": 0.0}, "`residual_scale` must be None or a positive number, got 0.0"),
-        ({"residual_scale": float("nan")}, "`residual_scale` must be None or a positive number, got nan"),
-        ({"residual_scale": 0.1, "low_res_channels": None}, "`residual_scale` .* first stage"),
-        ({"class_factors": FACTORS[:9]}, "`class_factors` .* each of the 10 classes .* got 9"),
-        ({"class_factors": ((0, 1), *((0,),) * 9)}, "`class_factors` .* the same number of ids"),
-        ({"class_factors": ((),) * 10}, "`class_factors` .* the same number of ids"),
-        ({"class_factors": ((0, -1),) * 10}, r"`class_factors` must hold ids .* class 0 has \(0, -1\)"),
-        ({"class_factors": ((0, 1.0),) * 10}, "`class_factors` must hold ids"),
+        ({"overlapping_patches": True, "patch_size": 1}, "`overlapping_patches`.* even `patch_size`.* 1"),
+        ({"pixel_head_channels": 0}, "`pixel_head_channels`.* at least 1.* 0"),
+        ({"residual_scale": 0.0}, "`residual_scale`.* positive.* 0.0"),
+        ({"residual_scale": float("nan")}, "`residual_scale`.* positive.* nan"),
+        ({"residual_scale": float("inf")}, "`residual_scale`.* positive.* inf"),
+        ({"residual_scale": 0.1, "low_res_channels": None}, "`residual_scale`.* first stage.*`low_res_channels`"),
+        ({"class_factors": FACTORS[:9]}, "`class_factors`.* each of the 10 classes.* 9"),
+        ({"class_factors": ((0, 1), *((0,),) * 9)}, "`class_factors`.* same number of ids"),
+        ({"class_factors": ((),) * 10}, "`class_factors`.* same number of ids"),
+        ({"class_factors": ((0, -1),) * 10}, r"`class_factors`.* ids.* class 0 .*\(0, -1\)"),
+        ({"class_factors": ((0, 1.0),) * 10}, "`class_factors`.* ids"),
+        ({"class_factors": ((0, True),) * 10}, "`class_factors`.* ids"),
     ],
 )
 def test_arguments_out_of_range(config, culprit):

@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.ops.conditioning_augmentation import augment_low_res, upsample_low_res
-from diffusers_pisdm.training import CascadeObjective, image_pyramid, shift_noise_schedule
+from diffusers_pisdm.training import CascadeObjective, image_pyramid, info_nce, shift_noise_schedule
 from diffusers_pisdm.training.cascade_objective import stage_batch_size
 
 
@@ -44,22 +45,22 @@ def batch(real_images):
 
 
 class Recorder:
-    """Keeps what each stage was given and what it returned."""
+    """Keeps what each stage was given and what it returned, its features apart."""
 
     def __init__(self, objective):
-        self.calls = []
+        self.calls, self.features = [], []
         for stage in objective.stages:
             stage.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, stage, args, kwargs, output):
         self.calls.append((*args, kwargs["low_res"], kwargs["noise_level"], output[0]))
+        self.features.append(output[1])
 
 
 def test_the_loss_is_equation_17_for_what_the_stages_were_given(batch):
     pyramid, labels, seed = batch
-    objective = make_objective(
-        loss_weighting="vlb", sil_weight=0.5, stage_loss_weights=[1.0, 0.5, 2.0], shifts=(1, 0.5, 2)
-    )
+    sil = {"sil_weight": 0.5, "sil_temperature": 0.3, "sil_mask_same_class": True}
+    objective = make_objective(loss_weighting="vlb", stage_loss_weights=[1.0, 0.5, 2.0], shifts=(1, 0.5, 2), **sil)
     recorder = Recorder(objective)
     losses = objective(pyramid, labels, seed)
     assert [len({id(s) for s in objective.schedulers[:n]}) for n in (1, 2, 3)] == [1, 2, 3]
@@ -72,9 +73,72 @@ def test_the_loss_is_equation_17_for_what_the_stages_were_given(batch):
         weight = betas / (2 * (1 - betas) * (1 - alpha_bar))
         expected = weight * (prediction - noise).square().mean(dim=(1, 2, 3))
         torch.testing.assert_close(losses.denoising[index], expected, rtol=1e-3, atol=0)
+    heads = objective.scale_invariant_loss.heads.values()
+    first, second, third = (
+        F.normalize(head(features.mean(dim=1)), dim=1) for head, features in zip(heads, recorder.features)
+    )
+    expected = [info_nce(first, second, 0.3, labels), info_nce(second, third, 0.3, labels)]
+    torch.testing.assert_close(losses.scale_invariant, torch.stack(expected).detach())
+    assert not any(part.requires_grad for part in (*losses.denoising, losses.scale_invariant))
     first, second, third = (errors.mean() for errors in losses.denoising)
     expected_total = first + 0.5 * second + 2.0 * third + 0.5 * losses.scale_invariant.mean()
     torch.testing.assert_close(losses.total.detach(), expected_total)
+
+
+def test_timesteps_are_uniform_over_the_whole_schedule():
+    [stage] = make_stages((4,))
+    objective = CascadeObjective([stage], [DDPMScheduler(num_train_timesteps=10)])
+    recorder = Recorder(objective)
+    timesteps = objective([torch.zeros(4000, 3, 4, 4)], torch.zeros(4000, dtype=torch.long), 5).timesteps
+    assert torch.equal(recorder.calls[0][1], timesteps)
+    counts = timesteps.bincount(minlength=10)
+    assert len(counts) == 10 and ((counts > 320) & (counts < 480)).all()  # 400 each, four standard deviations
+
+
+def test_every_stage_has_noise_and_levels_of_its_own():
+    """Of black images, only what is drawn is left: the noise times sigma, and in the condition times the level."""
+    count = 600
+    objective = make_objective(max_noise_level=0.3, sil_weight=0.0)
+    recorder = Recorder(objective)
+    objective([torch.zeros(count, 3, size, size) for size in (4, 8, 16)], torch.zeros(count, dtype=torch.long), 5)
+    drawn, levels = [], []
+    for noisy, timesteps, _, low_res, level, _ in recorder.calls:
+        sigma = (1 - DDPMScheduler().alphas_cumprod[timesteps]).sqrt()
+        drawn.append(noisy / sigma[:, None, None, None])
+        if low_res is not None:
+            levels.append(level)
+            drawn.append(low_res / level[:, None, None, None])
+    assert len(drawn) == 5 and len(levels) == 2
+    for noise in drawn:
+        assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+        assert ((noise.flatten(1).std(dim=1) - 1).abs() < 5 / (2 * noise[0].numel()) ** 0.5).all()  # of each image
+    same_places = torch.stack([noise[:, :, :4, :4].flatten() for noise in drawn])
+    assert (torch.corrcoef(same_places) - torch.eye(5)).abs().max() < 0.03
+    for level in levels:
+        assert 0 <= level.min() < 0.01 and 0.29 < level.max() < 0.3 and abs(level.mean() - 0.15) < 0.015
+    assert torch.corrcoef(torch.stack(levels))[0, 1].abs() < 0.2
+
+
+def test_defaults(real_images):
+    """Equation 17 as DDPM, U-ViT and DiM train it, and our reading of the rest."""
+    pyramid, labels = image_pyramid(real_images, [4, 8, 16]), torch.arange(len(real_images)) % NUM_CLASSES
+    stated = {
+        "loss_weighting": "uniform",
+        "label_dropout": 0.1,
+        "max_noise_level": 0.5,
+        "sil_weight": 1.0,
+        "sil_temperature": 0.1,
+        "sil_mask_same_class": False,
+        "train_stages": [1, 2, 3],
+        "batch_shares": [1.0, 1.0, 1.0],
+        "stage_loss_weights": [1.0, 1.0, 1.0],
+        "process_index": 0,
+        "num_processes": 1,
+    }
+    assert make_objective()(pyramid, labels, 3).total == make_objective(**stated)(pyramid, labels, 3).total
+    min_snr = {"loss_weighting": "min_snr"}
+    expected = make_objective(**min_snr, min_snr_gamma=5.0)(pyramid, labels, 3).total
+    assert make_objective(**min_snr)(pyramid, labels, 3).total == expected
 
 
 def test_residual_stages_learn_what_the_clean_upsampled_image_lacks(batch):
@@ -93,9 +157,7 @@ def test_residual_stages_learn_what_the_clean_upsampled_image_lacks(batch):
     for index, scale in ((1, 0.3), (2, 0.2)):
         noisy, timesteps, _, low_res, level, prediction = recorder.calls[index]
         size = pyramid[index].shape[-2:]
-        upsampled = torch.nn.functional.interpolate(
-            pyramid[index - 1], size, mode="bicubic", align_corners=False, antialias=True
-        )
+        upsampled = F.interpolate(pyramid[index - 1], size, mode="bicubic", align_corners=False, antialias=True)
         residual = (pyramid[index] - upsampled) / scale
         alpha_bar = schedulers[index].alphas_cumprod[timesteps]
         signal, sigma = (x.sqrt()[:, None, None, None] for x in (alpha_bar, 1 - alpha_bar))
@@ -127,6 +189,32 @@ def test_factors_are_dropped_one_by_one_beside_the_whole_label(real_images):
     assert abs(first - (0.2 + 0.8 * 0.3)) < 0.025
     objective.eval()(pyramid, labels, 5)
     assert torch.equal(recorder.calls[1][2], labels)
+    objective = CascadeObjective([stage], [DDPMScheduler()], label_dropout=0.2)  # by default no factors are dropped
+    objective(pyramid, labels, 5)
+    assert set(recorder.calls[2][2].tolist()) == {*range(NUM_CLASSES + 1)}
+
+
+def test_errors_are_taken_in_single_precision(batch):
+    """Also where prediction and target are both halves: the clean image, under autocast."""
+    pyramid, labels, seed = batch
+    objective = make_objective(sizes=(16,), prediction_type="sample")
+    recorder = Recorder(objective)
+    clean = pyramid[2].bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [errors] = objective([clean], labels, seed).denoising
+    prediction = recorder.calls[0][-1]
+    assert prediction.dtype == torch.bfloat16
+    expected = (prediction.double() - clean.double()).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(errors.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_all_is_computed_on_the_batchs_device(batch):
+    """Whatever the default device: there, nothing could be computed."""
+    objective = make_objective()
+    expected = objective(*batch)
+    with torch.device("meta"):
+        losses = objective(*batch)
+    assert losses.total == expected.total and torch.equal(losses.scale_invariant, expected.scale_invariant)
 
 
 def test_factor_dropout_needs_factors():
@@ -161,6 +249,10 @@ def test_stages_share_timestep_and_label_and_see_the_stage_below(batch):
         added = low_res - augment_low_res(upsampled, torch.zeros_like(upsampled), noise_level)
         measured = added.flatten(1).std(dim=1)
         torch.testing.assert_close(measured, noise_level, rtol=0.35, atol=0.01)
+
+
+def test_checkpoints_hold_the_stages_and_the_heads_alone():
+    assert {name.split(".")[0] for name in make_objective().state_dict()} == {"stages", "scale_invariant_loss"}
 
 
 def test_without_noise_level_the_condition_is_the_upsampled_image(batch):
@@ -255,10 +347,13 @@ def test_only_the_chosen_stages_are_run_and_trained(batch):
 
 def test_a_stage_trained_alone_is_compared_with_the_frozen_one_below_it(batch):
     objective = make_objective(train_stages=[3], sil_weight=0.5)
-    recorder = Recorder(objective)
+    recorder, grad_enabled = Recorder(objective), []
+    for stage in objective.stages:
+        stage.register_forward_hook(lambda *call: grad_enabled.append(torch.is_grad_enabled()))
     losses = objective(*batch)
     losses.total.backward()
     assert [call[0].shape[-1] for call in recorder.calls] == [8, 16] and len(losses.denoising) == 1
+    assert grad_enabled == [False, True]
     torch.testing.assert_close(losses.total.detach(), losses.denoising[0].mean() + 0.5 * losses.scale_invariant.mean())
     with_gradient = [name for name, p in objective.named_parameters() if p.grad is not None]
     assert any(name.startswith("stages.2.") for name in with_gradient)
@@ -282,6 +377,9 @@ def test_two_processes_draw_the_rows_of_one(batch):
         for rank, half in enumerate(halves):
             for mine, all_rows in zip(half.calls[stage][:3], call[:3]):  # noisy images, timesteps, labels
                 assert torch.equal(mine, all_rows[rank::2])
+    # In evaluation a process is alone.
+    expected, second = alone.eval()(pyramid, labels, seed), objective.eval()(pyramid, labels, seed)
+    assert torch.equal(second.total, expected.total)
 
 
 def test_training_lowers_every_loss(batch):

@@ -12,21 +12,31 @@ def make_scheduler(prediction_type):
     return DDPMScheduler(prediction_type=prediction_type, beta_schedule="scaled_linear")
 
 
-def test_vlb_weight_is_equation_17():
-    scheduler = make_scheduler("epsilon")
-    weights = denoising_weights(scheduler, "vlb")
-    for t in TIMESTEPS.tolist():
-        beta, alpha = scheduler.betas[t].item(), 1 - scheduler.betas[t].item()
-        alpha_bar = scheduler.alphas_cumprod[t].item()
-        assert weights[t].item() == pytest.approx(beta**2 / (2 * beta * alpha * (1 - alpha_bar)), rel=1e-5)
+def relation(prediction_type, alpha_bar):
+    """What the squared error of the noise is as a multiple of the prediction's own."""
+    return {"epsilon": torch.ones_like(alpha_bar), "v_prediction": alpha_bar, "sample": alpha_bar / (1 - alpha_bar)}[
+        prediction_type
+    ]
 
 
-def test_min_snr_weight_caps_the_noise_weight_at_gamma_over_snr():
-    scheduler = make_scheduler("epsilon")
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weights = denoising_weights(scheduler, "min_snr", min_snr_gamma=5.0)
-    assert torch.allclose(weights[snr < 5], torch.ones(1))
-    assert torch.allclose(weights[snr > 5], 5.0 / snr[snr > 5], rtol=1e-4)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_weights_are_their_formulas_in_double_precision(prediction_type):
+    scheduler = make_scheduler(prediction_type)
+    beta, alpha_bar = scheduler.betas.double(), scheduler.alphas_cumprod.double()
+    alpha, sigma_squared = scheduler.alphas.double(), scheduler.betas.double()
+    snr = alpha_bar / (1 - alpha_bar)
+    of_noise = {
+        "uniform": 1 / relation(prediction_type, alpha_bar),  # 1 for the prediction as it is
+        "vlb": beta**2 / (2 * sigma_squared * alpha * (1 - alpha_bar)),  # equation 17
+        "min_snr": snr.clamp(max=5.0) / snr,
+    }
+    assert of_noise.keys() == set(LOSS_WEIGHTINGS)
+    for weighting, weights in of_noise.items():
+        expected = (weights * relation(prediction_type, alpha_bar)).float()
+        actual = denoising_weights(scheduler, weighting)
+        torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
+    capped = denoising_weights(make_scheduler("epsilon"), "min_snr", min_snr_gamma=2.0)
+    torch.testing.assert_close(capped, (snr.clamp(max=2.0) / snr).float(), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("weighting", ["vlb", "min_snr"])
@@ -49,15 +59,10 @@ def test_every_prediction_type_gives_the_loss_of_the_noise(weighting, prediction
     torch.testing.assert_close(loss(of_other, wrong), loss(of_noise, wrong_noise), rtol=2e-3, atol=0)
 
 
-def test_uniform_weight_is_one_whatever_is_predicted():
-    for prediction_type in ("epsilon", "v_prediction", "sample"):
-        assert (denoising_weights(make_scheduler(prediction_type), "uniform") == 1).all()
-
-
 def test_unknown_weighting_and_prediction_type_name_the_choices():
-    with pytest.raises(ValueError, match=", ".join(LOSS_WEIGHTINGS)):
+    with pytest.raises(ValueError, match=r"`weighting`.*uniform, vlb, min_snr.*cosine"):
         denoising_weights(make_scheduler("epsilon"), "cosine")
     scheduler = make_scheduler("epsilon")
     scheduler.register_to_config(prediction_type="flow")
-    with pytest.raises(ValueError, match="epsilon, v_prediction or sample, got flow"):
+    with pytest.raises(ValueError, match=r"`prediction_type`.*epsilon.*v_prediction.*sample.*flow"):
         denoising_target(scheduler, torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.long))

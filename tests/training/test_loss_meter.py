@@ -36,6 +36,37 @@ def test_means_are_over_images_by_stage_and_noise_level(meter):
     )
 
 
+def test_half_precision_is_summed_in_single_on_the_losses_device():
+    """And all means are numbers, whatever the default device; without a weight, a batch counts once."""
+    halves = losses([256.0, 1.0, 1.0], [2.0], [0, 1, 2], [1.0078125])
+    halves = halves._replace(
+        denoising=[errors.bfloat16() for errors in halves.denoising], scale_invariant=halves.scale_invariant.bfloat16()
+    )
+    wholes = losses([4.0], [4.0], [0], [258.0])
+    objective = make_objective(sizes=(4, 8))
+    with torch.device("meta"):
+        meter = LossMeter(objective)
+        meter.add(halves)
+        meter.add(wholes, weight=1.0)
+        means = meter.means("train")
+    assert means == pytest.approx(
+        {
+            "train/denoising_1": 262 / 4,
+            "train/denoising_1_t0-249": 262 / 4,
+            "train/denoising_2": 3.0,
+            "train/denoising_2_t0-249": 3.0,
+            "train/scale_invariant_1_2": (3 * 1.0078125 + 258) / 4,
+        }
+    )
+    assert {type(value) for value in means.values()} == {float}
+
+
+def test_a_single_stage_has_a_meter_too():
+    meter = LossMeter(make_objective(sizes=(16,)))
+    meter.add(CascadeLosses(torch.zeros(()), [torch.tensor([3.0])], torch.zeros(0), torch.tensor([999])))
+    assert meter.means("a") == {"a/denoising_1": 3.0, "a/denoising_1_t750-999": 3.0}
+
+
 def test_reset_forgets_and_weight_zero_ignores(meter):
     meter.add(losses([9.0], [9.0], [5], [9.0]))
     meter.reset()
@@ -50,8 +81,9 @@ def test_a_reduction_over_processes_weighs_by_images(meter):
     meter.add(losses([1.0], [1.0], [5], [1.0]))
     other = LossMeter(make_objective(sizes=(4, 8)))
     other.add(losses([4.0, 4.0], [4.0], [5, 6], [4.0]))
-    means = meter.means("train", reduce=lambda tensor: tensor + other.totals)
-    assert means["train/denoising_1"] == 3.0 and means["train/denoising_2"] == 2.5
+    for _ in range(2):  # the reduction may work in place
+        means = meter.means("train", reduce=lambda tensor: tensor.add_(other.totals))
+        assert means["train/denoising_1"] == 3.0 and means["train/denoising_2"] == 2.5
 
 
 def test_only_trained_stages_are_named():

@@ -1,4 +1,5 @@
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -43,15 +44,38 @@ def test_rate_rises_stays_and_falls():
 
 def test_without_cooldown_the_rate_stays():
     assert rates(warmup=0, cooldown=0, total=6) == [1.0] * 6
+    assert learning_rate_factor(6, 0, 0, 6) == 1.0  # a scheduler asks once more after the last step
 
 
-def test_the_optimizer_is_adamw_as_asked():
-    model = torch.nn.Linear(3, 3)
-    optimizer = make_optimizer(parameter_groups(model, 0.25), 1e-2, (0.8, 0.9), 1e-6)
-    assert isinstance(optimizer, torch.optim.AdamW)
+def test_the_rate_ends_at_zero_and_the_lower_of_rise_and_fall_holds():
+    assert [learning_rate_factor(step, 0, 5, 20) for step in (20, 21)] == [0.0, 0.0]
+    assert rates(warmup=6, cooldown=6, total=8) == pytest.approx([i / 6 for i in (1, 2, 3, 4, 4, 3, 2, 1)])
+
+
+def make_groups():
+    return parameter_groups(torch.nn.Linear(3, 3, bias=False), 0.25)  # nothing that does not decay
+
+
+def assert_as_asked(optimizer):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (1e-2, (0.8, 0.9), 1e-6)
+
+
+def test_the_optimizer_is_fused_adamw_as_asked():
+    optimizer = make_optimizer(make_groups(), 1e-2, (0.8, 0.9), 1e-6)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert_as_asked(optimizer)
+    assert (optimizer.defaults["fused"], optimizer.defaults["capturable"]) == (True, False)
+
+
+def test_a_recorded_step_reads_its_rate_from_the_parameters_device():
+    groups = make_groups()
+    with torch.device("meta"):
+        optimizer = make_optimizer(groups, 0.5, (0.8, 0.9), 1e-6, capturable=True)
+    rate = optimizer.param_groups[0]["lr"]
+    assert isinstance(rate, torch.Tensor) and rate.device.type == "cpu" and rate == 0.5
+    assert optimizer.defaults["capturable"]
 
 
 def test_8_bit_adam_needs_bitsandbytes(monkeypatch):
@@ -61,7 +85,14 @@ def test_8_bit_adam_needs_bitsandbytes(monkeypatch):
         make_optimizer([], 1e-2, (0.8, 0.9), 1e-6, use_8bit=True)
 
 
-def test_8_bit_adam_is_bitsandbytes():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    groups = parameter_groups(torch.nn.Linear(3, 3), 0.25)
-    assert isinstance(make_optimizer(groups, 1e-2, (0.8, 0.9), 1e-6, use_8bit=True), bitsandbytes.optim.AdamW8bit)
+def test_8_bit_adam_is_bitsandbytes(monkeypatch):
+    """AdamW under the name, as bitsandbytes is for machines with a GPU."""
+
+    class AdamW8bit(torch.optim.AdamW):
+        pass
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
+    optimizer = make_optimizer(make_groups(), 1e-2, (0.8, 0.9), 1e-6, use_8bit=True)
+    assert isinstance(optimizer, AdamW8bit)
+    assert_as_asked(optimizer)

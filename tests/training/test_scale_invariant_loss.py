@@ -1,4 +1,5 @@
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -43,6 +44,51 @@ def test_value_and_gradient_equal_a_plain_loop(labels):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mask_same_class", [None, True])
+def test_the_loss_is_its_formula_for_every_pair_of_stages(mask_same_class):
+    """Each stage with its own width and tokens, and all but the first with its own number of images."""
+    torch.manual_seed(0)
+    kwargs = {} if mask_same_class is None else {"mask_same_class": mask_same_class}
+    loss = ScaleInvariantLoss([6, 10, 7], **kwargs).double()
+    images, tokens = (5, 5, 4), (4, 9, 5)
+    features = {i: torch.randn(images[i], tokens[i], width) for i, width in enumerate((6, 10, 7))}
+    features = {i: (2 * values).double().requires_grad_() for i, values in features.items()}
+    labels = torch.tensor([2, 0, 1, 2, 0])
+    embeddings = []
+    for stage in range(3):
+        first, _, second = loss.heads[str(stage)]
+        pooled = features[stage].sum(dim=1) / tokens[stage]
+        hidden = pooled @ first.weight.T + first.bias
+        hidden = hidden / (1 + torch.exp(-hidden))
+        embedded = hidden @ second.weight.T + second.bias
+        assert embedded.shape[1] == 256
+        embeddings.append(embedded / embedded.square().sum(dim=1, keepdim=True).sqrt())
+    classes = labels.tolist() if mask_same_class else None
+    expected = [
+        info_nce_by_loops(embeddings[0], embeddings[1], 0.1, classes),
+        info_nce_by_loops(embeddings[1][:4], embeddings[2], 0.1, classes),
+    ]
+    actual = loss(features, labels)
+    torch.testing.assert_close(actual.double(), torch.stack(expected), rtol=1e-5, atol=0)
+    # The gradient reaches the features of both stages of a pair.
+    gradients = torch.autograd.grad(actual @ torch.tensor([1.0, 3.0]), list(features.values()))
+    expected = torch.autograd.grad(expected[0] + 3 * expected[1], list(features.values()))
+    for gradient, value in zip(gradients, expected):
+        torch.testing.assert_close(gradient, value, rtol=1e-4, atol=1e-6)
+
+
+def test_temperature_divides_the_similarities():
+    torch.manual_seed(0)
+    queries, keys = F.normalize(torch.randn(2, 5, 7), dim=-1)
+    with torch.device("meta"):  # the tensors' device counts, not the default
+        by_default = info_nce(queries, keys)
+    assert by_default == info_nce(queries, keys, 0.1) == info_nce(2 * queries, keys, 0.2)
+    loss = ScaleInvariantLoss([7, 7], temperature=0.5)
+    features = {0: queries[:, None], 1: keys[:, None]}
+    lower, higher = (F.normalize(head(features[int(i)][:, 0]), dim=-1) for i, head in loss.heads.items())
+    torch.testing.assert_close(loss(features, torch.arange(5))[0], info_nce(lower, higher, 0.5))
+
+
 def test_independent_embeddings_cost_about_the_logarithm_of_the_batch():
     torch.manual_seed(0)
     queries, keys = F.normalize(torch.randn(2, 256, 512), dim=-1)
@@ -75,16 +121,6 @@ def test_adjacent_stages_are_compared_on_the_images_they_share():
     assert not torch.allclose(loss(changed, labels)[0], both[0])
 
 
-def test_masking_leaves_out_images_of_the_same_class():
-    torch.manual_seed(0)
-    masked, plain = ScaleInvariantLoss([8, 8], mask_same_class=True), ScaleInvariantLoss([8, 8])
-    plain.load_state_dict(masked.state_dict())
-    features = {0: torch.randn(4, 5, 8), 1: torch.randn(4, 5, 8)}
-    one_class, four_classes = torch.zeros(4, dtype=torch.long), torch.arange(4)
-    torch.testing.assert_close(masked(features, four_classes), plain(features, four_classes))
-    assert masked(features, one_class).item() == pytest.approx(0.0, abs=1e-6)  # no negatives are left
-
-
 def test_training_aligns_the_scales():
     torch.manual_seed(0)
     loss = ScaleInvariantLoss([8, 8])
@@ -113,6 +149,35 @@ def test_only_the_chosen_pairs_are_compared():
 def test_alone_nothing_is_gathered():
     rows = torch.randn(3, 2, requires_grad=True)
     assert gather_rows(rows) is rows
+
+
+def gather_in_process(rank, folder, rows):
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    own = rows[rank].T.clone().T.requires_grad_()  # not contiguous
+    gathered = gather_rows(own)
+    (gathered.sum() * (rank + 1)).backward()  # as is this gradient, an expanded scalar
+    plain = own.grad.clone()
+    own.grad = None
+    ((rank + 1) * gather_rows(own) ** 3).sum().backward()
+    torch.save((gathered.detach(), plain, own.grad), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_rows_of_two_processes_are_gathered_with_the_gradient_of_both_losses(tmp_path):
+    rows = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    processes = multiprocessing.get_context("fork")
+    workers = [processes.Process(target=gather_in_process, args=(rank, tmp_path, rows)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    for rank in range(2):
+        gathered, plain, cubed = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(gathered, torch.cat([*rows]))
+        assert torch.equal(plain, torch.full((3, 2), 3.0))  # 1 of the first process's loss, 2 of the second's
+        torch.testing.assert_close(cubed, 3 * 3 * rows[rank] ** 2)
 
 
 def test_two_processes_give_the_losses_and_gradients_of_one(tmp_path):
