@@ -1,10 +1,10 @@
 """
-The images of a training run, in an order that depends on the seed alone and can be entered anywhere.
+The images of a training run, in an order that depends only on the seed and can be resumed at any point.
 
-The order is our own because what a run has seen must not depend on its workers and processes, and a resumed run must
-see what an uninterrupted one would. torch's DataLoader has no position, and seeds random crops and flips per worker;
-torchdata's StatefulDataLoader resumes only with as many workers; datasets refills a stream's shuffle buffer when it
-resumes. The workers are still those of torch's DataLoader (`parallel_read.py`), a stream's shards those of datasets.
+We do our own ordering because what a run sees must not depend on its number of workers or processes, and a resumed run
+must see what an uninterrupted one would. torch's DataLoader has no position and seeds random crops and flips per
+worker; torchdata's StatefulDataLoader resumes only with the same number of workers; datasets refills a stream's
+shuffle buffer on resuming. We still use torch's DataLoader workers (`parallel_read.py`) and datasets' stream sharding.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ class TrainingBatches:
     """
     An endless iterator over one process's batches.
 
-    The batches depend on the data, the batch size and the seed, not on the number of workers; and, but for streams,
-    not on the number of processes: two processes with half the batch size see together what one sees.
+    The batches depend on the data, the batch size and the seed, but not on the number of workers. Except for streams,
+    they do not depend on the number of processes either: two processes with half the batch size together see what one
+    process would.
 
     Args:
         rows ([`ImageRows`] or [`LatentCache`]): What to read.
-        batch_size (`int`): Images a process and batch.
-        seed (`int`, defaults to 0): Of the order, of crop, flip and latents; not negative.
-        num_processes (`int`, defaults to 1), process_index (`int`, defaults to 0): Which process this is of how many.
-        num_workers (`int`, defaults to 0): Processes that decode; 0 decodes when a batch is asked for.
-        shuffle_buffer (`int`, defaults to 1000): Rows among which a stream is shuffled; others are shuffled whole.
+        batch_size (`int`): Images per process and batch.
+        seed (`int`, defaults to 0): Seeds the order, crops, flips and latents; not negative.
+        num_processes (`int`, defaults to 1), process_index (`int`, defaults to 0):
+            How many processes there are, and which one this is.
+        num_workers (`int`, defaults to 0): Decoding processes; with 0, a batch is decoded when it is requested.
+        shuffle_buffer (`int`, defaults to 1000): Rows in a stream's shuffle buffer; other data is fully shuffled.
 
     Raises:
-        DataError: The rows do not fill one batch of all processes. When iterating: see [`ImageRows`].
+        DataError: There are too few rows for one batch per process. When iterating: see [`ImageRows`].
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class TrainingBatches:
         shuffle_buffer: int = 1000,
     ):
         if rows.is_stream:
-            from .stream_batches import StreamBatches  # needs datasets, which a cache of latents does without
+            from .stream_batches import StreamBatches  # needs datasets, which a latent cache does not
 
             self._source = StreamBatches(
                 rows, batch_size, seed, num_processes, process_index, num_workers, shuffle_buffer
@@ -77,8 +79,8 @@ class TrainingBatches:
 
     def state_dict(self) -> dict[str, int]:
         """
-        The position after the last batch that was handed out. It is the same in all processes, except for streams,
-        where each process has its own.
+        The position after the last batch returned: the same in all processes, except for streams, where each process
+        has its own.
 
         Returns:
             `dict[str, int]`: JSON-serialisable.
@@ -87,13 +89,13 @@ class TrainingBatches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """
-        Goes to the position of a [`~TrainingBatches.state_dict`]: the next batch is the one that followed it.
+        Restores the position saved by [`~TrainingBatches.state_dict`]: the next batch is the one that followed it.
 
         Args:
-            state (`dict[str, int]`): From the same data.
+            state (`dict[str, int]`): Saved with the same data.
 
         Raises:
-            ValueError: The state is of other data, another seed or, for streams, another number of processes.
+            ValueError: The state is for other data, another seed or, for streams, another number of processes.
         """
         identity = self._source.identity
         changed = [
@@ -101,8 +103,8 @@ class TrainingBatches:
         ]
         if changed:
             raise ValueError(
-                f"The data's position does not fit: {'; '.join(changed)}. Resume with what the run was started with,"
-                " or start anew with --resume_from_checkpoint none."
+                f"The data's position does not fit: {'; '.join(changed)}. Resume with the settings the run started"
+                " with, or start over with --resume_from_checkpoint none."
             )
         self.epoch, self.rows_done = state["epoch"], state["rows_done"]
         self._batches = None
@@ -116,11 +118,13 @@ def validation_batches(
     num_workers: int = 0,
 ) -> Iterator[TrainingBatch]:
     """
-    Goes once through held-out rows, in order, every `num_processes`-th in each process; the last batch may be smaller.
-    Refuses (ValueError) rows that are cropped or flipped at random.
+    Iterates once over held-out rows in order, each process taking every `num_processes`-th; the last batch may be
+    smaller. Raises ValueError if rows are randomly cropped or flipped.
     """
     if rows.is_random:
-        raise ValueError("Held-out images must be the same every time: `random_crop` and `random_flip` must be False.")
+        raise ValueError(
+            "Held-out images must not change between passes: `random_crop` and `random_flip` must be False."
+        )
     if rows.is_stream:
         from .stream_batches import stream_once
 
@@ -132,8 +136,8 @@ def validation_batches(
 
 class ShuffledBatches:
     """
-    One process's share of the global batches: of each, every `num_processes`-th row, so that all processes together
-    see what one would see with their batches put together. The rows of an epoch that fill no global batch are dropped.
+    One process's share of the global batches: every `num_processes`-th row of each, so all processes together see what
+    a single one would with the global batch size. An epoch's last, incomplete global batch is dropped.
     """
 
     def __init__(
@@ -153,21 +157,21 @@ class ShuffledBatches:
         self.num_workers = num_workers
         if len(rows) < self.global_batch_size:
             raise DataError(
-                f"The data set has {len(rows)} images, less than one batch of {batch_size} for each of {num_processes}"
-                " processes: lower --train_batch_size."
+                f"The data set has {len(rows)} images, too few for one batch of {batch_size} on each of"
+                f" {num_processes} processes: lower --train_batch_size."
             )
 
     @property
     def identity(self) -> dict[str, int]:
-        """What positions depend on."""
+        """The settings a position depends on."""
         return {"seed": self.seed, "num_rows": len(self.rows)}
 
     def start(self, epoch: int, rows_done: int) -> Iterator[tuple[TrainingBatch, int, int]]:
         """
-        Yields batches and the position after each, from an epoch of whose rows `rows_done`, over all processes, are
-        used.
+        Yields batches and the position after each, starting in an epoch of which all processes together have used
+        `rows_done` rows.
         """
-        ahead, yielded = tee(self._keys(epoch, rows_done))  # the workers are ahead of what is yielded
+        ahead, yielded = tee(self._keys(epoch, rows_done))  # the workers read ahead of what we yield
         read = partial(read_rows, self.rows, self.seed)
         for batch, (_, position) in zip(read_batches(read, (keys for keys, _ in ahead), self.num_workers), yielded):
             yield batch, *position
@@ -184,5 +188,5 @@ class ShuffledBatches:
 
 
 def read_rows(rows: ImageRows | LatentCache, seed: int, keys: list[tuple[int, int]]) -> TrainingBatch:
-    """Reads rows by their number and epoch."""
+    """Reads the rows with the given indices and epochs."""
     return stack_rows([rows.read(row, epoch, seed) for row, epoch in keys])

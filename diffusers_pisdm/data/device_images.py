@@ -1,4 +1,4 @@
-"""A data set that fits in the memory of the device that trains on it."""
+"""A data set that fits in the memory of the training device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .rows import TrainingBatch
 class LabelledImages:
     """
     Args:
-        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8): All of them.
-        labels (`torch.Tensor` of shape `(N,)`, int64): Their classes.
-        class_names (`list[str]`): The classes' names.
-        may_flip (`torch.Tensor` of shape `(N,)`, bool, *optional*): Which of them show the same thing in the mirror.
+        images (`torch.Tensor` of shape `(N, 3, H, W)`, uint8): All images.
+        labels (`torch.Tensor` of shape `(N,)`, int64): The class of each image.
+        class_names (`list[str]`): The name of each class.
+        may_flip (`torch.Tensor` of shape `(N,)`, bool, *optional*): Which images keep their meaning when mirrored.
     """
 
     images: torch.Tensor
@@ -31,18 +31,18 @@ class LabelledImages:
     may_flip: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> LabelledImages:
-        """The same, with the tensors on a device."""
+        """Returns a copy with the tensors on `device`."""
         moved = {name: getattr(self, name) for name in ("images", "labels", "may_flip")}
         return replace(self, **{name: tensor.to(device) for name, tensor in moved.items() if tensor is not None})
 
 
 def load_labelled_images(rows: ImageRows, num_threads: int | None = None) -> LabelledImages:
     """
-    Decodes a whole data set. Bad images stop it or are left out, as `rows.on_bad_image` says.
+    Decodes a whole data set. A bad image raises an error or is left out, depending on `rows.on_bad_image`.
 
     Args:
-        rows ([`ImageRows`]): Not of a stream.
-        num_threads (`int`, *optional*): Threads that decode; one a core by default.
+        rows ([`ImageRows`]): The data set, not a stream.
+        num_threads (`int`, *optional*): Decoding threads; one per core by default.
 
     Returns:
         [`LabelledImages`] in main memory.
@@ -50,7 +50,7 @@ def load_labelled_images(rows: ImageRows, num_threads: int | None = None) -> Lab
 
     def read(position: int) -> tuple[torch.Tensor, int, bool] | None:
         row = rows.read(position, epoch=0, seed=0)
-        if row.bad_images:  # the image is that of another row
+        if row.bad_images:  # this is another row's image
             tqdm.write("\n".join(f"Skipped: {bad}" for bad in row.bad_images[:1]))
             return None
         return row.images, row.label, rows.data.may_flip(rows.data.dataset[position])
@@ -64,13 +64,13 @@ def load_labelled_images(rows: ImageRows, num_threads: int | None = None) -> Lab
 
 class DeviceBatches:
     """
-    Endless batches of images on a device. The rows of a batch follow from its number and the seed alone.
+    Endless batches of images on a device. A batch's rows depend only on its number and the seed.
 
     Args:
-        data ([`LabelledImages`]): Where they come from.
+        data ([`LabelledImages`]): The images to draw from.
         batch_size (`int`): Images per batch.
-        seed (`int`): Of the order of the images.
-        choose_rows (`Callable`, *optional*): The rows of a batch, from its number and the arguments of [`batch_rows`].
+        seed (`int`): Seeds the order of the images.
+        choose_rows (`Callable`, *optional*): Chooses a batch's rows in place of [`batch_rows`], with its arguments.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class DeviceBatches:
 
 
 def batch_rows(step: int, num_images: int, batch_size: int, seed: int) -> np.ndarray:
-    """The rows of one step's batch: each epoch goes through all images in an order of its own."""
+    """The rows of one step's batch: each epoch visits all images in its own order."""
     first = step * batch_size
     positions = np.arange(first, first + batch_size)
     rows = np.empty(batch_size, dtype=np.int64)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 def image_pyramid(images: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
     """
-    Downsamples images to each stage's size by averaging areas (antialiased; exact means where sizes divide).
+    Downsamples images to each stage's size for the cascade (CN) by area averaging (antialiased; exact means where the
+    sizes divide evenly).
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].

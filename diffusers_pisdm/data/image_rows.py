@@ -1,4 +1,4 @@
-"""Rows of an image data set as training images, and what happens to those that cannot be read."""
+"""Rows of an image data set as training images, and how unreadable ones are handled."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .rows import BadImageError, TrainingRow
 
 
 ON_BAD_IMAGE = ("stop", "skip")
-MAX_BAD_IN_A_ROW = 1000  # so many say that something is wrong with all of them
+MAX_BAD_IN_A_ROW = 1000  # this many in a row mean that something is wrong with the whole data set
 
 
 class ImageRows:
     """
-    The images of a data set at training size. A row's pixels follow from the seed, the epoch and the row alone.
+    The images of a data set at training size. A row's pixels depend only on the seed, the epoch and the row.
 
     Args:
         data ([`ImageData`]): The encoded images and their labels.
-        transform ([`ImageTransform`]): Size, crop and flip.
+        transform ([`ImageTransform`]): Resizes, crops and flips.
         on_bad_image (`str`, defaults to `"stop"`):
-            What to do about a file that is no image, is damaged, empty, a decompression bomb or an absurd strip:
-            `"stop"` raises an error; `"skip"` puts the next good row in its place, and reports it.
+            What to do about a file that is not an image, or is damaged, empty, a decompression bomb or absurdly long:
+            `"stop"` raises an error; `"skip"` replaces it with the next good row and reports it.
 
     Raises:
         ValueError: `on_bad_image` is neither.
@@ -42,7 +42,7 @@ class ImageRows:
 
     @property
     def is_random(self) -> bool:
-        """Whether a row has other pixels in another epoch."""
+        """Whether a row's pixels change between epochs."""
         return self.transform.random_crop or self.transform.random_flip
 
     def __len__(self) -> int:
@@ -50,18 +50,17 @@ class ImageRows:
 
     def read(self, row: int, epoch: int, seed: int) -> TrainingRow:
         """
-        Reads a row of a data set that is no stream.
+        Reads a row of a data set that is not a stream.
 
         Args:
             row (`int`): In `0..len(self) - 1`.
-            epoch, seed (`int`): Not negative; crop and flip follow from them and the row.
+            epoch, seed (`int`): Not negative; with the row, they determine crop and flip.
 
         Returns:
-            [`TrainingRow`]: The row's, or with `on_bad_image="skip"` that of the next row that can be read, the first
-            following the last.
+            [`TrainingRow`]: The row, or with `on_bad_image="skip"` the next readable one, wrapping around at the end.
 
         Raises:
-            BadImageError: The image cannot be read; or, with `"skip"`, no other can either.
+            BadImageError: The image cannot be read; with `"skip"`, neither can the rows after it.
             DataError: The label is unknown.
         """
         bad_images = []
@@ -82,8 +81,8 @@ class ImageRows:
         Decodes one row.
 
         Args:
-            fields (`dict`): The row as `data.dataset` gives it.
-            position (`int`): Its number, or its place in the stream.
+            fields (`dict`): The row as returned by `data.dataset`.
+            position (`int`): Its index, or its position in the stream.
             epoch, seed (`int`): See [`~ImageRows.read`].
 
         Returns:
@@ -96,15 +95,15 @@ class ImageRows:
         label = self.data.class_id(fields, position)
         try:
             image = decode_image(self.data.encoded_image(fields))
-        except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        except Exception as error:  # Pillow can raise nearly anything for a damaged file
             message = f"Cannot read the image of {self.data.place(fields, position)}: {error or type(error).__name__}"
             if self.on_bad_image == "stop":
-                message += ". Mend or remove it, or pass --on_bad_image skip."
+                message += ". Fix or remove it, or pass --on_bad_image skip."
             raise BadImageError(message) from error
         random = np.random.default_rng((seed, epoch, position))
         return self.transform(image, random, self.data.may_flip(fields)), label
 
 
 def all_bad(count: int, last: str) -> BadImageError:
-    """The error to raise when skipping has found nothing but bad images."""
-    return BadImageError(f"None of {count} images in a row can be read: check the data set. The last one: {last}")
+    """The error to raise when skipping finds only bad images."""
+    return BadImageError(f"None of {count} images in a row can be read: check the data set. Last error: {last}")

@@ -1,4 +1,4 @@
-"""Images to be evaluated, from where they lie, batch by batch."""
+"""Images to evaluate, read batch by batch from a folder, file, data set or memory."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import torch
 from PIL import Image
 
 
-# `diffusers_pisdm.data.image_transform` has both: `decode_image`, and an `ImageTransform` without random numbers.
-# Images should be read and cropped as those of the training were; but this package does not import that one.
+# `diffusers_pisdm.data.image_transform` has both: `decode_image`, and a non-random `ImageTransform`. Images should be
+# decoded and cropped as in training, but this module does not import that one.
 DecodeImage = Callable[[bytes], Image.Image]
 CropImage = Callable[[Image.Image], torch.Tensor]
 
 
 class ImageSourceError(ValueError):
-    """There are no images, or one cannot be read; the message says which."""
+    """There are no images, or one cannot be read; the message says which one."""
 
 
 class ImageSource(ABC):
     """
-    Base class of sources: a known number of images of one size, in an order that is always the same.
+    Base class of sources: a known number of images of one size, always in the same order.
 
     Args:
-        name (`str`): Where the images are from, for reports and errors.
+        name (`str`): Where the images come from, for reports and errors.
         crop (`Callable`, *optional*):
-            Makes an RGB image a uint8 tensor of shape `(3, size, size)`. By default images stay as they are, and one
-            of another size than the first is an error.
+            Turns an RGB image into a uint8 tensor of shape `(3, size, size)`. By default images are not cropped, and
+            one that differs in size from the first raises an error.
     """
 
     def __init__(self, name: str, crop: CropImage | None = None):
@@ -45,15 +45,15 @@ class ImageSource(ABC):
 
     @abstractmethod
     def images(self, indices: Iterable[int]) -> Iterator[tuple[str, Image.Image]]:
-        """Those images, given in ascending order, in mode RGB; each with its place, for errors."""
+        """The images at ascending `indices`, in mode RGB, each with where it comes from, for errors."""
 
     def batches(self, batch_size: int, indices: Iterable[int] | None = None) -> Iterator[torch.Tensor]:
         """
-        Reads images once. No more than a batch of them is in memory.
+        Reads the images once, holding at most one batch in memory.
 
         Args:
-            batch_size (`int`): Images a batch; the last one may be smaller.
-            indices (`Iterable[int]`, *optional*): Which images, in ascending order; all of them by default.
+            batch_size (`int`): Images per batch; the last batch may be smaller.
+            indices (`Iterable[int]`, *optional*): Which images, in ascending order; all by default.
 
         Returns:
             `Iterator[torch.Tensor]`: Of shape `(B, 3, H, W)`, uint8.
@@ -69,7 +69,7 @@ class ImageSource(ABC):
             if pixels.shape != shape:
                 raise ImageSourceError(
                     f"Images differ in size: {place} has {pixels.shape[2]}x{pixels.shape[1]} pixels, {first_place} has"
-                    f" {shape[2]}x{shape[1]}. Give an image size to bring them to."
+                    f" {shape[2]}x{shape[1]}. Pass an image size to resize them to."
                 )
             batch.append(pixels)
             if len(batch) == batch_size:
@@ -81,17 +81,17 @@ class ImageSource(ABC):
 
 class FolderImages(ImageSource):
     """
-    All images of a folder and the folders in it, in any format that Pillow reads, sorted by path.
+    All images in a folder and its subfolders, in any format Pillow reads, sorted by path.
 
     Args:
-        folder (`str` or `Path`): The folder. Files and folders whose name starts with a dot are left out.
+        folder (`str` or `Path`): The folder. Files and folders whose names start with a dot are ignored.
         decode (`Callable`):
-            Makes the content of a file an image of mode RGB:
+            Turns a file's content into an image in mode RGB, e.g.
             [`~diffusers_pisdm.data.image_transform.decode_image`].
         crop (`Callable`, *optional*): See [`ImageSource`].
 
     Raises:
-        ImageSourceError: There is no such folder, or no image in it.
+        ImageSourceError: The folder does not exist, or holds no images.
     """
 
     def __init__(self, folder: str | Path, decode: DecodeImage, crop: CropImage | None = None):
@@ -104,7 +104,7 @@ class FolderImages(ImageSource):
         paths = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.suffix.lower() in endings)
         self.files = sorted(path for path in paths if not any(part.startswith(".") for part in path.parts))
         if not self.files:
-            raise ImageSourceError(f"There are no images in {folder}: name a folder of PNG or JPEG files, say.")
+            raise ImageSourceError(f"There are no images in {folder}: pass a folder of, say, PNG or JPEG files.")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -117,16 +117,16 @@ class FolderImages(ImageSource):
 
 class NpzImages(ImageSource):
     """
-    The images of a file as ADM's suite reads and writes it: `arr_0`, uint8 of shape `(N, H, W, 3)`.
+    The images of an `.npz` file in the format of ADM's suite: `arr_0`, uint8 of shape `(N, H, W, 3)`.
 
-    They are read one after the other, whether the file is compressed or not: it never is in memory as a whole.
+    They are read one at a time, whether or not the file is compressed: it is never loaded into memory whole.
 
     Args:
         file (`str` or `Path`): The `.npz` file.
         crop (`Callable`, *optional*): See [`ImageSource`].
 
     Raises:
-        ImageSourceError: There is no such file, or its `arr_0` is no array of images.
+        ImageSourceError: The file does not exist, or its `arr_0` is not an array of images.
     """
 
     ENTRY = "arr_0.npy"
@@ -138,7 +138,7 @@ class NpzImages(ImageSource):
             with zipfile.ZipFile(file) as archive, archive.open(self.ENTRY) as array:
                 shape, is_fortran, dtype = _read_array_header(array)
         except KeyError:
-            raise ImageSourceError(f"{file} has no array `arr_0` of images.") from None
+            raise ImageSourceError(f"{file} has no image array `arr_0`.") from None
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise ImageSourceError(f"{file} cannot be read as an .npz file: {error}") from error
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or is_fortran or 0 in shape:
@@ -169,7 +169,7 @@ class NpzImages(ImageSource):
 
 
 class EncodedRows(Protocol):
-    """What [`DatasetImages`] reads: [`~diffusers_pisdm.data.image_data.ImageData`] is of this form."""
+    """What [`DatasetImages`] reads, e.g. an [`~diffusers_pisdm.data.image_data.ImageData`]."""
 
     dataset: Sequence[dict]
 
@@ -182,11 +182,11 @@ class EncodedRows(Protocol):
 
 class DatasetImages(ImageSource):
     """
-    The images of a data set that [`~diffusers_pisdm.data.image_data.load_image_data`] loaded.
+    The images of a data set loaded by [`~diffusers_pisdm.data.image_data.load_image_data`].
 
     Args:
-        name (`str`): The data set's.
-        data ([`EncodedRows`]): Its rows; no stream.
+        name (`str`): The data set's name.
+        data ([`EncodedRows`]): Its rows; not a stream.
         decode, crop (`Callable`): See [`FolderImages`].
 
     Raises:
@@ -198,7 +198,7 @@ class DatasetImages(ImageSource):
         self.data = data
         self.decode = decode
         if len(data.dataset) == 0:
-            raise ImageSourceError(f"{name} is empty: name another split, or another data set.")
+            raise ImageSourceError(f"{name} is empty: pass another split or data set.")
 
     def __len__(self) -> int:
         return len(self.data.dataset)
@@ -216,12 +216,12 @@ class ListImages(ImageSource):
 
     Args:
         images (`list[PIL.Image.Image]` or `torch.Tensor` of shape `(N, 3, H, W)`, uint8):
-            At least one; a pipeline's, say. Those of Pillow are of mode RGB.
+            At least one image, e.g. from a pipeline. Pillow images must be in mode RGB.
         crop (`Callable`, *optional*): See [`ImageSource`].
         name (`str`, defaults to `"images in memory"`): For reports.
 
     Raises:
-        ImageSourceError: There are none, or they are of another kind.
+        ImageSourceError: There are no images, or they have another type, shape or mode.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class ListImages(ImageSource):
         else:
             modes = {image.mode for image in images} - {"RGB"}
             if modes:
-                raise ImageSourceError(f"Images must be of mode RGB, got {', '.join(sorted(modes))}: convert them.")
+                raise ImageSourceError(f"Images must be in mode RGB, got {', '.join(sorted(modes))}: convert them.")
         self._images = images
 
     def __len__(self) -> int:
@@ -256,14 +256,14 @@ class ListImages(ImageSource):
 
 
 def readable_endings() -> set[str]:
-    """The file endings that Pillow reads, in lower case and with their dot."""
+    """The file extensions that Pillow reads, in lower case with the dot."""
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def _decode(decode: DecodeImage, read: Callable[[], bytes], place: str) -> Image.Image:
     try:
         return decode(read())
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+    except Exception as error:  # Pillow can raise nearly anything for a damaged file
         raise ImageSourceError(f"Cannot read the image of {place}: {str(error) or type(error).__name__}") from error
 
 
@@ -272,7 +272,7 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def _read_array_header(array: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and type; `array` then stands at the first number."""
+    """Shape, whether in Fortran order, and dtype; leaves `array` at the first number."""
     version = np.lib.format.read_magic(array)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(array)

@@ -1,4 +1,4 @@
-"""An image file to a training image of fixed size."""
+"""From an image file to a training image of fixed size."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ import torch
 from PIL import Image, ImageOps
 
 
-MAX_ASPECT_RATIO = 32  # a strip, not a picture: scaled to the training size it would fill the memory
+MAX_ASPECT_RATIO = 32  # a longer strip, scaled to the training size, would fill the memory
 MIN_CROP_FRACTION = 0.8  # of the shorter side, as in ADM
 
 
 def decode_image(encoded: bytes) -> Image.Image:
     """
-    Decodes an image file to RGB, turned as its EXIF data says, transparency on white.
+    Decodes an image file to RGB, rotated according to its EXIF data, with transparency on white.
 
     Args:
-        encoded (`bytes`): The whole file, in any format that Pillow reads; of an animation, the first frame.
+        encoded (`bytes`): The whole file, in any format Pillow reads; for an animation, the first frame is used.
 
     Returns:
         `PIL.Image.Image` in mode RGB.
 
     Raises:
-        ValueError: The image is empty, absurdly long or has no defined range of brightness.
+        ValueError: The file is empty, or the image is absurdly long or has no defined value range.
         Exception: Whatever Pillow raises for a damaged file.
     """
     if not encoded:
         raise ValueError("the file is empty")
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise ValueError(f"{image.width}x{image.height} pixels are longer than {MAX_ASPECT_RATIO} to 1")
+        raise ValueError(f"{image.width}x{image.height} pixels exceed an aspect ratio of {MAX_ASPECT_RATIO}:1")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image)
         return canvas.convert("RGB")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+    if image.mode.startswith("I"):  # 16-bit, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("pixels are floats of unknown range; save the image with 8 bits")
+        raise ValueError("pixels are floats of unknown range; save the image as 8-bit")
     return image.convert("RGB")
 
 
 @dataclass(frozen=True)
 class ImageTransform:
     """
-    Scales the shorter side to `size`, crops a square and perhaps mirrors it.
+    Scales the shorter side to `size`, crops a square and optionally mirrors it.
 
-    As in ADM and DiT, the image is first averaged over boxes, down to less than twice the size, then filtered.
+    As in ADM and DiT, the image is first box-averaged to less than twice the size, then filtered.
 
     Args:
         size (`int`): Height and width of the result in pixels.
         random_crop (`bool`, defaults to `False`):
-            Crop at random, at a random scale of up to 1 / 0.8; the centre if `False`.
-        random_flip (`bool`, defaults to `False`): Mirror every second image, left to right.
+            Crop at random, at a random scale of up to 1 / 0.8; `False` crops the centre.
+        random_flip (`bool`, defaults to `False`): Mirror images left to right with probability 0.5.
     """
 
     size: int
@@ -69,7 +69,7 @@ class ImageTransform:
         Args:
             image (`PIL.Image.Image`): In mode RGB, of any size.
             random (`np.random.Generator`): Draws crop and flip.
-            may_flip (`bool`, defaults to `True`): Whether this image may be mirrored; letters, say, may not.
+            may_flip (`bool`, defaults to `True`): Whether this image may be mirrored; `False` for letters, say.
 
         Returns:
             `torch.Tensor` of shape `(3, size, size)`, uint8.

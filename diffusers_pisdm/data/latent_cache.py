@@ -1,4 +1,4 @@
-"""Latents of a whole data set on disk, for training without the autoencoder."""
+"""The latents of a data set, cached on disk to train without the autoencoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .rows import DataError, TrainingRow
 
 
 INDEX_FILE = "index.json"
-REMEDY = "Run examples/cache_latents.py again with the same arguments: it goes on where it stopped."
+REMEDY = "Rerun examples/cache_latents.py with the same arguments: it resumes where it stopped."
 DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 
 
@@ -27,17 +27,17 @@ class CacheIndex:
     split: str
     num_images: int  # rows of the data set
     class_names: list[str]
-    image_size: int  # pixels: the shorter side was scaled to it, then the centre cut out
+    image_size: int  # in pixels: the shorter side is scaled to it, then the centre is cropped
     stage_sizes: list[int]  # height and width of each stage's latents
     channels: int  # of the latents
     vae: str  # where it came from
     vae_class: str
     vae_sha256: str  # of its configuration and weights
-    vae_dtype: str  # what it computed in
+    vae_dtype: str  # of its computations
     has_std: bool  # whether latents are drawn from a mean and a standard deviation
-    has_flips: bool  # whether the mirrored images were encoded as well
-    dtype: str  # of the stored numbers: float16, bfloat16 or float32
-    images_per_shard: int  # rows a file
+    has_flips: bool  # whether mirrored images are encoded too
+    dtype: str  # of the stored latents: float16, bfloat16 or float32
+    images_per_shard: int  # rows per file
 
     @property
     def num_shards(self) -> int:
@@ -58,7 +58,7 @@ class CacheIndex:
         }
 
     def write(self, folder: Path) -> None:
-        """Writes `index.json`, whole or not at all."""
+        """Writes `index.json` atomically."""
         with write_whole(folder / INDEX_FILE) as unfinished:
             unfinished.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
@@ -69,12 +69,12 @@ class CacheIndex:
             return cls(**json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
-                f"{folder} is no cache of latents ({error}): examples/cache_latents.py writes one."
+                f"{folder} is not a latent cache ({error}): examples/cache_latents.py writes one."
             ) from error
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """Where a shard is."""
+    """The path of a shard."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
@@ -84,7 +84,7 @@ def tensor_name(stage: int, part: str, flipped: bool) -> str:
 
 
 def find_shard_fault(folder: Path, index: CacheIndex, shard: int) -> str | None:
-    """What is wrong with a shard, if anything: missing, cut off, or not of this index."""
+    """What is wrong with a shard, if anything: missing, truncated, damaged, or different from the index."""
     path = shard_path(folder, shard)
     if not path.is_file():
         return f"{path.name} is missing"
@@ -92,25 +92,25 @@ def find_shard_fault(folder: Path, index: CacheIndex, shard: int) -> str | None:
     expected = {name: (shape, latent_dtype) for name, shape in index.latent_shapes(shard).items()}
     expected["labels"] = ((len(index.shard_rows(shard)),), "I64")
     try:
-        with safe_open(path, framework="pt") as file:  # compares the header with the file's size
+        with safe_open(path, framework="pt") as file:  # checks the header against the file size
             slices = {name: file.get_slice(name) for name in file.keys()}
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        return f"{path.name} is cut off or damaged ({error})"
-    return None if found == expected else f"{path.name} holds other latents than {INDEX_FILE} says"
+        return f"{path.name} is truncated or damaged ({error})"
+    return None if found == expected else f"{path.name} does not hold the latents that {INDEX_FILE} lists"
 
 
 class LatentCache:
     """
-    Reads what `examples/cache_latents.py` wrote: for each image the latents of every stage, from disk and not into
-    memory. Latents of an [`AutoencoderKL`] are drawn anew in every epoch.
+    Reads a cache written by `examples/cache_latents.py`: each image's latents at every stage, straight from disk.
+    Latents of an [`AutoencoderKL`] are sampled afresh every epoch.
 
     Args:
         folder (`str` or `Path`): The cache.
-        random_flip (`bool`, defaults to `False`): Take the mirrored image's latents every second time.
+        random_flip (`bool`, defaults to `False`): Use the mirrored image's latents with probability 0.5.
 
     Raises:
-        DataError: There is no cache, it is not complete, or it has no mirrored images.
+        DataError: The cache is missing, incomplete, or lacks the mirrored images that `random_flip` needs.
     """
 
     is_stream = False
@@ -123,12 +123,12 @@ class LatentCache:
         faults = [fault for fault in faults if fault is not None]
         if faults:
             raise DataError(
-                f"The cache {folder} is not complete; of {self.index.num_shards} files {len(faults)} are missing or"
-                f" damaged: {faults[0]}. {REMEDY}"
+                f"The cache {folder} is incomplete: {len(faults)} of {self.index.num_shards} files are missing or"
+                f" damaged, the first: {faults[0]}. {REMEDY}"
             )
         if random_flip and not self.index.has_flips:
             raise DataError(
-                f"The cache {folder} has no mirrored images: train without --random_flip, or make a cache with it."
+                f"The cache {folder} has no mirrored images: train without --random_flip, or rebuild it with that."
             )
         self._shards: dict[int, safe_open] = {}
 
@@ -138,23 +138,23 @@ class LatentCache:
 
     @property
     def is_random(self) -> bool:
-        """Whether a row may show another image in another epoch."""
+        """Whether a row may be mirrored in some epochs only."""
         return self.random_flip
 
     def check_stages(self, sample_sizes: list[int], channels: int) -> None:
         """
         Args:
             sample_sizes (`list[int]`): The size of each stage of the cascade.
-            channels (`int`): Its latents' channels.
+            channels (`int`): The number of latent channels.
 
         Raises:
-            DataError: The cache holds other latents.
+            DataError: The cache does not match.
         """
         index = self.index
         if (index.stage_sizes, index.channels) != (sample_sizes, channels):
             raise DataError(
                 f"The cache {self.folder} holds latents of {index.channels} channels and sizes {index.stage_sizes};"
-                f" the cascade needs {channels} channels and sizes {sample_sizes}: make a cache with its"
+                f" the cascade needs {channels} channels and sizes {sample_sizes}: build a cache with its"
                 " --cascade_config."
             )
 
@@ -167,7 +167,7 @@ class LatentCache:
 
         Args:
             row (`int`): In `0..len(self) - 1`.
-            epoch, seed (`int`): Not negative; flip and latents follow from them and the row.
+            epoch, seed (`int`): Not negative; with the row, they determine flip and latents.
 
         Returns:
             [`TrainingRow`]: Float32 latents of shapes `(C, H_s, W_s)`, and the class.

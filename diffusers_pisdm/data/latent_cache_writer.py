@@ -1,4 +1,4 @@
-"""Encoding a data set once, for [`LatentCache`]."""
+"""Encodes a data set once, for [`LatentCache`]."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def write_latent_cache(
     report: Callable[[str], None] = tqdm.write,
 ) -> None:
     """
-    Encodes every image at every stage's size and writes the latents to `folder`. Raises DataError if that holds a
-    cache made with other settings, the rows do not fit, or latents are not finite.
+    Encodes every image at every stage's size and writes the latents to `folder`. Raises DataError if the folder holds
+    a cache made with other settings, the rows do not fit, or latents are not finite.
 
-    All processes call it: each writes shards of its own, under another name until they are whole, and keeps whole ones
-    that are there. `rows` are at `index.image_size`, no stream, without random crop or flip; `report` is told of each
-    bad image that was replaced.
+    Every process must call it: each writes its own shards, atomically, and existing complete shards are kept. `rows`
+    must be at `index.image_size`, not a stream, and without random crop or flip; `report` is called with each bad
+    image that was replaced.
     """
     folder = Path(folder)
     factor = vae_scale_factor(vae)
     if rows.is_stream or rows.is_random or rows.transform.size != factor * max(index.stage_sizes):
         raise DataError(
-            "A cache needs images that can be read in any order, are neither cropped nor flipped at random, and have"
-            f" {factor * max(index.stage_sizes)} pixels a side."
+            "A cache needs images that can be read in any order, are not randomly cropped or flipped, and have"
+            f" {factor * max(index.stage_sizes)} pixels per side."
         )
     if (folder / INDEX_FILE).exists():
         _check_same(CacheIndex.read(folder), index, folder)
@@ -68,7 +68,7 @@ def write_latent_cache(
         folder.mkdir(parents=True, exist_ok=True)
         index.write(folder)
     missing = [shard for shard in range(index.num_shards) if find_shard_fault(folder, index, shard) is not None]
-    accelerator.wait_for_everyone()  # all have seen the same shards before the first one writes
+    accelerator.wait_for_everyone()  # all processes must see the same shards before any writes
     own = missing[accelerator.process_index :: accelerator.num_processes]
 
     keys = ([(row, 0) for row in batch] for shard in own for batch in _batches(index, shard, batch_size))
@@ -93,14 +93,14 @@ def _check_same(found: CacheIndex, wanted: CacheIndex, folder: Path) -> None:
     changed = [f"{name} was {found[name]}, is {wanted[name]}" for name in wanted if found[name] != wanted[name]]
     if changed:
         raise DataError(
-            f"{folder} holds a cache made with other settings: {'; '.join(changed)}. Name another --output_dir, remove"
-            " this one, or use its settings."
+            f"{folder} holds a cache made with other settings: {'; '.join(changed)}. Use another --output_dir, remove"
+            " this cache, or use its settings."
         )
 
 
 def _batches(index: CacheIndex, shard: int, batch_size: int) -> Iterator[range]:
     """
-    The rows of a shard in batches, the same wherever a run starts: latents differ in the last bits between batch
+    The rows of a shard in batches, the same wherever a run resumes: latents differ in their last bits between batch
     sizes.
     """
     rows = index.shard_rows(shard)

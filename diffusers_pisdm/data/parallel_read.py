@@ -1,4 +1,4 @@
-"""Reading in other processes and threads, ahead of the training loop and in order."""
+"""Ordered reading in other processes and threads, ahead of the training loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _END = object()
 
 
 class _Reader(Dataset):
-    """Turns a batch of keys into what `read` makes of it; an error of the data travels as a value."""
+    """Calls `read` on a batch of keys; returns a DataError instead of raising it."""
 
     def __init__(self, read: Callable[[list], Item]):
         self.read = read
@@ -26,7 +26,7 @@ class _Reader(Dataset):
     def __getitems__(self, keys: list) -> Item | DataError:
         try:
             return self.read(keys)
-        except DataError as error:  # a DataLoader would bury its message in a traceback of the worker
+        except DataError as error:  # a DataLoader would bury its message in the worker's traceback
             return error
 
 
@@ -36,8 +36,8 @@ def _as_it_is(item: Item) -> Item:
 
 def read_batches(read: Callable[[list], Item], keys: Iterable[list], num_workers: int) -> Iterator[Item]:
     """
-    Calls `read`, which is picklable, on each batch of keys, in worker processes that run a few batches ahead if there
-    are any, and yields the results in order: tensors in pinned memory if there is a GPU.
+    Calls `read` (picklable) on each batch of keys and yields the results in order, with tensors in pinned memory if
+    there is a GPU. With `num_workers`, worker processes run a few batches ahead.
     """
     loader = DataLoader(
         _Reader(read),
@@ -54,8 +54,8 @@ def read_batches(read: Callable[[list], Item], keys: Iterable[list], num_workers
 
 def read_ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
     """
-    Iterates in a thread, up to `depth` items ahead of whoever takes them; errors are raised here. The thread starts
-    with the first item asked for, and ends when the iterator is closed or forgotten.
+    Iterates in a thread, up to `depth` items ahead of the consumer, and re-raises its errors. The thread starts when
+    the first item is requested, and ends when the iterator is closed or garbage-collected.
     """
     queue, closed = Queue(depth), threading.Event()
 

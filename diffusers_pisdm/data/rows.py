@@ -1,4 +1,4 @@
-"""What a data loader hands to a training step, and what can be wrong with it."""
+"""What a data loader hands to a training step, and the errors of bad data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TrainingRow(NamedTuple):
     Args:
         images (`torch.Tensor` or `list[torch.Tensor]`): As in [`TrainingBatch`], without the batch dimension.
         label (`int`): The class.
-        bad_images (`list[str]`): Images that could not be read and that this one stands for: where, and why.
+        bad_images (`list[str]`): Unreadable images that this one replaces: where they are, and the error.
     """
 
     images: torch.Tensor | list[torch.Tensor]
@@ -25,9 +25,9 @@ class TrainingBatch(NamedTuple):
     """
     Args:
         images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8, or `list[torch.Tensor]` of shapes `(B, C, H_s, W_s)`):
-            Pixels; or, from a [`LatentCache`], float32 latents of each stage.
+            Pixels, or the float32 latents of each stage from a [`LatentCache`].
         labels (`torch.Tensor` of shape `(B,)`, int64): The classes.
-        bad_images (`list[str]`): Images that could not be read and were replaced: where, and why.
+        bad_images (`list[str]`): Unreadable images that were replaced: where they are, and the error.
     """
 
     images: torch.Tensor | list[torch.Tensor]
@@ -36,7 +36,7 @@ class TrainingBatch(NamedTuple):
 
 
 def stack_rows(rows: Sequence[TrainingRow]) -> TrainingBatch:
-    """Makes a batch of rows."""
+    """Stacks rows into a batch."""
     if isinstance(rows[0].images, list):
         images = [torch.stack(stage) for stage in zip(*(row.images for row in rows))]  # (B, C, H_s, W_s)
     else:
@@ -47,7 +47,7 @@ def stack_rows(rows: Sequence[TrainingRow]) -> TrainingBatch:
 
 
 class DataError(ValueError):
-    """The data set holds something that cannot be trained on; the message says where, and what to do."""
+    """The data set cannot be trained on; the message says where the fault is and what to do."""
 
 
 class BadImageError(DataError):

@@ -1,4 +1,4 @@
-"""Batches of rows that come one after the other."""
+"""Batches of rows from a stream."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .parallel_read import read_ahead, read_batches
 from .rows import BadImageError, DataError, TrainingBatch
 
 
-# datasets mixes the rows of several files, but its buffer must not hold 2 GiB (an Arrow column's limit), which 10,000
-# images may have: it gets a small one, and a second one here mixes what comes out of it.
+# datasets mixes the rows of several files, but its buffer must stay below 2 GiB (an Arrow column's limit), which
+# 10,000 images can exceed. So it gets a small buffer, and our own buffer mixes its output.
 ROWS_MIXED_BY_DATASETS = 100
 
 
@@ -26,8 +26,8 @@ class StreamBatches:
     """
     Batches of one process's share of a stream, shuffled in a buffer. A batch may hold rows of two epochs.
 
-    One thread reads the encoded rows and the workers decode them, so that the order does not depend on how many
-    workers there are.
+    One thread reads the encoded rows and the workers decode them, so the order does not depend on the number of
+    workers.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class StreamBatches:
 
     @property
     def identity(self) -> dict[str, int]:
-        """What positions depend on."""
+        """The settings a position depends on."""
         names = ("seed", "num_processes", "process_index", "shuffle_buffer")
         return {name: getattr(self, name) for name in names}
 
     def start(self, epoch: int, rows_done: int) -> Iterator[tuple[TrainingBatch, int, int]]:
         """
-        Yields batches and the position after each, from an epoch of which this process has used `rows_done` rows, bad
-        ones included. They are read again, but not decoded.
+        Yields batches and the position after each, starting in an epoch of which this process has used `rows_done`
+        rows, including bad ones. Those are read again but not decoded.
         """
         stream = own_stream(self.rows, self.num_processes, self.process_index)
         stream = stream.shuffle(seed=self.seed, buffer_size=min(self.shuffle_buffer, ROWS_MIXED_BY_DATASETS))
@@ -81,7 +81,7 @@ class StreamBatches:
 def stream_once(
     rows: ImageRows, batch_size: int, num_processes: int, process_index: int, num_workers: int
 ) -> Iterator[TrainingBatch]:
-    """Goes once through one process's share of a stream, in order; the last batch may be smaller."""
+    """Iterates once over one process's share of a stream, in order; the last batch may be smaller."""
     stream = own_stream(rows, num_processes, process_index)
     keys = _chunks(((fields, 0, position) for position, fields in enumerate(stream)), batch_size)
     for decoded in decoded_batches(rows, keys, batch_size, 0, num_workers):
@@ -94,25 +94,25 @@ def own_stream(rows: ImageRows, num_processes: int, process_index: int) -> Itera
 
 
 class DecodedRows(NamedTuple):
-    """Rows of a stream, decoded."""
+    """Decoded rows of a stream."""
 
-    images: torch.Tensor  # (B, 3, H, W), uint8: those that can be read
+    images: torch.Tensor  # (B, 3, H, W), uint8: the readable ones
     labels: torch.Tensor  # (B,), int64
-    ends: list[tuple[int, int]]  # the position after each: epoch, and rows of it that are done
-    bad_images: list[tuple[int, str]]  # those that cannot be read: how many good ones come before, and why
+    ends: list[tuple[int, int]]  # the position after each: the epoch, and its rows done
+    bad_images: list[tuple[int, str]]  # the unreadable ones: number of good ones before it, and the error
 
     def batch(self) -> TrainingBatch:
         return TrainingBatch(self.images, self.labels, [message for _, message in self.bad_images])
 
     def split(self, count: int) -> tuple[DecodedRows, DecodedRows]:
-        """The first `count` good rows, with the bad ones before the last of them; and the others."""
+        """Splits off the first `count` good rows, with the bad ones before the last of them."""
         first, rest = ([x[part] for x in self[:3]] for part in (slice(count), slice(count, None)))
         bad = [(before, message) for before, message in self.bad_images if before < count]
         later = [(before - count, message) for before, message in self.bad_images[len(bad) :]]
         return DecodedRows(*first, bad), DecodedRows(*rest, later)
 
     def followed_by(self, rows: DecodedRows) -> DecodedRows:
-        """Both, one after the other."""
+        """Concatenates two sets of rows."""
         return DecodedRows(
             torch.cat([self.images, rows.images]),
             torch.cat([self.labels, rows.labels]),
@@ -125,8 +125,8 @@ def decoded_batches(
     rows: ImageRows, keys: Iterable[list[tuple[dict, int, int]]], batch_size: int, seed: int, num_workers: int
 ) -> Iterator[DecodedRows]:
     """
-    Decodes encoded rows with their epochs and positions, and puts them into batches; the row after a bad one takes its
-    place. The last batch may have fewer than `batch_size`.
+    Decodes rows given with their epochs and positions, and groups them into batches, where the next good row replaces
+    a bad one. The last batch may be smaller.
     """
     if num_workers > 0:
         keys = read_ahead(keys, depth=num_workers)
@@ -139,7 +139,7 @@ def decoded_batches(
         if len(waiting.labels) == 0 and len(waiting.bad_images) >= MAX_BAD_IN_A_ROW:
             raise all_bad(len(waiting.bad_images), waiting.bad_images[-1][1])
         if len(waiting.labels) == 0 and not waiting.bad_images:
-            waiting = None  # nothing to concatenate with: whole batches stay where they are, in pinned memory
+            waiting = None  # nothing left to concatenate, so whole batches stay in pinned memory
     if waiting is not None and len(waiting.labels):
         yield waiting
 

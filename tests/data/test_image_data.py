@@ -88,7 +88,7 @@ def test_classes_can_be_given_other_names(files, tmp_path, cache):
     folder = copy_folder(files[:4], tmp_path / "folder")
     data = load(folder, cache, class_names=["mammal", "clothes"])
     assert [name for _, name in contents(data)] == ["mammal", "mammal", "clothes", "clothes"]
-    with pytest.raises(DataError, match=r"has 2 classes .* 3 others"):
+    with pytest.raises(DataError, match=r"2 classes .* 3 others"):
         load(folder, cache, class_names=["a", "b", "c"])
     with pytest.raises(DataError, match="given twice: a"):
         load(folder, cache, class_names=["a", "a"])
@@ -151,7 +151,7 @@ def test_a_missing_split_is_an_error_that_names_the_others(files, tmp_path, cach
 def test_a_folder_without_classes_is_an_error(files, tmp_path, cache):
     (tmp_path / "flat").mkdir()
     shutil.copy(files[0], tmp_path / "flat")
-    with pytest.raises(DataError, match=r"no column 'label', only image: .* one folder a class"):
+    with pytest.raises(DataError, match=r"no column 'label', only image: .*one subfolder per class"):
         load(tmp_path / "flat", cache)
 
 
@@ -166,7 +166,7 @@ def test_nothing_to_load_is_an_error(tmp_path, cache, monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(image_data, "load_dataset", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"no such folder here, and no such data set .*Couldn't reach"):
+    with pytest.raises(FileNotFoundError, match=r"no such local folder.* no such data set .*Couldn't reach"):
         load_image_data("someone/something", "train", cache_dir=cache)
 
 

@@ -110,7 +110,7 @@ def test_only_images_that_may_be_are_mirrored(folder, tmp_path):
     assert flipped == set(range(0, len(files), 2))
 
 
-@pytest.mark.parametrize(("column", "culprit"), [("size", "Column 'size' .*not truth values"), ("none", "no column")])
+@pytest.mark.parametrize(("column", "culprit"), [("size", "Column 'size' .*not booleans"), ("none", "no column")])
 def test_a_flip_column_that_is_none_is_refused(folder, tmp_path, column, culprit):
     rows = [{"image": file.read_bytes(), "label": "a", "size": 3} for file in folder.glob("*/*.png")]
     Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
