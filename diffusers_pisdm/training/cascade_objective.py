@@ -202,15 +202,15 @@ class CascadeObjective(nn.Module):
         low_res: torch.Tensor | None,
         timesteps: torch.Tensor,
         labels: torch.Tensor,
-        draw: RowNoise,
+        random: RowNoise,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scheduler, residual_scale = self.schedulers[index], self.stages[index].config.get("residual_scale")
-        noise = draw.normal(*clean.shape)
+        noise = random.normal(*clean.shape)
         noise_level = None
         if low_res is not None:
-            noise_level = draw.uniform(len(clean)) * self.max_noise_level
+            noise_level = random.uniform(len(clean)) * self.max_noise_level
             upsampled = upsample_low_res(low_res, clean.shape[-2:], residual_scale)
-            low_res = augment_low_res(upsampled, draw.normal(*upsampled.shape), noise_level)
+            low_res = augment_low_res(upsampled, random.normal(*upsampled.shape), noise_level)
             if residual_scale is not None:  # to the image without noise: what is noised, the stage cannot take away
                 clean = image_to_residual(clean, upsampled, residual_scale)
         noisy = scheduler.add_noise(clean, noise, timesteps)  # (B, C, H, W)

@@ -517,7 +517,5 @@ def test_configurations_out_of_range_are_named(config, message):
 
 
 def test_a_single_direction_must_be_in_a_tuple():
-    with pytest.raises(
-        ValueError, match=r"^`scan_directions` must be a tuple of names, got the string `row_top_left`"
-    ):
+    with pytest.raises(ValueError, match=r"^`scan_directions` must be a tuple .* string: `row_top_left`"):
         PISDMTransformer2DModel(**{**CONFIG, "scan_directions": "row_top_left"})

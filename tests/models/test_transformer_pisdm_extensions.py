@@ -213,8 +213,8 @@ def test_lora(tmp_path, config):
         ({"class_factors": FACTORS[:9]}, "`class_factors` .* each of the 10 classes .* got 9"),
         ({"class_factors": ((0, 1), *((0,),) * 9)}, "`class_factors` .* the same number of ids"),
         ({"class_factors": ((),) * 10}, "`class_factors` .* the same number of ids"),
-        ({"class_factors": ((0, -1),) * 10}, r"`class_factors` must hold ids .* class 0 has \(0, -1\)"),
-        ({"class_factors": ((0, 1.0),) * 10}, "`class_factors` must hold ids"),
+        ({"class_factors": ((0, -1),) * 10}, r"`class_factors` .* ids, .* class 0 has \(0, -1\)"),
+        ({"class_factors": ((0, 1.0),) * 10}, r"`class_factors` .* `int` ids, .* class 0 has \(0, 1\.0\)"),
     ],
 )
 def test_arguments_out_of_range(config, culprit):
