@@ -1,4 +1,4 @@
-"""The stages' schedulers: swapping and shifting them, refusing those that do not fit, warning of bad settings."""
+"""The stages' schedulers: swaps and shifts them, rejects unsuitable ones, warns about bad settings."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.get_logger(__name__)
 
 def swap_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """
-    Replaces the schedulers of a pipeline, those of all stages, by ones of another class with the same noise schedule.
+    Replaces the schedulers of all stages of a pipeline with ones of another class and the same noise schedule.
 
     Args:
         pipe ([`DiffusionPipeline`]): The pipeline to change.
-        name (`str`): A class of diffusers, e.g. `"DDIMScheduler"`.
+        name (`str`): A diffusers class, e.g. `"DDIMScheduler"`.
 
     Raises:
         ValueError: diffusers has no scheduler of that name.
@@ -44,18 +44,18 @@ def swap_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 
 def shift_noise_schedule(scheduler: DDPMScheduler, shift: float) -> DDPMScheduler:
     r"""
-    A schedule whose signal-to-noise ratio is `shift^2` times lower at every timestep:
+    Makes a schedule whose signal-to-noise ratio is `shift^2` times lower at every timestep:
     `abar' = abar / (abar + shift^2 (1 - abar))`.
 
     The same noise hides less of a larger image, whose neighbouring pixels are alike: "simple diffusion" (Hoogeboom et
-    al., 2023) shifts by the ratio of the side to the side the schedule was made for.
+    al., 2023) shifts by the ratio of the image's side to the side that the schedule was made for.
 
-    The result is an ordinary scheduler with `trained_betas`, so that any other made from its config samples with the
-    schedule that was trained.
+    The result is an ordinary scheduler with `trained_betas`, so any scheduler made from its config samples with the
+    schedule used in training.
 
     Args:
         scheduler (`DDPMScheduler`): The schedule to shift.
-        shift (`float`): Above 1 adds noise, below 1 takes some away; positive.
+        shift (`float`): A positive factor; above 1 adds noise, below 1 removes some.
 
     Returns:
         `DDPMScheduler`: `scheduler` itself if `shift` is 1.
@@ -64,7 +64,7 @@ def shift_noise_schedule(scheduler: DDPMScheduler, shift: float) -> DDPMSchedule
         ValueError: `shift` is not positive.
     """
     if shift <= 0:
-        raise ValueError(f"A noise schedule can be shifted by a positive factor only, got {shift}.")
+        raise ValueError(f"A noise schedule can only be shifted by a positive factor, got {shift}.")
     if shift == 1:
         return scheduler
     abar = scheduler.alphas_cumprod.double()  # (T,)
@@ -81,16 +81,16 @@ def stage_noise_schedules(
     prediction_types: Sequence[str] | None = None,
 ) -> list[DDPMScheduler]:
     """
-    Makes each stage's noise schedule of one, or of one for each.
+    Makes each stage's noise schedule from one for all stages or one per stage.
 
     Args:
-        schedulers (`DDPMScheduler` or `Sequence[DDPMScheduler]`): The schedule to start from; or each stage's.
-        num_stages (`int`): How many to make; a given one is kept where nothing changes.
-        shifts (`Sequence[float]`, *optional*): See [`shift_noise_schedule`]; one for each stage.
-        prediction_types (`Sequence[str]`, *optional*): What each stage predicts, instead of its scheduler's.
+        schedulers (`DDPMScheduler` or `Sequence[DDPMScheduler]`): The schedule to start from, or one per stage.
+        num_stages (`int`): The number of stages; a given scheduler is kept if nothing changes.
+        shifts (`Sequence[float]`, *optional*): See [`shift_noise_schedule`]; one per stage.
+        prediction_types (`Sequence[str]`, *optional*): What each stage predicts, instead of its scheduler's type.
 
     Returns:
-        `list[DDPMScheduler]`: One for each stage.
+        `list[DDPMScheduler]`: One per stage.
 
     Raises:
         ValueError: There are more or fewer schedulers, shifts or prediction types than stages, or a shift is not
@@ -102,7 +102,7 @@ def stage_noise_schedules(
         prediction_types = [scheduler.config.prediction_type for scheduler in schedulers]
     for name, values in (("schedulers", schedulers), ("shifts", shifts), ("prediction_types", prediction_types)):
         if len(values) != num_stages:
-            raise ValueError(f"`{name}` must name one for each of the {num_stages} stages, got {list(values)}.")
+            raise ValueError(f"`{name}` must have one value for each of the {num_stages} stages, got {list(values)}.")
     shifted = []
     for scheduler, shift, prediction_type in zip(schedulers, shifts, prediction_types):
         if prediction_type != scheduler.config.prediction_type:
@@ -113,17 +113,17 @@ def stage_noise_schedules(
 
 def sampling_schedulers(schedulers: Sequence[DDPMScheduler]) -> list[DPMSolverMultistepScheduler]:
     """
-    The schedulers that a trained cascade is saved with: DPM-Solver, as in the paper.
+    The schedulers that a trained cascade is saved with: DPM-Solver, as in the paper (instead of eq. 18's DDPM).
 
-    They start from the noisiest timestep and their steps meet in every scheduler, so that `from_config` can swap them:
-    in DPM-Solver's default spacing, "linspace", DDIM leaves noise behind.
+    They start from the noisiest timestep, with a spacing that suits every scheduler, so that `from_config` can swap
+    them: with DPM-Solver's default spacing, "linspace", DDIM leaves noise behind.
     """
     return [DPMSolverMultistepScheduler.from_config(s.config, timestep_spacing="trailing") for s in schedulers]
 
 
 def check_scheduler(name: str, scheduler: SchedulerMixin) -> None:
     """
-    Refuses flow-matching schedulers.
+    Rejects flow-matching schedulers.
 
     Args:
         name (`str`): The pipeline's component, for the message.
@@ -144,19 +144,19 @@ def check_scheduler(name: str, scheduler: SchedulerMixin) -> None:
 
 def check_residual_scheduler(name: str, scheduler: SchedulerMixin) -> None:
     """
-    Refuses schedulers that a stage with `residual_scale` cannot sample with.
+    Rejects schedulers that cannot sample a stage with `residual_scale`.
 
     Args:
         name (`str`): The pipeline's component, for the message.
         scheduler ([`SchedulerMixin`]): The stage's scheduler.
 
     Raises:
-        ValueError: It bounds its samples to the range of images; residuals have unit variance and no bounds.
+        ValueError: It clips its samples to the range of images; residuals have unit variance and no bounds.
     """
     bounds = [option for option in ("clip_sample", "thresholding") if scheduler.config.get(option)]
     if bounds:
         raise ValueError(
-            f"`{name}` bounds its samples (`{bounds[0]}=True`), but its stage diffuses residuals (`residual_scale`),"
+            f"`{name}` clips its samples (`{bounds[0]}=True`), but its stage diffuses residuals (`residual_scale`),"
             f" which have no bounds. Pass `{type(scheduler).__name__}.from_config(scheduler.config,"
             f" {', '.join(f'{option}=False' for option in bounds)})`."
         )
@@ -171,17 +171,17 @@ def set_timesteps(
     """
     Prepares a scheduler for a run; warns if its steps would leave noise behind.
 
-    The timesteps are on the CPU: schedulers like DDIM decide by their values, and would have to wait for another
+    The timesteps are on the CPU: schedulers like DDIM branch on their values and would have to wait for any other
     device at every step.
 
     Args:
-        scheduler ([`SchedulerMixin`]): It forgets the run before.
-        num_inference_steps (`int`): Steps, unless there are custom ones.
+        scheduler ([`SchedulerMixin`]): The scheduler; its previous run is forgotten.
+        num_inference_steps (`int`): Steps, unless custom ones are given.
         timesteps (`Sequence[int]`, *optional*): Custom timesteps.
         sigmas (`Sequence[float]`, *optional*): Custom noise levels.
 
     Raises:
-        ValueError: There are both timesteps and sigmas, or the scheduler does not support custom ones.
+        ValueError: Both timesteps and sigmas are given, or the scheduler does not support custom ones.
     """
     if timesteps is not None and sigmas is not None:
         raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one.")
@@ -200,14 +200,14 @@ def set_timesteps(
 
 def relay_start(scheduler: SchedulerMixin, relay_strength: float) -> int:
     """
-    Finds where a run starts that begins with a noised image.
+    Finds where a run that begins with a noised image starts.
 
     Args:
         scheduler ([`SchedulerMixin`]): The scheduler, with its timesteps set.
-        relay_strength (`float`): The share of the steps to run, in (0, 1]; one step at least.
+        relay_strength (`float`): The share of the steps to run, in (0, 1]; at least one step runs.
 
     Returns:
-        `int`: An index of the scheduler's timesteps.
+        `int`: An index into the scheduler's timesteps.
 
     Raises:
         ValueError: The scheduler cannot start midway.
@@ -217,14 +217,14 @@ def relay_start(scheduler: SchedulerMixin, relay_strength: float) -> int:
             "`relay_strength` needs a scheduler that can start midway, but PNDMScheduler's first steps are fixed. Pass"
             " `relay_strength=None`, or another scheduler such as `DPMSolverMultistepScheduler`."
         )
-    # Second-order schedulers list two evaluations per step, but one for the last.
+    # Second-order schedulers list two evaluations per step, except for the last.
     num_steps = math.ceil(len(scheduler.timesteps) / scheduler.order)
     return (num_steps - max(int(num_steps * relay_strength), 1)) * scheduler.order
 
 
 def warn_of_uneven_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     """
-    Warns of schedulers that denoise by a fixed stride, wherever the next timestep is.
+    Warns about schedulers that denoise by a fixed stride that does not match their timesteps.
 
     Args:
         scheduler ([`SchedulerMixin`]): The scheduler, with its `timestep_spacing`.
@@ -238,7 +238,7 @@ def warn_of_uneven_steps(scheduler: SchedulerMixin, num_inference_steps: int) ->
     if stride != distance:
         name = type(scheduler).__name__
         logger.warning(
-            f"{name} denoises {stride} timesteps at a time, but the `timestep_spacing` 'linspace' puts its"
+            f"{name} denoises {stride} timesteps at a time, but its `timestep_spacing` 'linspace' places the"
             f" {num_inference_steps} steps {distance:.1f} apart, which leaves noise in the images. Use"
             f" `{name}.from_config(scheduler.config, timestep_spacing='trailing')`."
         )

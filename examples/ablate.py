@@ -41,13 +41,11 @@ from diffusers_pisdm.evaluation import (
     FeatureStatistics,
     FolderImages,
     SampleSettings,
-    collect_statistics,
     evaluate_images,
     load_feature_extractor,
-    read_reference_file,
-    write_reference_file,
     write_sample_set,
 )
+from diffusers_pisdm.evaluation.metrics.statistics_file import cached_statistics
 from diffusers_pisdm.evaluation.samples.files import sample_path
 from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_cascade_cost
 from diffusers_pisdm.training.metrics import read_metrics
@@ -218,13 +216,13 @@ def reference_statistics(
     file: Path, conditions: dict, held_out: ImageData, extractor: FeatureExtractor, size: int
 ) -> FeatureStatistics:
     """Of the held-out images, cropped as the training's are; collected by the first process that needs them."""
+
+    def open_images() -> DatasetImages:
+        name = f"{conditions['train_data_dir']}, {conditions['held_out_split']}"
+        return DatasetImages(name, held_out, decode_image, partial(ImageTransform(size), random=None))
+
     with hold_lock(file.with_suffix(".lock"), wait=True):
-        if not file.exists():
-            crop = partial(ImageTransform(size), random=None)
-            name = f"{conditions['train_data_dir']}, {conditions['held_out_split']}"
-            images = DatasetImages(name, held_out, decode_image, crop)
-            write_reference_file(file, collect_statistics(images, extractor, max_features=MAX_REFERENCE_FEATURES))
-    return read_reference_file(file, extractor)
+        return cached_statistics(file, open_images, extractor, MAX_REFERENCE_FEATURES)
 
 
 def count_cost(pipe: PISDMCascadePipeline, training_config: dict) -> dict:

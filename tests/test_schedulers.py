@@ -97,7 +97,7 @@ def test_each_stage_has_its_shift_and_its_prediction_type():
     "arguments", [{"shifts": [1.0]}, {"prediction_types": ["sample"]}, {"schedulers": []}], ids=str
 )
 def test_one_of_each_for_every_stage(arguments):
-    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must name one for each of the 2 stages"):
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` .* each of the 2 stages"):
         stage_noise_schedules(**{"schedulers": DDPMScheduler(), "num_stages": 2, **arguments})
 
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from diffusers_pisdm.data.image_data import load_image_data
 from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.evaluation import (
     DatasetImages,
     FeatureExtractor,
     FeatureStatistics,
-    collect_statistics,
-    read_reference_file,
-    write_reference_file,
 )
+from diffusers_pisdm.evaluation.metrics.statistics_file import cached_statistics
 
 
 def reference_statistics(
@@ -24,8 +20,9 @@ def reference_statistics(
 ) -> FeatureStatistics:
     """Of a data set's split at `size` pixels, kept in a file of `folder` named after the network."""
     file = folder / f"reference_{extractor.name.replace('/', '-').replace(':', '-')}.npz"
-    if not file.exists():
-        crop = partial(ImageTransform(size), random=np.random.default_rng(0))  # nothing in it is random
-        source = DatasetImages(f"{data_dir}, {split}", load_image_data(data_dir, split), decode_image, crop)
-        write_reference_file(file, collect_statistics(source, extractor))
-    return read_reference_file(file, extractor)
+
+    def open_images() -> DatasetImages:
+        crop = partial(ImageTransform(size), random=None)
+        return DatasetImages(f"{data_dir}, {split}", load_image_data(data_dir, split), decode_image, crop)
+
+    return cached_statistics(file, open_images, extractor)

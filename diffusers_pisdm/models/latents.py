@@ -1,4 +1,4 @@
-"""Images to latents and back, the same for training and sampling, for every kind of autoencoder and for none."""
+"""Converts images to latents and back, for training and sampling, with any of the autoencoders or none."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def load_vae(
     name_or_path: str, channels: int, dtype: torch.dtype = torch.float32
 ) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
     """
-    Loads a frozen autoencoder of any of the three kinds, in evaluation mode; raises ValueError if it is of another
-    kind, or its latents do not have `channels`.
+    Loads a frozen autoencoder of any of the three classes in evaluation mode; raises ValueError if it is of another
+    class or its latents do not have `channels` channels.
     """
     vae = AutoModel.from_pretrained(name_or_path, torch_dtype=dtype)
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderDC)):
@@ -21,7 +21,7 @@ def load_vae(
         )
     if vae.config.latent_channels != channels:
         raise ValueError(
-            f"The stages have {channels} channels (`in_channels`), the latents of {name_or_path} have"
+            f"The stages have {channels} channels (`in_channels`), but the latents of {name_or_path} have"
             f" {vae.config.latent_channels}."
         )
     return vae.eval().requires_grad_(False)
@@ -40,8 +40,8 @@ def encode_moments(
     vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Mean and standard deviation, float32, that `encode_latents` draws from, of images (B, 3, H, W) in [-1, 1]. Only an
-    `AutoencoderKL` has the latter; the latents of the others are the mean.
+    The float32 mean and standard deviation that `encode_latents` samples from, for images (B, 3, H, W) in [-1, 1].
+    Only an `AutoencoderKL` has a standard deviation; the other autoencoders' latents are the mean.
     """
     encoded = vae.encode(images.to(vae.dtype))
     std = None
@@ -62,7 +62,7 @@ def encode_latents(
 ) -> torch.Tensor:
     """
     Maps images (B, 3, H, W) in [-1, 1] to the space the transformers work in, scaled to about unit variance; without
-    an autoencoder to themselves. `generator` draws from the posterior of an `AutoencoderKL`.
+    an autoencoder, returns them unchanged. `generator` samples the posterior of an `AutoencoderKL`.
     """
     if vae is None:
         return images
@@ -73,7 +73,7 @@ def encode_latents(
 
 
 def decode_latents(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None, latents: torch.Tensor) -> torch.Tensor:
-    """Maps latents (B, C, H / f, W / f) back to images (B, 3, H, W), float32, in about [-1, 1], not clipped."""
+    """Maps latents (B, C, H / f, W / f) back to images (B, 3, H, W), float32, roughly in [-1, 1], not clipped."""
     if vae is None:
         return latents
     latents = latents / vae.config.scaling_factor + _shift_factor(vae)

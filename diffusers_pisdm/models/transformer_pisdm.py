@@ -1,4 +1,4 @@
-"""The Mamba diffusion backbone of PIS-DM: one stage of the cascade."""
+"""PIS-DM's Mamba diffusion backbone: one stage of the cascade."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ PISDM_SIZES = {
 
 NUM_PREFIX_TOKENS = 2  # timestep and class
 TIME_FREQUENCIES = 256  # width of the sinusoidal embedding, as in DDPM, DiT and DiM
-NOISE_LEVEL_SCALE = 1000.0  # noise levels in [0, 1) share the timesteps' range of sinusoids
+NOISE_LEVEL_SCALE = 1000.0  # maps noise levels in [0, 1) to the range of the timesteps' sinusoids
 
 
 def check_class_factors(class_factors: Sequence[Sequence[int]], num_classes: int) -> list[int]:
     """
-    How many ids each factor has; raises ValueError if there is not one row per class, a row is of another length, or
-    an id is negative.
+    The number of ids of each factor; raises ValueError if there is not one row per class, rows differ in length, or an
+    id is negative.
     """
     if len(class_factors) != num_classes:
         raise ValueError(
-            f"`class_factors` must hold one row for each of the {num_classes} classes (`num_classes`), got"
+            f"`class_factors` must have one row for each of the {num_classes} classes (`num_classes`), got"
             f" {len(class_factors)}."
         )
     lengths = {len(row) for row in class_factors}
@@ -49,7 +49,7 @@ def check_class_factors(class_factors: Sequence[Sequence[int]], num_classes: int
         raise ValueError(f"`class_factors` must give every class the same number of ids, got rows of {lengths}.")
     for index, row in enumerate(class_factors):
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in row):
-            raise ValueError(f"`class_factors` must hold ids (`int` from 0 on), but class {index} has {row}.")
+            raise ValueError(f"`class_factors` must hold non-negative `int` ids, but class {index} has {row}.")
     return [max(column) + 1 for column in zip(*class_factors)]
 
 
@@ -61,11 +61,11 @@ class PISDMTransformer2DModelOutput(BaseOutput):
     Args:
         sample (`torch.Tensor` of shape `(B, out_channels, H, W)`): What the scheduler's `prediction_type` asks for.
         features (`torch.Tensor` of shape `(B, H/p * W/p, hidden_size)`):
-            Image tokens after the last block in raster order: what the scale-invariant loss compares.
+            Image tokens after the last block, in raster order; the scale-invariant loss compares them.
     """
 
     sample: torch.Tensor
-    features: torch.Tensor | None = None  # always given; accelerate's hooks rebuild outputs from a dict alone
+    features: torch.Tensor | None = None  # always set; accelerate's hooks need the default
 
 
 @cached_table(maxsize=32)
@@ -73,8 +73,8 @@ def sincos_position_embedding(
     height: int, width: int, dim: int, base_size: int, *, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """
-    Fixed 2-D sine-cosine positions (height * width, dim), float32. A grid of any size spans the range of the
-    `base_size x base_size` grid the model is trained on, so that positions interpolate.
+    Fixed 2-D sine-cosine position embeddings (height * width, dim), float32. A grid of any size spans the range of the
+    `base_size x base_size` grid the model is trained on, so positions interpolate.
     """
     frequencies = torch.exp(torch.arange(dim // 4, device=device) * (-math.log(10000.0) / (dim // 4)))  # (D/4,)
 
@@ -111,8 +111,8 @@ class PISDMLocalEnhancement(nn.Conv2d):
 
 class PISDMPixelHead(nn.Module):
     """
-    Local structure enhancement at pixel level: small convolutions that correct the prediction where tokens cannot see,
-    across the borders of their patches. The last one starts at zero: at first the head changes nothing.
+    Local structure enhancement at pixel level: small convolutions that correct the prediction across patch borders,
+    which tokens cannot see. The last convolution starts at zero, so the head initially changes nothing.
     """
 
     def __init__(self, in_channels: int, channels: int, out_channels: int, hidden_size: int):
@@ -134,10 +134,10 @@ class PISDMPixelHead(nn.Module):
 
 class PISDMMambaMixer(nn.Module):
     """
-    The selective state space layer of Mamba: gated, with a short causal convolution before the scan. It runs over the
-    sequence in the order it is given; [`PISDMTransformer2DModel`] orders the tokens.
+    Mamba's selective state space layer: gated, with a short causal convolution before the scan. It scans the sequence
+    in the given order; [`PISDMTransformer2DModel`] orders the tokens.
 
-    `A_log`, `D` and `dt_bias` steer exponentials and stay in float32.
+    `A_log`, `D` and `dt_bias` stay in float32, as they feed exponentials.
     """
 
     def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int):
@@ -182,8 +182,8 @@ class PISDMBlock(nn.Module):
     """
     One layer: modulated norm, Mamba mixer, gated residual.
 
-    The modulation is shared by all layers and shifted per layer by `scale_shift_table` (adaLN-single of PixArt): at
-    width 1536 a projection of its own would cost each layer half as many parameters again.
+    All layers share the modulation; each shifts it by its own `scale_shift_table` (PixArt's adaLN-single). At width
+    1536, a separate projection would add half as many parameters again to each layer.
     """
 
     def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int):
@@ -191,7 +191,7 @@ class PISDMBlock(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mixer = PISDMMambaMixer(hidden_size, state_size, conv_kernel, expand, time_step_rank)
         table = torch.zeros(3, hidden_size)
-        table[2] = 1.0  # shift 0, scale 0, gate 1: a plain pre-norm residual layer at first
+        table[2] = 1.0  # shift 0, scale 0, gate 1: initially a plain pre-norm residual layer
         self.scale_shift_table = nn.Parameter(table)
 
     def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
@@ -203,8 +203,8 @@ class PISDMBlock(nn.Module):
 
 class PISDMSkipBlock(PISDMBlock):
     """
-    A layer of the second half: it first takes in the output of its mirror image in the first half (U-ViT's long skip).
-    A class of its own, so that each of the two is compiled once, whatever the number of layers.
+    A layer of the second half: it first merges in the output of its mirror image in the first half (U-ViT's long
+    skip). As a separate class, each kind is compiled only once, whatever the number of layers.
     """
 
     def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int):
@@ -221,50 +221,50 @@ class PISDMSkipBlock(PISDMBlock):
 
 class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
-    A Mamba backbone that predicts the noise (or velocity) of a class-conditional image, one stage of
-    [`PISDMCascadePipeline`]. The paper's components are one argument each: cyclic scanning (`scan_directions`),
-    padding tokens (`num_padding_tokens`), local structure enhancement (`local_enhancement`), and the cascade's
-    condition (`low_res_channels`). Turning one off removes its parameters and its cost.
+    A Mamba backbone that predicts the noise (or velocity) of a class-conditional image: one stage of
+    [`PISDMCascadePipeline`]. Each of the paper's components is one argument: cyclic scanning (CSM, `scan_directions`),
+    padding tokens (PT, `num_padding_tokens`), local structure enhancement (LSEM, `local_enhancement`), and the
+    cascade's condition (CN, `low_res_channels`). Turning one off removes its parameters and its cost.
 
     Args:
         sample_size (`int`, defaults to 32):
             Height and width in pixels (or latent pixels) the model is trained on. Inputs of any other size, rectangles
-            included, are accepted; positions interpolate.
-        patch_size (`int`, defaults to 2): Side of the square of pixels that makes a token.
+            included, also work; positions interpolate.
+        patch_size (`int`, defaults to 2): Side in pixels of the square patch that becomes a token.
         in_channels (`int`, defaults to 4): Channels of the noisy input.
-        out_channels (`int`, *optional*): Channels of the output; `in_channels` if not given.
+        out_channels (`int`, *optional*): Channels of the output, `in_channels` if not given.
         num_layers (`int`, defaults to 49): Mamba layers (DiM-Huge).
         hidden_size (`int`, defaults to 1536): Width of a token, divisible by 4.
         state_size (`int`, defaults to 16): States of the scan per channel.
         conv_kernel (`int`, defaults to 3): Length of the causal convolution (DiM).
         expand (`int`, defaults to 2): Inner width of a layer as a multiple of `hidden_size`.
-        time_step_rank (`int`, *optional*): Rank of the step size's projection; `ceil(hidden_size / 16)` if not given.
+        time_step_rank (`int`, *optional*): Rank of the step size projection; `ceil(hidden_size / 16)` if not given.
         num_classes (`int`, defaults to 1000):
-            Labels run over `0..num_classes - 1`; `num_classes` is the null label of classifier-free guidance.
+            Labels are `0..num_classes - 1`; `num_classes` is the null label of classifier-free guidance.
         low_res_channels (`int`, *optional*):
             Channels of the low-resolution condition; `None` makes a first stage, which has no condition.
         scan_directions (`tuple[str, ...]`, defaults to all eight):
-            Any non-empty choice of [`SCAN_DIRECTIONS`]. Layers cycle through them; the second half mirrors the first,
-            so that a long skip joins layers of the same direction.
+            Any non-empty subset of [`SCAN_DIRECTIONS`]. Layers cycle through them; the second half mirrors the first,
+            so that a long skip joins layers with the same direction.
         snake (`bool`, defaults to `False`): Whether every second scanned line runs backwards.
         num_padding_tokens (`int`, defaults to 1): Learnable tokens at the end of every scanned line.
         local_enhancement (`bool`, defaults to `True`):
-            Whether 3x3 depthwise convolutions follow the patch embedding and precede the output.
-        long_skips (`bool`, defaults to `True`): Whether skips join the two halves of the layers, as in U-ViT.
+            Whether 3x3 depthwise convolutions follow the patch embedding and precede the output head.
+        long_skips (`bool`, defaults to `True`): Whether long skips join the two halves of the layers, as in U-ViT.
         overlapping_patches (`bool`, defaults to `False`):
-            Whether a token reads and writes a square of twice the patch's side, so that neighbours share their
-            borders, instead of the patch alone. `patch_size` has to be even. Ours, not the paper's.
+            Whether a token reads and writes a square of twice the patch's side instead of just the patch, so that
+            neighbours overlap. `patch_size` must be even. Ours, not the paper's.
         pixel_head_channels (`int`, *optional*):
-            Channels of small convolutions over prediction, noisy input and condition that end the model
+            Channels of the small convolutions over prediction, noisy input and condition at the end of the model
             ([`PISDMPixelHead`]); without them the tokens' prediction is the output. Ours, not the paper's.
         residual_scale (`float`, *optional*):
             Makes a higher stage diffuse what the upsampled lower image lacks, `(image - upsampled) / residual_scale`,
             instead of the image. It should be that difference's standard deviation over the data. The model itself is
             the same: objective and pipeline read it here. Ours, not the paper's.
         class_factors (`tuple[tuple[int, ...], ...]`, *optional*):
-            Factors that classes share (a style and a subject, say): for each of the `num_classes` classes its id in
-            every factor. A class is then embedded as the sum of its factors, each of which has a null label of its
-            own, instead of by a row for itself. Ours, not the paper's.
+            Factors that classes share (a style and a subject, say): the ids of each of the `num_classes` classes, one
+            per factor. A class is then embedded as the sum of its factors, each with its own null label, instead of by
+            its own row. Ours, not the paper's.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
@@ -318,7 +318,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         if num_padding_tokens < 0:
             raise ValueError(f"`num_padding_tokens` must be 0 or more, got {num_padding_tokens}.")
         if isinstance(scan_directions, str):
-            raise ValueError(f"`scan_directions` must be a tuple of names, got the string `{scan_directions}`.")
+            raise ValueError(f"`scan_directions` must be a tuple of names, got a string: `{scan_directions}`.")
         if len(scan_directions) == 0:
             raise ValueError(f"`scan_directions` must name at least one of {', '.join(SCAN_DIRECTIONS)}.")
         for direction in scan_directions:
@@ -330,19 +330,19 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         if residual_scale is not None and low_res_channels is None:
             raise ValueError(
                 "`residual_scale` makes a higher stage diffuse what its condition lacks, but this is a first stage"
-                " (`low_res_channels` is None). Pass `residual_scale=None`, or `low_res_channels`."
+                " (`low_res_channels` is None). Pass `residual_scale=None` or set `low_res_channels`."
             )
         if residual_scale is not None and not 0 < residual_scale < math.inf:
             raise ValueError(f"`residual_scale` must be None or a positive number, got {residual_scale}.")
         time_step_rank = time_step_rank or math.ceil(hidden_size / 16)
         num_outputs = out_channels or in_channels
         num_inputs = in_channels + (low_res_channels or 0)
-        # Layer i of the second half scans as its mirror image in the first.
+        # Each layer of the second half scans like its mirror image in the first.
         self.layer_directions = tuple(
             scan_directions[min(i, num_layers - 1 - i) % len(scan_directions)] for i in range(num_layers)
         )
 
-        # Twice the side: half a patch more on every side.
+        # Twice the patch's side: half a patch more at each edge.
         patches = {"kernel_size": patch_size, "stride": patch_size}
         if overlapping_patches:
             patches = {"kernel_size": 2 * patch_size, "stride": patch_size, "padding": patch_size // 2}
@@ -360,7 +360,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             self.noise_level_embedding = TimestepEmbedding(TIME_FREQUENCIES, hidden_size)
         self.modulation = nn.Linear(hidden_size, 3 * hidden_size)
 
-        num_skips = num_layers // 2 if long_skips else 0  # an odd number of layers has a middle one, without a skip
+        num_skips = num_layers // 2 if long_skips else 0  # an odd depth has a middle layer without a skip
         self.transformer_blocks = nn.ModuleList(
             block_class(hidden_size, state_size, conv_kernel, expand, time_step_rank)
             for block_class in [PISDMBlock] * (num_layers - num_skips) + [PISDMSkipBlock] * num_skips
@@ -382,10 +382,10 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
 
     def _initialize_weights(self) -> None:
         nn.init.normal_(self.class_embedding.weight, std=0.02)
-        # A small first prediction. Not zero as in DiT: then no gradient would reach the layers at the first step.
+        # Small initial predictions. Zero, as in DiT, would let no gradient reach the layers in the first step.
         nn.init.normal_(self.proj_out.weight, std=0.02)
         nn.init.zeros_(self.proj_out.bias)
-        # Modulation starts at zero: timestep and class enter through their tokens alone at first.
+        # Modulation starts at zero: initially, timestep and class enter only through their tokens.
         for linear in (self.modulation, self.modulation_out):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -393,7 +393,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             if conv is not None:
                 nn.init.zeros_(conv.weight)
                 nn.init.zeros_(conv.bias)
-        # Residual branches add up over the layers: scaled down so that their sum keeps the variance (Mamba, GPT-2).
+        # Residual branches add up over the layers: scaling them down preserves the variance (Mamba, GPT-2).
         with torch.no_grad():
             for block in self.transformer_blocks:
                 block.mixer.out_proj.weight /= math.sqrt(len(self.transformer_blocks))
@@ -414,12 +414,12 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             timestep (`torch.Tensor` of shape `(B,)` or a scalar): Diffusion timestep, embedded in float32.
             class_labels (`torch.Tensor` of shape `(B,)` or `(B, F)`, int64):
                 In `0..num_classes`; `num_classes` means no class. A model with `class_factors` also takes the ids of
-                its F factors, each of which has its null label after its last id.
+                its F factors; each factor's null label follows its last id.
             low_res (`torch.Tensor` of shape `(B, low_res_channels, H, W)`, *optional*):
                 A higher stage's condition, upsampled to the input's size and noised to `noise_level`
-                ([`~ops.conditioning_augmentation.augment_low_res`]). Required exactly when the model has
+                ([`~ops.conditioning_augmentation.augment_low_res`]). Required if and only if the model has
                 `low_res_channels`.
-            noise_level (`torch.Tensor` of shape `(B,)` or a scalar, *optional*): The level in [0, 1); with `low_res`.
+            noise_level (`torch.Tensor` of shape `(B,)` or a scalar, *optional*): In [0, 1); required with `low_res`.
             return_dict (`bool`, defaults to `True`): Whether to return a [`PISDMTransformer2DModelOutput`].
 
         Returns:
@@ -452,7 +452,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         condition = F.silu(time_token + class_token)  # (B, D)
         modulation = self.modulation(condition).unflatten(1, (3, -1))  # (B, 3, D)
 
-        # 2. Tokens: prefix, image in raster order, padding tokens to be spread over the line ends
+        # 2. Tokens: prefix, image in raster order, padding tokens that are then copied to every line end
         inputs = hidden_states  # (B, in, H, W)
         if low_res is not None:
             inputs = torch.cat([hidden_states, low_res], dim=1)  # (B, in + low_res, H, W)
@@ -468,7 +468,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             sequence.append(self.padding_tokens.to(dtype).expand(batch_size, -1, -1))
         hidden_states = torch.cat(sequence, dim=1)  # (B, 2 + hw + P, D)
 
-        # 3. Layers, each in its own scan order; skips join layers of the same order
+        # 3. Layers, each in its own scan order; skips join layers with the same order
         *moves, to_raster = scan_transitions(
             rows,
             columns,
@@ -491,7 +491,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             else:
                 hidden_states = block(*block_inputs)  # (B, L, D)
             if self.config.long_skips and i < num_layers // 2:
-                # A view: the middle layer gets this tensor twice, and torch.compile would compile it anew for that.
+                # A view: the middle layer gets this tensor twice, for which torch.compile would otherwise recompile.
                 skips.append(hidden_states[:])
 
         # 4. Output
@@ -518,12 +518,12 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         return PISDMTransformer2DModelOutput(sample=sample, features=features)
 
     def set_class_factors(self, class_factors: Sequence[Sequence[int]] | None, num_classes: int) -> int:
-        """Sets which rows of the class embedding make a class, and returns how many rows there have to be."""
+        """Sets which rows of the class embedding make up a class, and returns how many rows it needs."""
         ids, starts, num_rows = None, None, num_classes + 1
         if class_factors is not None:
             sizes = check_class_factors(class_factors, num_classes)
             ids = torch.tensor([*class_factors, sizes], dtype=torch.int64)  # (num_classes + 1, F); last: no class
-            # The tables of all factors lie in one embedding, one after another, each with its null label at its end.
+            # One embedding holds the tables of all factors one after another, each ending with its null label.
             starts = torch.tensor([0, *(size + 1 for size in sizes[:-1])]).cumsum(0)  # (F,)
             num_rows = sum(size + 1 for size in sizes)
         self.register_buffer("class_factor_ids", ids, persistent=False)
@@ -539,7 +539,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
     def _sinusoids(
         self, values: torch.Tensor | int | float, hidden_states: torch.Tensor, scale: float = 1.0
     ) -> torch.Tensor:
-        # Half precision cannot tell neighbouring timesteps apart: sinusoids are taken in float32.
+        # Half precision cannot resolve neighbouring timesteps, so the sinusoids are computed in float32.
         values = torch.as_tensor(values, device=hidden_states.device).float() * scale
         values = values.expand(hidden_states.shape[0])  # (B,)
         return self.time_proj(values).to(hidden_states.dtype)  # (B, TIME_FREQUENCIES)
@@ -570,8 +570,8 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
 
 def get_class_embedding(transformer: PISDMTransformer2DModel) -> torch.Tensor:
     """
-    One row per class, the null label's last, (num_classes + 1, hidden_size), whether the model has such rows or makes
-    them of `class_factors`.
+    The embeddings (num_classes + 1, hidden_size) of all classes, the null label last, whether the model stores them or
+    sums them from `class_factors`.
     """
     weight = transformer.class_embedding.weight
     if transformer.class_factor_ids is None:
@@ -586,17 +586,17 @@ def set_class_embedding(
     class_factors: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """
-    Gives a model other classes, in place: the rows of its class embedding, `config.num_classes` and
+    Replaces a model's classes in place: the rows of its class embedding, `config.num_classes` and
     `config.class_factors`.
 
-    `weight` (num_classes + 1, hidden_size) has one row per class, the null label's last; with `class_factors` one row
-    per id of each factor, each factor's null label after its ids. It is copied in the precision and onto the device of
-    the present weights; raises ValueError if these are offloaded.
+    `weight` (num_classes + 1, hidden_size) has one row per class, the null label last; with `class_factors`, one row
+    per id of each factor, each factor's null label after its ids. The copy takes the dtype and device of the current
+    weights; raises ValueError if these are offloaded.
     """
     embedding = transformer.class_embedding
     if embedding.weight.is_meta:
         raise ValueError(
-            "The class embedding cannot be exchanged while its weights are offloaded. Call the pipeline's"
+            "The class embedding cannot be replaced while its weights are offloaded. Call the pipeline's"
             " `remove_all_hooks()` first, and `enable_sequential_cpu_offload()` again afterwards."
         )
     num_classes = len(weight) - 1 if class_factors is None else len(class_factors)
@@ -604,7 +604,7 @@ def set_class_embedding(
     transformer.set_class_factors(class_factors, num_classes)
     for buffer in transformer.buffers(recurse=False):
         buffer.data = buffer.data.to(weight.device)
-    # The module stays, and with it the hooks that offloading and casting have put on it.
+    # Keep the module, and with it the hooks that offloading and casting have attached.
     embedding.weight = nn.Parameter(weight, requires_grad=embedding.weight.requires_grad)
     embedding.num_embeddings = len(weight)
     transformer.register_to_config(num_classes=num_classes, class_factors=class_factors)
@@ -612,15 +612,15 @@ def set_class_embedding(
 
 def class_factors_from_names(class_names: Sequence[str], separator: str) -> tuple[tuple[int, ...], ...]:
     """
-    Reads `class_factors` off names like `"noto/animal-mammal"`: each part is an id of its place's factor, in order of
-    their names. Raises ValueError if a name has more or fewer parts than the first.
+    Derives `class_factors` from names like `"noto/animal-mammal"`: each position is a factor, whose ids number the
+    parts there in sorted order. Raises ValueError if a name has more or fewer parts than the first.
     """
     parts = [name.split(separator) for name in class_names]
     for name, row in zip(class_names, parts):
         if len(row) != len(parts[0]):
             raise ValueError(
                 f"Class {name!r} has {len(row)} parts between {separator!r}, but {class_names[0]!r} has"
-                f" {len(parts[0])}: all names need the same number for their parts to be factors."
+                f" {len(parts[0])}. To use parts as factors, give all names the same number of parts."
             )
     ids = [{part: i for i, part in enumerate(sorted(set(column)))} for column in zip(*parts)]
     return tuple(tuple(factor[part] for factor, part in zip(ids, row)) for row in parts)

@@ -1,4 +1,4 @@
-"""Functions of tensors, without parameters: scans, scan paths, the causal convolution, conditioning augmentation."""
+"""Parameter-free tensor functions: scans, scan paths, the causal convolution, conditioning augmentation."""
 
 from .conditioning_augmentation import augment_low_res, image_to_residual, residual_to_image, upsample_low_res
 from .conv.dispatch import CAUSAL_CONV_BACKENDS, causal_conv

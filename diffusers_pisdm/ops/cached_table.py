@@ -1,4 +1,4 @@
-"""Tables of constants (scan orders, positions) that depend on sizes only."""
+"""Tables of constants (scan orders, positions) that depend only on sizes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Table = TypeVar("Table")
 
 def cached_table(maxsize: int) -> Callable[[Callable[..., Table]], Callable[..., Table]]:
     """
-    Lets eager calls of a function of hashable arguments and `device` share one copy of a constant tensor. Compiled and
-    exported graphs build it themselves, as sizes may be symbolic, and so do calls under a mode that makes other
+    Caches the constant tensor that a function of hashable arguments and `device` returns, for eager calls. Compiled
+    and exported graphs build their own, as sizes may be symbolic, and so do calls under a mode that makes other
     tensors (fake ones, say).
     """
 
     def decorate(build: Callable[..., Table]) -> Callable[..., Table]:
         @lru_cache(maxsize=maxsize)
         def build_once(*args, **kwargs) -> Table:
-            # A tensor made inside `torch.inference_mode()` could never be used for training afterwards.
+            # A tensor made inside `torch.inference_mode()` could never be used for training later.
             with torch.inference_mode(False):
                 return build(*args, **kwargs)
 
@@ -30,7 +30,7 @@ def cached_table(maxsize: int) -> Callable[[Callable[..., Table]], Callable[...,
         def table(*args, device: torch.device | str | None = None, **kwargs) -> Table:
             if torch.compiler.is_compiling():
                 return build(*args, device=device, **kwargs)
-            # What a tensor made here and now is, and where: `device` may be None, or "cuda" without an index.
+            # The actual type and device of a tensor made here: `device` may be None, or "cuda" without an index.
             probe = torch.empty(0, device=device)
             if type(probe) is not torch.Tensor:
                 return build(*args, device=device, **kwargs)

@@ -1,4 +1,4 @@
-"""How a higher stage sees the lower stage's image: upsampled, then noised (conditioning augmentation)."""
+"""How a higher stage sees the lower stage's image: upsampled, then noised (CN's conditioning augmentation)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ def upsample_low_res(
     low_res: torch.Tensor, size: tuple[int, int], residual_scale: float | None = None
 ) -> torch.Tensor:
     """
-    Upsamples the low-resolution image (or latent): bilinearly, as RDM and the paper's cascade, or bicubically and
-    antialiased where the stage diffuses residuals, which are the smaller the better the upsampling is.
+    Upsamples the low-resolution image (or latent): bilinearly, as in RDM and the paper's cascade (CN), or bicubically
+    with antialiasing if the stage diffuses residuals, which better upsampling makes smaller.
 
     Args:
         low_res (`torch.Tensor` of shape `(B, C, h, w)`): The lower stage's output.
         size (`tuple[int, int]`): Height and width `(H, W)` of the higher stage.
-        residual_scale (`float`, *optional*): The higher stage's.
+        residual_scale (`float`, *optional*): The higher stage's `residual_scale`.
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`.
@@ -28,12 +28,12 @@ def upsample_low_res(
 
 def image_to_residual(image: torch.Tensor, upsampled: torch.Tensor, residual_scale: float) -> torch.Tensor:
     """
-    What a residual stage diffuses: the image less the upsampled lower image, at about unit variance.
+    What a residual stage diffuses: the image minus the upsampled lower image, scaled to about unit variance.
 
     Args:
-        image (`torch.Tensor` of shape `(B, C, H, W)`): The stage's image, or its latent.
-        upsampled (`torch.Tensor` of shape `(B, C, H, W)`): Of [`upsample_low_res`], without any noise.
-        residual_scale (`float`): The stage's: about the standard deviation of the difference.
+        image (`torch.Tensor` of shape `(B, C, H, W)`): The stage's image or latent.
+        upsampled (`torch.Tensor` of shape `(B, C, H, W)`): From [`upsample_low_res`], without noise.
+        residual_scale (`float`): The stage's `residual_scale`, about the standard deviation of the difference.
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`.
@@ -46,25 +46,25 @@ def residual_to_image(residual: torch.Tensor, upsampled: torch.Tensor, residual_
     The inverse of [`image_to_residual`].
 
     Args:
-        residual (`torch.Tensor` of shape `(B, C, H, W)`): What the stage has drawn.
-        upsampled (`torch.Tensor` of shape `(B, C, H, W)`): Of [`upsample_low_res`], without any noise.
-        residual_scale (`float`): The stage's.
+        residual (`torch.Tensor` of shape `(B, C, H, W)`): What the stage has sampled.
+        upsampled (`torch.Tensor` of shape `(B, C, H, W)`): From [`upsample_low_res`], without noise.
+        residual_scale (`float`): The stage's `residual_scale`.
 
     Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`: The image, or its latent.
+        `torch.Tensor` of shape `(B, C, H, W)`: The image or latent.
     """
     return torch.add(upsampled, residual, alpha=residual_scale)
 
 
 def augment_low_res(low_res: torch.Tensor, noise: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
     r"""
-    Mixes noise into the condition, keeping its variance: `sqrt(1 - level^2) * low_res + level * noise`. In training
-    the level is drawn per sample, so that a stage learns not to trust the errors of the one below.
+    Mixes noise into the cascade's condition (CN) while preserving its variance: `sqrt(1 - level^2) * low_res + level *
+    noise`. In training, the level is drawn per sample, so a stage learns not to trust errors of the stage below.
 
     Args:
         low_res (`torch.Tensor` of shape `(B, C, H, W)`): The upsampled low-resolution image.
         noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal noise.
-        noise_level (`torch.Tensor` of shape `(B,)`): Levels in [0, 1): 0 leaves the image as it is.
+        noise_level (`torch.Tensor` of shape `(B,)`): Levels in [0, 1); 0 leaves the image unchanged.
 
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`.

@@ -1,4 +1,4 @@
-"""Pictures of scan paths."""
+"""Draws scan paths (CSM) and padding tokens (PT)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from PIL import Image, ImageDraw, ImageFont
 from .scan_paths import SCAN_DIRECTIONS, check_scan_direction, scan_path
 
 
-START_COLOUR, END_COLOUR = (24, 90, 188), (230, 96, 20)  # the path turns from the first to the second
-JUMP_COLOUR = (200, 205, 212)  # steps between tokens that are no neighbours
+START_COLOUR, END_COLOUR = (24, 90, 188), (230, 96, 20)  # the path fades from the first to the second
+JUMP_COLOUR = (200, 205, 212)  # steps between tokens that are not neighbours
 CELL_COLOUR, CELL_OUTLINE = (246, 247, 249), (221, 224, 229)
 PAD_COLOUR = (255, 214, 102)
 TITLE_COLOUR = (40, 40, 40)
 PANELS_A_ROW = 4
-OVERSAMPLING = 3  # drawn this much larger, then scaled down: PIL draws without antialiasing
+OVERSAMPLING = 3  # drawn at this scale, then reduced: PIL draws without antialiasing
 
 
 def draw_scan_paths(
@@ -25,15 +25,15 @@ def draw_scan_paths(
     cell_size: int = 24,
 ) -> Image.Image:
     """
-    Draws the order in which scans visit a grid of tokens: one panel a direction, four panels a row.
+    Draws the order in which scans visit a grid of tokens: one panel per direction, four panels per row.
 
-    A path starts at the large dot and turns from blue to orange; arrows show where it goes. Grey lines are jumps
-    between tokens that are no neighbours. Padding tokens are the yellow squares behind the end of each line.
+    A path starts at the large dot and fades from blue to orange; arrows show its direction. Grey lines are jumps
+    between tokens that are not neighbours. Padding tokens are the yellow squares at the end of each line.
 
     Args:
         height (`int`): Rows of the grid, at least 1.
         width (`int`): Columns of the grid, at least 1.
-        directions (`tuple[str, ...]`, defaults to all eight): What to draw, of [`SCAN_DIRECTIONS`]; at least one.
+        directions (`tuple[str, ...]`, defaults to all eight): The [`SCAN_DIRECTIONS`] to draw, at least one.
         snake (`bool`, defaults to `False`): Whether every second line is walked backwards.
         num_padding_tokens (`int`, defaults to 1): Padding tokens at the end of every line, 0 or more.
         cell_size (`int`, defaults to 24): Side of a token in pixels, at least 8.
@@ -42,7 +42,7 @@ def draw_scan_paths(
         `PIL.Image.Image`: an RGB picture.
 
     Raises:
-        ValueError: A direction is unknown, there is none, or `cell_size` is below 8.
+        ValueError: A direction is unknown, none is given, or `cell_size` is below 8.
     """
     if len(directions) == 0:
         raise ValueError(f"`directions` is empty: name at least one of {', '.join(SCAN_DIRECTIONS)}.")
@@ -66,7 +66,7 @@ def draw_scan_paths(
 def _token_cells(
     height: int, width: int, direction: str, snake: bool, num_padding_tokens: int
 ) -> list[tuple[int, int, bool]]:
-    """Row, column and whether it is a padding token, for each token in scan order; pads lie outside the grid."""
+    """Row, column and whether it is a padding token for each token in scan order; padding lies outside the grid."""
     axis, vertical, horizontal = direction.split("_")
     forwards = (horizontal if axis == "row" else vertical) in ("left", "top")
     line_length = (width if axis == "row" else height) + num_padding_tokens
@@ -134,7 +134,7 @@ def _draw_arrow(
     colour: tuple[int, ...],
     cell: int,
 ) -> None:
-    """A line between two neighbours, with its head in the middle."""
+    """An arrow between two neighbours, with its head in the middle."""
     draw.line((*start, *end), colour, max(2, cell // 9))
     dx, dy = (end[0] - start[0]) / cell, (end[1] - start[1]) / cell  # of length 1
     x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2

@@ -1,4 +1,4 @@
-"""The orders in which a 1-D scan visits a 2-D grid of tokens (the paper's cyclic scanning and padding tokens)."""
+"""The orders in which a scan visits a 2-D grid of tokens (the paper's cyclic scanning, CSM, and padding tokens)."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def scan_path(
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
     r"""
-    The order in which a scan visits the tokens of a `height x width` grid.
+    The order in which a scan visits the tokens of a `height x width` grid (one direction of the paper's CSM).
 
-    Image tokens bear their raster number `row * width + column`. With `num_padding_tokens = P > 0` every scanned line
-    is followed by its `P` padding tokens, numbered `height * width + line * P + p`, where `line` is the row (or
-    column) they belong to, whatever the order in which lines are visited (paper: padding tokens).
+    Image tokens have their raster index `row * width + column`. With `num_padding_tokens = P > 0`, every scanned line
+    is followed by its `P` padding tokens (the paper's PT) with indices `height * width + line * P + p`, where `line`
+    is their row (or column), whatever the order in which lines are visited.
 
     Args:
         height (`int`): Rows of the grid, at least 1.
@@ -77,7 +77,7 @@ def _scan_path(
     num_pad_lines: int,
     device: torch.device | str | None,
 ) -> torch.Tensor:
-    """[`scan_path`], whose lines share the padding tokens of `num_pad_lines` lines: each has those of the nearest."""
+    """[`scan_path`] with padding tokens for `num_pad_lines` lines only: each line has those of the nearest."""
     axis, vertical, horizontal = direction.split("_")
 
     grid = torch.arange(height * width, device=device).view(height, width)  # (H, W)
@@ -104,14 +104,14 @@ def _scan_path(
 
 def invert_scan_path(path: torch.Tensor) -> torch.Tensor:
     """
-    The inverse permutation: where in the scan each token is visited, so that `path[invert_scan_path(path)]` is
+    The inverse permutation: the position of each token in the scan, so that `path[invert_scan_path(path)]` is
     `0..L-1`.
     """
     return torch.empty_like(path).scatter_(0, path, torch.arange(path.shape[0], device=path.device))
 
 
 class TokenMove(NamedTuple):
-    """One gather along the token axis. `inverse` undoes it where it is a permutation: its gradient is a gather too."""
+    """A gather along the token axis. If it is a permutation, `inverse` undoes it: its gradient is also a gather."""
 
     index: torch.Tensor
     inverse: torch.Tensor | None
@@ -129,42 +129,42 @@ def scan_transitions(
     device: torch.device | str | None = None,
 ) -> list[TokenMove | None]:
     r"""
-    The gathers that take a token sequence through layers of the given scan directions, one before each layer and one
-    after the last: leaving one layer's order and entering the next one's is a single index.
+    The gathers that take a token sequence through layers with the given scan directions (CSM), one before each layer
+    and one after the last: a single index goes from one layer's order to the next.
 
-    The first index reads from `[prefix tokens, image tokens in raster order, P padding tokens]` and so copies the
-    padding tokens to every line end. Those between turn one layer's order into the next one's; prefix tokens stay in
-    front. The last picks the image tokens in raster order.
+    The first index reads from `[prefix tokens, image tokens in raster order, P padding tokens]` and thus copies the
+    padding tokens to every line end. The next ones turn one layer's order into the following layer's; prefix tokens
+    stay in front. The last picks the image tokens in raster order.
 
-    Rows and columns of a rectangle differ in number, and so do their padding tokens; there the pads of the next order
-    come from the nearest line of the last one.
+    A rectangle has different numbers of rows and columns, and thus of padding tokens; those of the next order then
+    come from the nearest line of the previous one.
 
     Args:
         height (`int`), width (`int`): The grid of image tokens.
         directions (`tuple[str, ...]`): The scan direction of each layer.
         snake (`bool`), num_padding_tokens (`int`): As in [`scan_path`].
         num_prefix_tokens (`int`): Tokens that every scan reads before the image.
-        device (`torch.device`, *optional*): Where the indices live.
+        device (`torch.device`, *optional*): The device of the indices.
 
     Returns:
-        `list[TokenMove | None]` of `len(directions) + 1` moves; `None` where nothing moves (for the last one: where
-        dropping the prefix is all there is to do).
+        `list[TokenMove | None]` of `len(directions) + 1` moves; `None` where nothing moves (for the last: where only
+        the prefix needs dropping).
     """
     sizes = (height, width, snake, num_padding_tokens, num_prefix_tokens)
     if torch.compiler.is_compiling():
-        # From an operator: building them would be most of the graph.
+        # From a single operator: building them would make up most of the graph.
         index = partial(_move_index_op, *sizes, None if device is None else torch.device(device))
     else:
         index = _MoveIndices(*sizes, device)
 
     def change(before: str, after: str) -> TokenMove:
-        # In a compiled graph of symbolic sizes the second question goes unanswered, and squares count as rectangles.
+        # A compiled graph with symbolic sizes cannot decide the second question and treats squares as rectangles.
         is_permutation = num_padding_tokens == 0 or statically_known_true(
             _num_lines(height, width, before) == _num_lines(height, width, after)
         )
         return TokenMove(index(before, after), index(after, before) if is_permutation else None)
 
-    # Layers repeat a few pairs of directions: each pair is built once and shared.
+    # Layers repeat a few pairs of directions, so each pair is built once and shared.
     pairs = list(zip(directions, directions[1:]))
     changes = {pair: change(*pair) for pair in dict.fromkeys(pairs) if pair[0] != pair[1]}
     is_raster = num_padding_tokens == 0 and not snake
@@ -178,8 +178,8 @@ def scan_transitions(
 
 class _MoveIndices:
     """
-    The indices of [`scan_transitions`] for a grid: from the order `before` (`None`: prefix, raster order, one set of
-    padding tokens) to the order `after` (`None`: the image tokens alone, in raster order).
+    Builds the indices of [`scan_transitions`] for a grid: from the order `before` (`None`: prefix, raster order, one
+    set of padding tokens) to the order `after` (`None`: only the image tokens, in raster order).
     """
 
     def __init__(
@@ -235,7 +235,7 @@ def _move_index_op(
     after: str | None,
 ) -> torch.Tensor:
     sizes = (height, width, snake, num_padding_tokens, num_prefix_tokens)
-    return _move_index(before, after, *sizes, device=device).clone()  # the graph may write into what it is given
+    return _move_index(before, after, *sizes, device=device).clone()  # the graph may write into it
 
 
 @_move_index_op.register_fake
@@ -251,8 +251,8 @@ def _num_lines(height: int, width: int, direction: str) -> int:
 
 
 class _PermuteTokens(torch.autograd.Function):
-    # `index_select` differentiates to `index_add_`, which must assume repeated indices and is an order of magnitude
-    # slower than the gather by the inverse permutation.
+    # The gradient of `index_select` is `index_add_`, which must allow repeated indices and is an order of magnitude
+    # slower than a gather with the inverse permutation.
     @staticmethod
     def forward(ctx, tokens: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(index, inverse)
@@ -266,7 +266,7 @@ class _PermuteTokens(torch.autograd.Function):
 
 def move_tokens(tokens: torch.Tensor, move: TokenMove) -> torch.Tensor:
     """
-    Reorders tokens by one move of [`scan_transitions`].
+    Reorders tokens by a move from [`scan_transitions`].
 
     Args:
         tokens (`torch.Tensor` of shape `(B, L, D)`): The sequence.

@@ -61,7 +61,7 @@ class PISDMCascadePipelineOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """All that one call does in one stage, decided before anything is drawn."""
+    """Everything one call does in one stage, decided before anything is drawn."""
 
     number: int  # from 1
     first_step: int  # counted over all stages
@@ -90,9 +90,9 @@ class StagePlan:
 
 class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoaderMixin):
     r"""
-    Generates images of given classes with a cascade of one to four diffusion models. The first makes a small image
-    from noise; each of the others makes a larger one from noise and the image of the stage before, upsampled and
-    slightly noised (conditioning augmentation). Stages are counted from 1, like the components.
+    Generates images of given classes with a cascade (the paper's CN) of one to four diffusion models. The first makes
+    a small image from noise; each of the others makes a larger one from noise and the image of the stage before,
+    upsampled and slightly noised (conditioning augmentation). Stages are counted from 1, like the components.
 
     This pipeline inherits from [`DiffusionPipeline`]; see there for loading, saving, devices and offloading. LoRA
     adapters come from [`~pipelines.lora_loading.PISDMLoraLoaderMixin`].
@@ -100,7 +100,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     Args:
         transformer ([`PISDMTransformer2DModel`]): The first stage.
         scheduler ([`SchedulerMixin`]):
-            The first stage's scheduler, e.g. [`DPMSolverMultistepScheduler`]. Flow-matching schedulers are refused.
+            The first stage's scheduler, e.g. [`DPMSolverMultistepScheduler`]. Flow-matching schedulers are rejected.
         transformer_2, transformer_3, transformer_4 ([`PISDMTransformer2DModel`], *optional*):
             The higher stages, without gaps.
         scheduler_2, scheduler_3, scheduler_4 ([`SchedulerMixin`], *optional*):
@@ -316,7 +316,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     def _find_class(self, name: str) -> int:
         if not self.config.id2label:
             raise ValueError(
-                f"Cannot look up {name!r}: this pipeline has no class names. Pass class ids, or give the pipeline its"
+                f"Cannot look up {name!r}: this pipeline has no class names. Pass class ids, or give the pipeline"
                 " names with `id2label`."
             )
         names_by_id = {
@@ -554,7 +554,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         """Returns what the scheduler's `step` takes of `generator` and DDIM's arguments."""
         accepted = inspect.signature(scheduler.step).parameters
         # By default, DDIM combines the clipped image with the noise of the unclipped one, which leaves noise behind.
-        # Where nothing is clipped, this changes nothing.
+        # If nothing is clipped, this changes nothing.
         extra = {"generator": generator, "eta": eta, "use_clipped_model_output": True}
         return {name: value for name, value in extra.items() if name in accepted}
 
@@ -593,8 +593,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         self, stage: StagePlan, class_labels: torch.Tensor, low_res: torch.Tensor | None, guided: bool
     ) -> dict[str, torch.Tensor]:
         """
-        Returns what the model is told besides latents and timestep: `class_labels` and `noise_level` `(B,)` and
-        `low_res` `(B, C, H, W)`, or if guided twice the batch, the unconditional half first.
+        Returns the model's inputs besides latents and timestep: `class_labels` and `noise_level` `(B,)` and `low_res`
+        `(B, C, H, W)`, or if guided, twice the batch, the unconditional half first.
         """
         condition = {"class_labels": class_labels}  # (B,)
         if low_res is not None:
@@ -868,7 +868,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
 
 def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
-    # A stage that is explicitly None takes the ones above it along: they would have no condition.
+    # A stage that is explicitly None also removes those above it: they would have no condition.
     dropped = [i for i, name in enumerate(TRANSFORMERS) if i > 0 and name in kwargs and kwargs[name] is None]
     if not dropped:
         return kwargs
@@ -877,7 +877,7 @@ def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_values(value: Any, num_values: int) -> Any:
-    # The default of a cascade that may have been shortened since.
+    # The default may come from a cascade that has since been shortened.
     return value[:num_values] if isinstance(value, (list, tuple)) else value
 
 
@@ -890,7 +890,7 @@ def _by_stage(num_stages: int, **arguments: Any) -> list[dict[str, Any]]:
 def _per_stage(name: str, value: Any, num_stages: int) -> list:
     is_list = isinstance(value, (list, tuple))
     if is_list and name in ("timesteps", "sigmas"):
-        # One stage's value is a list, too, but of numbers.
+        # One stage's value is also a list, but of numbers.
         is_list = all(item is None or not isinstance(item, Real) for item in value)
     only_higher = name in ("noise_level", "relay_strength")
     num_values, unit = (num_stages - 1, "higher stage") if only_higher else (num_stages, "stage")

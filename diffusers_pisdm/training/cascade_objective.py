@@ -1,4 +1,4 @@
-"""The joint training objective of a cascade: eq. 17 of the paper over all of its stages."""
+"""The joint training objective of a cascade: the paper's eq. 17 over all stages."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .scale_invariant_loss import ScaleInvariantLoss
 class CascadeLosses(NamedTuple):
     """
     Args:
-        total (`torch.Tensor`, scalar): What is minimised.
+        total (`torch.Tensor`, scalar): The loss to minimise.
         denoising (`list[torch.Tensor]` of shapes `(B_s,)`):
-            Weighted squared error of each image, one entry a trained stage; a stage may hold fewer of the images.
+            Weighted squared error per image, one entry per trained stage; a stage may have fewer of the images.
         scale_invariant (`torch.Tensor` of shape `(P,)`): InfoNCE of each compared pair of stages; empty if off.
         timesteps (`torch.Tensor` of shape `(B,)`): The images' timesteps.
     """
@@ -34,32 +34,32 @@ class CascadeLosses(NamedTuple):
 
 class CascadeObjective(nn.Module):
     r"""
-    All stages of a cascade and the loss that trains them, together or some of them:
-    `L = sum_s w_s E[lambda(t) |eps_s(x_t, t, y, low_res) - eps|^2] + sil_weight * L_s` (eq. 17).
+    All stages of a cascade and the loss that trains some or all of them jointly (eq. 17):
+    `L = sum_s w_s E[lambda(t) |eps_s(x_t, t, y, low_res) - eps|^2] + sil_weight * L_s`.
 
-    The stages see the same images at the same timesteps, each at its own resolution, with noise of its own.
+    The stages see the same images at the same timesteps, each at its own resolution and with its own noise.
 
     Args:
         transformers (`list[PISDMTransformer2DModel]`): The stages, low resolution first.
         schedulers (`list[DDPMScheduler]`): The noise schedule and the prediction type of each stage.
         loss_weighting (`str` or `list[str]`, defaults to `"uniform"`):
-            See [`denoising_weights`]; for all stages, or one for each.
+            See [`denoising_weights`]; one for all stages, or one per stage.
         min_snr_gamma (`float`, defaults to 5.0): The gamma of `min_snr`.
         label_dropout (`float`, defaults to 0.1): Share of images whose label is replaced by the null label.
         factor_dropout (`float`, defaults to 0.0):
-            Beside that, the share of images in which a factor of the class is replaced by its null label, drawn for
-            each factor by itself. For models with `class_factors`.
+            In addition, the share of images in which a factor of the class is replaced by its null label, drawn
+            independently per factor. For models with `class_factors`.
         max_noise_level (`float`, defaults to 0.5):
             Conditioning augmentation draws its level from [0, max_noise_level).
-        sil_weight (`float`, defaults to 1.0): Weight of the scale-invariant loss; 0 removes it and its heads.
+        sil_weight (`float`, defaults to 1.0): Weight of the scale-invariant loss (SIL); 0 removes it and its heads.
         sil_temperature (`float`, defaults to 0.1): See [`ScaleInvariantLoss`].
         sil_mask_same_class (`bool`, defaults to `False`): See [`ScaleInvariantLoss`].
         train_stages (`list[int]`, *optional*):
-            The stages to train, counted from 1 as in the pipeline; all if not given. The others are frozen and not
-            run, but for the stage below a trained one, which the scale-invariant loss compares it with.
+            The stages to train, counted from 1 as in the pipeline; all if not given. The others are frozen and do not
+            run, except a stage below a trained one, with which the scale-invariant loss compares it.
         batch_shares (`list[float]`, *optional*):
-            The share of the batch each stage is trained on, in (0, 1]; all of it if not given. Low stages are cheap
-            and decide what the image shows, high stages are costly and learn quickly.
+            The share of the batch that each stage trains on, in (0, 1]; all of it if not given. Low stages are cheap
+            and determine what the image shows, high stages are expensive and learn quickly.
         stage_loss_weights (`list[float]`, *optional*): The weight w_s of each stage's denoising loss, 1 if not given.
         process_index (`int`, defaults to 0), num_processes (`int`, defaults to 1):
             Which rows of the global batch this process trains on, see [`RowNoise`].
@@ -93,20 +93,20 @@ class CascadeObjective(nn.Module):
         train_stages = list(range(1, count + 1)) if train_stages is None else train_stages
         loss_weighting = [loss_weighting] * count if isinstance(loss_weighting, str) else loss_weighting
         if len(schedulers) != count:
-            raise ValueError(f"`schedulers` must hold one scheduler for each of the {count} stages.")
+            raise ValueError(f"`schedulers` must have one scheduler for each of the {count} stages.")
         if len(loss_weighting) != count:
             raise ValueError(
-                f"`loss_weighting` must be one name, or one for each of the {count} stages, got {loss_weighting}."
+                f"`loss_weighting` must be one name or one for each of the {count} stages, got {loss_weighting}."
             )
         if factor_dropout > 0 and any(stage.config.get("class_factors") is None for stage in transformers):
-            raise ValueError("`factor_dropout` drops factors of classes, but a stage has no `class_factors`.")
+            raise ValueError("`factor_dropout` drops class factors, but a stage has no `class_factors`.")
         if len(batch_shares) != count or not all(0 < share <= 1 for share in batch_shares):
             raise ValueError(
-                f"`batch_shares` must hold one share in (0, 1] for each of the {count} stages, got {batch_shares}."
+                f"`batch_shares` must have one share in (0, 1] for each of the {count} stages, got {batch_shares}."
             )
         if len(stage_loss_weights) != count or not all(weight > 0 for weight in stage_loss_weights):
             raise ValueError(
-                f"`stage_loss_weights` must hold one positive weight for each of the {count} stages, got"
+                f"`stage_loss_weights` must have one positive weight for each of the {count} stages, got"
                 f" {stage_loss_weights}."
             )
         if (
@@ -115,7 +115,7 @@ class CascadeObjective(nn.Module):
             or not set(train_stages) <= {*range(1, count + 1)}
         ):
             raise ValueError(
-                f"`train_stages` must name each stage to train once, by a number from 1 to {count}, got"
+                f"`train_stages` must list each stage to train once, by its number from 1 to {count}, got"
                 f" {train_stages}."
             )
         self.stages = nn.ModuleList(transformers)
@@ -143,7 +143,7 @@ class CascadeObjective(nn.Module):
                 temperature=sil_temperature,
                 mask_same_class=sil_mask_same_class,
             )
-        # The stages that are run: those that are trained, and those that they are compared with.
+        # The stages that run: the trained ones, and those they are compared with.
         self.stages_run = sorted(
             {*self.stages_trained, *(index - 1 for index in compared if self.scale_invariant_loss is not None)}
         )
@@ -152,14 +152,14 @@ class CascadeObjective(nn.Module):
         self, pyramid: list[torch.Tensor], class_labels: torch.Tensor, seed: int | torch.Generator
     ) -> CascadeLosses:
         """
-        In evaluation mode every stage sees the whole batch, no label is dropped, and nothing depends on other
+        In evaluation mode, every stage sees the whole batch, no label is dropped, and nothing depends on other
         processes.
 
         Args:
             pyramid (`list[torch.Tensor]` of shapes `(B, C, H_s, W_s)`):
                 The images (in [-1, 1]) or latents of every stage, see [`image_pyramid`].
-            class_labels (`torch.Tensor` of shape `(B,)`, int64): Their classes.
-            seed (`int` or `torch.Generator`): All noise follows from it.
+            class_labels (`torch.Tensor` of shape `(B,)`, int64): The images' classes.
+            seed (`int` or `torch.Generator`): Determines all noise.
 
         Returns:
             [`CascadeLosses`].
@@ -202,16 +202,16 @@ class CascadeObjective(nn.Module):
         low_res: torch.Tensor | None,
         timesteps: torch.Tensor,
         labels: torch.Tensor,
-        draw: RowNoise,
+        random: RowNoise,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scheduler, residual_scale = self.schedulers[index], self.stages[index].config.get("residual_scale")
-        noise = draw.normal(*clean.shape)
+        noise = random.normal(*clean.shape)
         noise_level = None
         if low_res is not None:
-            noise_level = draw.uniform(len(clean)) * self.max_noise_level
+            noise_level = random.uniform(len(clean)) * self.max_noise_level
             upsampled = upsample_low_res(low_res, clean.shape[-2:], residual_scale)
-            low_res = augment_low_res(upsampled, draw.normal(*upsampled.shape), noise_level)
-            if residual_scale is not None:  # to the image without noise: what is noised, the stage cannot take away
+            low_res = augment_low_res(upsampled, random.normal(*upsampled.shape), noise_level)
+            if residual_scale is not None:  # relative to the noise-free image: the stage cannot remove noise from it
                 clean = image_to_residual(clean, upsampled, residual_scale)
         noisy = scheduler.add_noise(clean, noise, timesteps)  # (B, C, H, W)
         prediction, features = self.stages[index](
@@ -223,5 +223,5 @@ class CascadeObjective(nn.Module):
 
 
 def stage_batch_size(share: float, batch_size: int) -> int:
-    """A stage's part of a batch, rounded, but never empty: `share` is in (0, 1]."""
+    """The rounded size of a stage's part of a batch, at least 1; `share` is in (0, 1]."""
     return max(1, round(share * batch_size))

@@ -1,6 +1,6 @@
-"""Checkpoints of a training run: written whole or not at all, found by their step, checked before they are used.
+"""Checkpoints of a training run: written completely or not at all, found by their step, checked before use.
 
-Averaged weights are kept in them as safetensors.
+They store averaged weights as safetensors.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class CheckpointError(RuntimeError):
 
 def find_checkpoints(output_dir: str | Path) -> tuple[list[Path], dict[Path, str]]:
     """
-    The checkpoints of a run.
+    Finds the checkpoints of a run.
 
     Args:
         output_dir (`str` or `Path`): The run's folder; may be missing.
 
     Returns:
         `tuple[list[Path], dict[Path, str]]`: The complete checkpoints (folders named `checkpoint-<step>`), oldest
-        first; and what else was left of checkpoints, each with what is wrong with it.
+        first; and incomplete ones, each with what is wrong with it.
     """
     output_dir = Path(output_dir)
     complete, incomplete = [], {}
@@ -60,7 +60,7 @@ def find_checkpoints(output_dir: str | Path) -> tuple[list[Path], dict[Path, str
 
 def find_fault(checkpoint: str | Path) -> str | None:
     """
-    Compares a checkpoint with the list of files and sizes it was completed with.
+    Checks a checkpoint against the list of files and sizes recorded when it was completed.
 
     Args:
         checkpoint (`str` or `Path`): The checkpoint's folder.
@@ -83,16 +83,19 @@ def find_fault(checkpoint: str | Path) -> str | None:
 
 def find_resume_point(output_dir: str | Path, resume_from: str, report: Callable[[str], None] = print) -> Path | None:
     """
+    Finds the checkpoint to resume from.
+
     Args:
         output_dir (`str` or `Path`): The run's folder; may be missing.
         resume_from (`str`): `"latest"`, `"none"`, or a checkpoint: its path, or its name in `output_dir`.
-        report (`Callable`, defaults to `print`): Is told which checkpoint it is, and which ones are incomplete.
+        report (`Callable`, defaults to `print`):
+            Called with messages that name the chosen checkpoint and any incomplete ones.
 
     Returns:
-        `Path` or `None`: The checkpoint to resume from, if any.
+        `Path` or `None`: The checkpoint, if any.
 
     Raises:
-        ValueError: The named checkpoint is not there, or not whole.
+        ValueError: The named checkpoint is missing or incomplete.
     """
     if resume_from == "none":
         return None
@@ -121,26 +124,27 @@ def save_checkpoint(
     total_limit: int | None = None,
 ) -> Path:
     """
-    Writes `checkpoint-<step>`, under another name until everything in it is on the disk, so that a run killed at any
-    moment leaves the whole checkpoint or none; then removes the oldest beyond `total_limit`. All processes call it.
+    Writes `checkpoint-<step>` under a temporary name until everything in it is on disk, so that a run killed at any
+    moment leaves a complete checkpoint or none; then removes the oldest beyond `total_limit`. All processes must call
+    it.
 
     Args:
-        accelerator (`Accelerator`): Of the run.
+        accelerator (`Accelerator`): The run's accelerator.
         output_dir (`str` or `Path`): The run's folder.
         step (`int`): The optimizer step.
-        state (`dict`): JSON-serialisable facts, kept in `trainer_state.json`.
-        write (`Callable`): Writes everything else into the folder it is given; called in every process.
+        state (`dict`): JSON-serialisable values to store in `trainer_state.json`.
+        write (`Callable`): Writes everything else into the given folder; called in every process.
         total_limit (`int`, *optional*): Complete checkpoints to keep, at least 1.
 
     Returns:
         `Path`: The finished checkpoint.
 
     Raises:
-        CheckpointError: It could not be written (no space, no permission); earlier checkpoints are as they were.
+        CheckpointError: It could not be written (no space, no permission); earlier checkpoints are unchanged.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(_PARTIAL + final.name)
-    # Each part ends with all processes knowing whether it succeeded in all of them: none waits for one that failed.
+    # After each part, every process knows whether all succeeded, so none waits for one that failed.
     parts = [
         (accelerator.is_main_process, lambda: _make_empty(partial)),
         (True, lambda: write(partial)),
@@ -155,15 +159,15 @@ def save_checkpoint(
             OSError,
             RuntimeError,
             SafetensorError,
-        ) as error:  # torch.save and safetensors have errors of their own
+        ) as error:  # torch.save and safetensors raise their own errors
             fault = f"{type(error).__name__}: {error}"
         faults = [fault for fault in gather_object([fault]) if fault is not None]
         if faults:
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"{final} could not be written ({faults[0]}). Earlier checkpoints are intact: make room or set"
-                " --checkpoints_total_limit, then run the same command again to go on from the last of them."
+                f"{final} could not be written ({faults[0]}). Earlier checkpoints are intact: free up space or set"
+                " --checkpoints_total_limit, then rerun the same command to resume from the last one."
             )
     if accelerator.is_main_process and total_limit is not None:
         complete, _ = find_checkpoints(output_dir)
@@ -173,7 +177,7 @@ def save_checkpoint(
 
 
 def read_state(checkpoint: str | Path) -> dict:
-    """The facts that [`save_checkpoint`] kept in `trainer_state.json`."""
+    """The values that [`save_checkpoint`] stored in `trainer_state.json`."""
     return json.loads((Path(checkpoint) / STATE_FILE).read_text())
 
 
@@ -195,7 +199,7 @@ def _complete(partial: Path, final: Path, state: dict) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file's content, or a folder's entries, are on the disk."""
+    """Waits until a file's contents or a folder's entries are on disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -211,13 +215,13 @@ def _step_of(path: Path) -> int:
 
 def save_average(average: EMAModel, names: list[str], file: Path, is_main_process: bool = True) -> None:
     """
-    Writes the averaged weights. With sharded parameters (FSDP2) all processes have to call it.
+    Writes the averaged weights. With sharded parameters (FSDP2), all processes must call it.
 
     Args:
-        average (`EMAModel`): The averages.
+        average (`EMAModel`): The averaged weights.
         names (`list[str]`): The parameters' names, in the order they were given to `average`.
         file (`Path`): The safetensors file to write.
-        is_main_process (`bool`, defaults to `True`): Whether this process writes; the others only take part.
+        is_main_process (`bool`, defaults to `True`): Whether this process writes; the others only participate.
     """
     whole = {name: _gather(tensor) for name, tensor in zip(names, average.shadow_params, strict=True)}
     if is_main_process:
@@ -229,10 +233,10 @@ def load_average(average: EMAModel, names: list[str], file: Path, step: int) -> 
     Reads what [`save_average`] wrote.
 
     Args:
-        average (`EMAModel`): Takes the averages; its present ones say how each is sharded and where it lies.
-        names (`list[str]`): As there.
+        average (`EMAModel`): Receives the weights; its current ones determine each weight's sharding and device.
+        names (`list[str]`): As in [`save_average`].
         file (`Path`): The safetensors file.
-        step (`int`): How many updates the averages have seen.
+        step (`int`): The number of updates so far.
     """
     whole = load_file(file)
     average.shadow_params = [
@@ -242,7 +246,7 @@ def load_average(average: EMAModel, names: list[str], file: Path, step: int) -> 
 
 
 def whole_stages(accelerator: Accelerator, model: nn.Module) -> list[PISDMTransformer2DModel]:
-    """The stages of a prepared objective with all weights; copies in main memory where processes hold a part each."""
+    """A prepared objective's stages with all weights: copies in main memory if they are sharded over processes."""
     objective = accelerator.unwrap_model(model)
     if accelerator.distributed_type != DistributedType.FSDP:
         return list(objective.stages)
@@ -250,7 +254,7 @@ def whole_stages(accelerator: Accelerator, model: nn.Module) -> list[PISDMTransf
     for index, stage in enumerate(objective.stages):
         copy = PISDMTransformer2DModel.from_config(stage.config)
         prefix = f"stages.{index}."
-        if accelerator.is_main_process:  # the others get no weights
+        if accelerator.is_main_process:  # the others receive no weights
             copy.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         stages.append(copy)
     return stages

@@ -1,4 +1,4 @@
-"""The denoising half of the training loss (paper, eq. 17)."""
+"""The denoising term of the training loss (the paper's eq. 17)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ def denoising_target(
     scheduler: DDPMScheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """
-    What the model is asked for: the noise, the velocity or the clean image, as the scheduler's `prediction_type` says.
+    What the model should predict: the noise (as in eq. 17), the velocity or the clean image, according to the
+    scheduler's `prediction_type`.
 
     Args:
         scheduler (`DDPMScheduler`): The noise schedule.
-        clean, noise (`torch.Tensor` of shape `(B, C, H, W)`): The image x_0 and the noise that was added to it.
+        clean, noise (`torch.Tensor` of shape `(B, C, H, W)`): The image x_0 and the noise added to it.
         timesteps (`torch.Tensor` of shape `(B,)`, int64): In `0..num_train_timesteps - 1`.
 
     Returns:
@@ -38,12 +39,12 @@ def denoising_target(
 
 def denoising_weights(scheduler: DDPMScheduler, weighting: str, min_snr_gamma: float = 5.0) -> torch.Tensor:
     r"""
-    The weight of the squared error of the model's own prediction at every timestep.
+    The weight of the squared error of the model's own prediction at every timestep: lambda(t) of eq. 17.
 
-    Eq. 17 weighs the squared error of the *noise* by lambda(t). Other predictions carry the same error times a factor
-    of the signal-to-noise ratio: `|eps - eps'|^2 = SNR |x_0 - x_0'|^2 = abar |v - v'|^2`.
+    Eq. 17 weights the squared error of the *noise* by lambda(t). Other predictions have the same error up to a factor
+    that depends on the timestep: `|eps - eps'|^2 = SNR |x_0 - x_0'|^2 = abar |v - v'|^2`.
 
-    - `uniform`: 1 for the prediction as it is; for noise prediction that is lambda = 1, as in DDPM, U-ViT and DiM.
+    - `uniform`: 1 for the model's own prediction; for noise that is lambda = 1, as in DDPM, U-ViT and DiM.
     - `vlb`: lambda(t) = beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) of eq. 17, with sigma_t^2 = beta_t (the
       posterior variance is zero at the first step).
     - `min_snr`: lambda(t) = min(SNR, gamma) / SNR (Hang et al., 2023).

@@ -1,4 +1,4 @@
-"""Training on images that lie on the device, in steps that never wait for it: one CUDA graph each on a GPU."""
+"""Trains on images that are already on the device, in steps that never wait for it: on a GPU, one CUDA graph each."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from .recipes import TrainerSettings
 from .trainer import RunState, Trainer
 
 
-WARM_UP_STEPS = 3  # steps before the recording: kernels are compiled and tables are made in them
-PROBE_SECONDS = 4  # over which the speed is measured that decides how many steps there will be
+WARM_UP_STEPS = 3  # steps before recording, which compile kernels and build tables
+PROBE_SECONDS = 4  # of training, whose speed determines the number of steps
 HELD_OUT_BATCH_SIZE = 64
 
 
 class DeviceStep:
     """
-    Everything a training step does, on images that lie on the device: batch, augmentation, loss, gradient, AdamW and
-    averaged weights. The host only says which rows, which seed and which learning rate.
+    An entire training step on images on the device: batch, augmentation, loss, gradient, AdamW and averaged weights.
+    The host only provides the rows, the seed and the learning rate.
 
-    A model of a few million parameters keeps a GPU busy for less time than the host needs to launch its kernels one by
-    one: on a GPU, the step is recorded once as a CUDA graph and launched as a whole from then on. Noise follows from
-    the seed of each step alone, recorded or not.
+    Running a model of a few million parameters takes a GPU less time than the host needs to launch its kernels one by
+    one. So on a GPU the step is recorded once as a CUDA graph and then launched all at once. Noise depends only on
+    each step's seed, recorded or not.
 
-    A step whose gradient is not finite changes no weight; `skipped_steps` counts it.
+    A step whose gradient is not finite changes no weights; `skipped_steps` counts it.
 
     Args:
-        accelerator (`Accelerator`): Of one process; its mixed precision holds.
+        accelerator (`Accelerator`): For a single process; its mixed precision applies.
         objective ([`CascadeObjective`]): Prepared by `accelerator`, on the device.
         optimizer (`torch.optim.AdamW`):
             Fused, prepared by `accelerator`; on a GPU `capturable`, with a tensor as its learning rate.
-        average (`EMAModel`): Of the parameters that train.
-        data ([`LabelledImages`]): On the device.
-        batch_size (`int`): Images a step.
-        max_grad_norm (`float`): Gradients are scaled down to this norm.
-        random_flip (`bool`): Whether images that may be mirrored are, every other time.
-        max_shift (`int`): Pixels that images are moved by at most.
+        average (`EMAModel`): The averages of the trainable parameters.
+        data ([`LabelledImages`]): The images, on the device.
+        batch_size (`int`): Images per step.
+        max_grad_norm (`float`): Larger gradients are scaled down to this norm.
+        random_flip (`bool`): Whether to mirror images that allow it half of the time.
+        max_shift (`int`): Largest shift of an image in pixels.
         record (`bool`, defaults to `False`): Whether to record a CUDA graph; needs a GPU.
     """
 
@@ -83,10 +83,10 @@ class DeviceStep:
         self.meter = LossMeter(objective)
         self.record = record
         self.graph, self.steps = None, 0
-        # Warm-up and recording share a stream that is not the default one, as gradients are added up on the first.
+        # Warm-up and recording share a non-default stream, as gradients accumulate on the stream that first ran.
         self.stream = torch.cuda.Stream(device) if record else None
 
-        # What a recorded step reads and writes.
+        # The tensors that a recorded step reads and writes.
         self.generator = torch.Generator(device)
         self.rows = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.average_weight = torch.zeros((), device=device)
@@ -97,15 +97,15 @@ class DeviceStep:
         Trains on a batch.
 
         Args:
-            rows (`np.ndarray` of shape `(batch_size,)`): Which images.
-            seed (`int`): All noise follows from it.
-            learning_rate (`float`): AdamW's.
+            rows (`np.ndarray` of shape `(batch_size,)`): The images' rows in the data.
+            seed (`int`): Determines all noise.
+            learning_rate (`float`): AdamW's learning rate.
         """
         self.rows.copy_(torch.from_numpy(rows), non_blocking=True)
         self.generator.manual_seed(seed)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
-                group["lr"] = group["lr"].to(self.rows.device)  # a checkpoint's is elsewhere
+                group["lr"] = group["lr"].to(self.rows.device)  # a checkpoint's is on another device
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
@@ -126,7 +126,7 @@ class DeviceStep:
         self.steps += 1
 
     def _record(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)  # for the recorded gradients to be written, not added to
+        self.optimizer.zero_grad(set_to_none=True)  # so the recorded step overwrites gradients
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.generator)
         with torch.cuda.graph(self.graph, stream=self.stream):
@@ -140,7 +140,7 @@ class DeviceStep:
         losses = self.objective(image_pyramid(images.float() / 127.5 - 1.0, self.sizes), labels, self.generator)
         self.accelerator.backward(losses.total)
         norm = clip_grad_norm_(self.parameters, self.max_grad_norm)
-        # What GradScaler tells fused optimizers: nothing is to be changed. Asking the norm would wait for the device.
+        # GradScaler's way to make fused optimizers skip a step; reading the norm would wait for the device.
         is_bad = norm.isfinite().logical_not().float()
         self.optimizer.optimizer.found_inf = is_bad
         self.optimizer.step()
@@ -156,7 +156,7 @@ class DeviceSettings(TrainerSettings):
     """How a [`DeviceTrainer`] trains a stage; see the arguments of examples/train_on_device.py."""
 
     max_train_steps: int | None = None
-    minutes: float | None = None  # to train for, instead of `max_train_steps`
+    minutes: float | None = None  # training time, instead of `max_train_steps`
     lr_cooldown: float = 0.3  # share of the steps
     validation_minutes: float = 10.0
     checkpointing_minutes: float = 5.0
@@ -168,22 +168,22 @@ class DeviceSettings(TrainerSettings):
 
 @dataclass
 class DeviceRunState(RunState):
-    settings: dict[str, float | None] = field(default_factory=dict)  # that may not change when a run is resumed
+    settings: dict[str, float | None] = field(default_factory=dict)  # must not change when a run is resumed
     total_steps: int | None = None
 
 
 class DeviceTrainer(Trainer):
     """
-    Trains one stage on images that lie on the device, for a number of steps or for a time. The time becomes a number
-    of steps once the speed is known.
+    Trains one stage on images on the device, for a number of steps or for a given time, which is converted to steps
+    once the speed is known.
 
     Args:
-        accelerator (`Accelerator`): Of one process.
-        objective ([`CascadeObjective`]): That trains one stage.
-        data ([`LabelledImages`]): On the device.
+        accelerator (`Accelerator`): For a single process.
+        objective ([`CascadeObjective`]): An objective that trains one stage.
+        data ([`LabelledImages`]): The images, on the device.
         settings ([`DeviceSettings`]): How to train.
         output_dir (`str` or `Path`): For metrics and checkpoints.
-        held_out ([`LabelledImages`], *optional*): On the device; their loss is measured.
+        held_out ([`LabelledImages`], *optional*): Images, on the device, whose loss is measured.
         on_validation (`Callable[[Trainer], None]`, *optional*): See [`Trainer`].
     """
 
@@ -237,14 +237,14 @@ class DeviceTrainer(Trainer):
             self.find_total_steps()
 
     def learning_rate(self) -> float:
-        """While the number of steps is unknown, the end is not in sight."""
+        """The learning rate of the next step; the cooldown cannot start before the number of steps is known."""
         s, step, total = self.settings, self.state.step, self.total_steps
         cooldown = 0 if total is None else max(1, round(s.lr_cooldown * total))
         total = step + 1 if total is None else total
         return s.learning_rate * learning_rate_factor(step, s.lr_warmup_steps, cooldown, total)
 
     def find_total_steps(self) -> None:
-        """Turns the time that is left into steps, by the speed of the first seconds."""
+        """Converts the remaining time to steps, at the speed of the first seconds."""
         if self.on_gpu:
             torch.cuda.synchronize()
         now, step = time.time(), self.state.step
@@ -287,8 +287,8 @@ class DeviceTrainer(Trainer):
         super().resume()
         if self.state.settings != wanted:
             raise CheckpointError(
-                f"{self.output_dir} holds a checkpoint that is of a run with {self.state.settings}, but this one has"
-                f" {wanted}. Rerun the command that made it (with --rehearse, if it was a rehearsal), or name another"
+                f"{self.output_dir} holds a checkpoint of a run with {self.state.settings}, but this run has"
+                f" {wanted}. Rerun the command that made it (with --rehearse if it was a rehearsal), or choose another"
                 " --output_dir."
             )
         if self.settings.max_train_steps is None:
@@ -300,13 +300,14 @@ def augment_images(
     images: torch.Tensor, noise: RowNoise, may_flip: torch.Tensor | None = None, max_shift: int = 0
 ) -> torch.Tensor:
     """
-    Mirrors every second image that may be, and moves all by up to `max_shift` pixels, repeating their borders.
+    Mirrors images that allow it with probability 1/2, and shifts all by up to `max_shift` pixels, repeating their
+    borders.
 
     Args:
         images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): The images.
-        noise ([`RowNoise`]): Draws both.
-        may_flip (`torch.Tensor` of shape `(B,)`, bool, *optional*): Which may be mirrored; none without it.
-        max_shift (`int`, defaults to 0): Pixels in each direction.
+        noise ([`RowNoise`]): The source of randomness.
+        may_flip (`torch.Tensor` of shape `(B,)`, bool, *optional*): Which images may be mirrored; none if not given.
+        max_shift (`int`, defaults to 0): The largest shift in each direction, in pixels.
 
     Returns:
         `torch.Tensor` of shape `(B, 3, H, W)`, uint8.

@@ -1,4 +1,4 @@
-"""The models a run starts from: new ones, or a published cascade's, with all of its weights or LoRA adapters."""
+"""The models a run starts from: new ones, or those of a published cascade, fully trained or with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from ..models.transformer_pisdm import (
 )
 
 
-# The projections around the scan and those of the long skips. Those that steer the scan (`x_proj`, `dt_proj`) are left
-# out: adapting them, too, gained nothing for Galim et al. (arXiv 2410.09016) and Ham et al. (arXiv 2411.15224).
+# The projections around the scan and those of the long skips, but not those that control the scan (`x_proj`,
+# `dt_proj`): adapting them as well gained nothing for Galim et al. (arXiv 2410.09016) and Ham et al. (arXiv
+# 2411.15224).
 LORA_TARGET_MODULES = ("in_proj", "out_proj", "skip_proj")
 
 
@@ -28,17 +29,17 @@ def resize_class_embedding(
     transformer: PISDMTransformer2DModel, old_class_names: Sequence[str], new_class_names: Sequence[str]
 ) -> None:
     """
-    Exchanges the classes of a model, in place; `config.num_classes` follows. Call it before the optimizer is made.
+    Replaces a model's classes in place and updates `config.num_classes`. Call it before creating the optimizer.
 
-    A class in both lists keeps its embedding, wherever it stands in them (of a model with `class_factors`, the sum of
-    its factors', which are a row of its own from then on). A new class starts with the null label's,
-    which the model knows as "any class": at first, its images are those the model makes without guidance. A random
-    embedding would instead be an input that no layer has ever seen.
+    A class in both lists keeps its embedding, whatever its position (with `class_factors`, the sum of its factors'
+    embeddings, which becomes the class's own row). A new class starts with the embedding of the null label, which the
+    model knows as "any class", so its first images look like those without guidance. A random embedding would be an
+    input that no layer has ever seen.
 
     Args:
         transformer ([`PISDMTransformer2DModel`]): The model.
         old_class_names (`Sequence[str]`): The names of its `config.num_classes` classes, by id.
-        new_class_names (`Sequence[str]`): The names of the classes that it shall have, by id.
+        new_class_names (`Sequence[str]`): The names of its new classes, by id.
 
     Raises:
         ValueError: There are more or fewer old names than classes, or a name in both lists is not unique.
@@ -55,8 +56,8 @@ def resize_class_embedding(
     ambiguous = [name for name in counts[0] if name in counts[1] and max(counts[0][name], counts[1][name]) > 1]
     if ambiguous:
         raise ValueError(
-            f"{', '.join(map(repr, ambiguous))}: the name of several classes, so that it is open whose embedding is"
-            " kept. Give each class in `old_class_names` and `new_class_names` a name of its own."
+            f"{', '.join(map(repr, ambiguous))}: the name of several classes, so it is ambiguous whose embedding to"
+            " keep. Give each class in `old_class_names` and `new_class_names` a unique name."
         )
     null_label = len(old)
     old_ids = {name: i for i, name in enumerate(old)}
@@ -67,7 +68,7 @@ def resize_class_embedding(
 def new_cascade(
     stage_configs: Sequence[dict[str, Any]], class_names: Sequence[str], factor_separator: str | None = None
 ) -> list[PISDMTransformer2DModel]:
-    """Stages with random weights; with a separator, a class is embedded as the sum of its name's parts."""
+    """Stages with random weights; with a separator, a class's embedding is the sum of those of its name's parts."""
     factors = None if factor_separator is None else class_factors_from_names(class_names, factor_separator)
     classes = {"num_classes": len(class_names), "class_factors": factors}
     return [PISDMTransformer2DModel(**classes, **config) for config in stage_configs]
@@ -77,9 +78,9 @@ def start_cascade(
     pretrained: DiffusionPipeline, stage_configs: Sequence[dict[str, Any]], class_names: Sequence[str]
 ) -> list[PISDMTransformer2DModel]:
     """
-    Makes the stages of a new cascade from a published one: those that it has, with its weights and an embedding of the
-    new classes ([`resize_class_embedding`]), and above them new ones with random weights. With fewer configurations
-    than stages, the upper ones are left out.
+    Makes the stages of a new cascade from a published one: its stages, with their weights and an embedding of the new
+    classes ([`resize_class_embedding`]), and above them new ones with random weights. If there are fewer
+    configurations than stages, the upper stages are dropped.
 
     Args:
         pretrained ([`PISDMCascadePipeline`]): The published cascade; its models are changed and returned.
@@ -88,11 +89,11 @@ def start_cascade(
         class_names (`Sequence[str]`): The names of the new cascade's classes, by id.
 
     Returns:
-        `list[PISDMTransformer2DModel]`: One model a configuration, in training mode.
+        `list[PISDMTransformer2DModel]`: One model per configuration, in training mode.
 
     Raises:
-        ValueError: A configuration differs from the stage's whose weights it takes, or the published cascade's classes
-            have no names.
+        ValueError: A configuration differs from that of the published stage, or the published cascade's classes have
+            no names.
     """
     for stage, (config, transformer) in enumerate(zip(stage_configs, pretrained.stages), start=1):
         _check_config(stage, config, transformer)
@@ -109,36 +110,36 @@ def start_cascade(
 
 def check_noise_schedules(pretrained: DiffusionPipeline, schedulers: Sequence[DDPMScheduler]) -> None:
     """
-    Compares the schedules that stages are to be trained with to those that they have been trained with.
+    Checks that the published stages continue to train with the schedules they were trained with.
 
     Args:
         pretrained ([`PISDMCascadePipeline`]): The published cascade.
         schedulers (`Sequence[DDPMScheduler]`): One for each stage of the new cascade.
 
     Raises:
-        ValueError: A stage of the published cascade predicts something else, or on another noise schedule.
+        ValueError: A published stage has another prediction type or noise schedule.
     """
     for stage, (own, wanted) in enumerate(zip(pretrained.get_stage_schedulers(), schedulers), start=1):
         if own.config.prediction_type != wanted.config.prediction_type:
             raise ValueError(
                 f"Stage {stage} of the pretrained cascade predicts {own.config.prediction_type!r}, but the recipe asks"
-                f" for {wanted.config.prediction_type!r}. Give each stage's with --prediction_types."
+                f" for {wanted.config.prediction_type!r}. Pass each stage's prediction type with --prediction_types."
             )
         if not torch.allclose(own.alphas_cumprod, wanted.alphas_cumprod, rtol=1e-3, atol=1e-6):
             raise ValueError(
-                f"Stage {stage} of the pretrained cascade was trained on another noise schedule than the recipe's."
-                " Give its `scheduler`, and each stage's shift with --noise_shifts."
+                f"Stage {stage} of the pretrained cascade was trained with a different noise schedule from the"
+                " recipe's. Use its `scheduler`, and pass each stage's shift with --noise_shifts."
             )
 
 
 def pretrained_defaults(pretrained: DiffusionPipeline, num_stages: int) -> dict[str, Any]:
     """
-    The sampling settings that a cascade made of a published one starts with: its own, and those of its last stage for
-    stages added above.
+    The default sampling settings of a cascade made from a published one: the published settings, with those of the
+    last stage repeated for stages added above.
 
     Args:
         pretrained ([`PISDMCascadePipeline`]): The published cascade.
-        num_stages (`int`): Of the new cascade.
+        num_stages (`int`): Stages of the new cascade.
 
     Returns:
         `dict[str, Any]`: `default_guidance_scale`, `default_num_inference_steps` and `default_noise_level`.
@@ -149,7 +150,7 @@ def pretrained_defaults(pretrained: DiffusionPipeline, num_stages: int) -> dict[
     for name, length in ((f"default_{name}", length) for name, length in lengths.items()):
         value = pretrained.config[name]
         if isinstance(value, (list, tuple)):
-            # An empty list is the noise level of a single stage: nothing to go on from.
+            # An empty list is the noise level of a single stage: there is nothing to repeat.
             value = [*value, *value[-1:] * length][:length] if value else parameters[name].default
         defaults[name] = value
     return defaults
@@ -163,8 +164,8 @@ def add_lora(
     train_class_embedding: bool = False,
 ) -> None:
     """
-    Adds a LoRA adapter named `"default"` and freezes everything else, in place. At first the adapter changes nothing.
-    What trains is float32, whatever the precision of the frozen weights.
+    Adds a LoRA adapter named `"default"` and freezes everything else, in place. Initially, the adapter changes
+    nothing. Trainable weights are float32, whatever the precision of the frozen ones.
 
     Args:
         transformer ([`PISDMTransformer2DModel`]): The model.
@@ -173,11 +174,12 @@ def add_lora(
         target_modules (`Sequence[str]`, *optional*):
             Names of the layers to adapt; by default those of `LORA_TARGET_MODULES` that the model has.
         train_class_embedding (`bool`, defaults to `False`):
-            Whether the class embedding trains, too: where classes were added, nothing else tells them apart.
+            Whether to train the class embedding as well: it is all that distinguishes newly added classes.
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: The rank is below 1, a target is no layer of the model, or the model has such an adapter already.
+        ValueError: The rank is below 1, a target is not a layer of the model, or the model already has an adapter
+            named `"default"`.
     """
     try:
         from peft import LoraConfig
@@ -190,7 +192,7 @@ def add_lora(
     unknown = [name for name in target_modules if name.split(".")[-1] not in names]
     if unknown:
         raise ValueError(
-            f"`target_modules` contains {', '.join(map(repr, unknown))}, but the model has no layer of that name. Pass"
+            f"`target_modules` contains {', '.join(map(repr, unknown))}, but the model has no such layer. Pass"
             f" names of linear layers such as {', '.join(map(repr, LORA_TARGET_MODULES))}."
         )
     transformer.requires_grad_(False)
@@ -206,8 +208,8 @@ def _get_class_names(pretrained: DiffusionPipeline) -> list[str]:
     ids = range(pretrained.transformer.config.num_classes)
     if set(id2label) != set(ids):
         raise ValueError(
-            f"The pretrained cascade has {len(ids)} classes and {len(id2label)} class names (`id2label`), but all"
-            " classes need a name to be found again among the new ones. Pass their names to `from_pretrained`:"
+            f"The pretrained cascade has {len(ids)} classes but {len(id2label)} class names (`id2label`). All classes"
+            " need names to be matched with the new ones. Pass their names to `from_pretrained`:"
             " `id2label=[...]`."
         )
     return [id2label[i] for i in ids]
@@ -225,7 +227,7 @@ def _check_config(stage: int, config: dict[str, Any], transformer: PISDMTransfor
     if differences:
         raise ValueError(
             f"The configuration of stage {stage} does not fit the pretrained cascade: {', '.join(differences)}. Use"
-            " the configuration of the pretrained stage: only classes may be exchanged, and stages added above."
+            " the configuration of the pretrained stage; you can only replace classes and add stages above."
         )
 
 

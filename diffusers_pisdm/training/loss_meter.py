@@ -1,4 +1,4 @@
-"""Means of the losses of many steps: by stage, by pair of stages, and by noise level."""
+"""Mean losses over many steps: by stage, by pair of stages, and by noise level."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from .cascade_objective import CascadeLosses, CascadeObjective
 
 
-NOISE_LEVELS = 4  # equal parts of the timesteps
+NOISE_LEVELS = 4  # equal ranges of timesteps
 
 
 class LossMeter:
     """
-    Sums losses on their device, without waiting for it, until their means are asked for.
+    Sums losses on their device, without waiting for it, until their means are requested.
 
     Args:
-        objective ([`CascadeObjective`]): Whose losses these are.
+        objective ([`CascadeObjective`]): The objective whose losses to sum.
     """
 
     def __init__(self, objective: CascadeObjective):
@@ -36,7 +36,7 @@ class LossMeter:
         return f"denoising_{stage}_t{edges[0]}-{edges[1] - 1}"
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Resets all sums and counts."""
         self.totals.zero_()
 
     def add(self, losses: CascadeLosses, weight: float = 1.0) -> None:
@@ -50,7 +50,7 @@ class LossMeter:
         batch_size = len(losses.timesteps)
         sums.append(losses.scale_invariant.float() * batch_size)
         counts.append(torch.full_like(sums[-1], batch_size))
-        # In place: what a recorded CUDA graph adds to is read here afterwards.
+        # In place: a recorded CUDA graph adds to these tensors.
         self.totals += torch.stack([torch.cat(sums), torch.cat(counts)]) * weight
 
     def means(
@@ -65,7 +65,7 @@ class LossMeter:
 
         Returns:
             `dict[str, float]`: `denoising_S` for every trained stage, `denoising_S_tA-B` for its timesteps from A to
-            B, `scale_invariant_S_S+1` for every compared pair; without those that nothing was added to.
+            B, `scale_invariant_S_S+1` for every compared pair; those without any losses are omitted.
         """
         sums, counts = reduce(self.totals.clone()).cpu().double()
         values = {}

@@ -1,4 +1,4 @@
-"""The numbers of a run, one JSON object per line, and a picture of how its losses fell."""
+"""The metrics of a run, one JSON object per line, and a plot of its losses."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..utils.files import write_whole
 
 
 def append_metrics(file: str | Path, step: int, values: dict[str, float]) -> None:
-    """Adds a line of numbers by name to `metrics.jsonl`, which is made if missing."""
+    """Appends a line of named numbers to `metrics.jsonl`, creating the file if necessary."""
     with Path(file).open("a") as lines:
         lines.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def read_metrics(file: str | Path) -> list[dict[str, float]]:
     """
-    The lines that are whole, each with its `step`: a killed run may have left half of its last one. The file may be
+    The complete lines, each with its `step`: an interrupted run may have left half of its last line. The file may be
     missing.
     """
     rows = []
@@ -29,7 +29,7 @@ def read_metrics(file: str | Path) -> list[dict[str, float]]:
 
 
 def forget_later_metrics(file: str | Path, step: int) -> None:
-    """Removes what was logged after `step`: a run that goes on from there logs it anew."""
+    """Removes what was logged after `step`: a run that resumes there logs it again."""
     file = Path(file)
     kept = [row for row in read_metrics(file) if row["step"] <= step]
     with write_whole(file) as unfinished:
@@ -45,8 +45,8 @@ PANELS = {
 
 def plot_loss_curves(metrics_file: str | Path, picture: str | Path) -> None:
     """
-    Draws the losses of a run's `metrics.jsonl` that there are: a panel for the denoising losses (solid in training,
-    dashed on held-out images), one for those of training by noise level, one for the scale-invariant ones.
+    Plots the losses in a run's `metrics.jsonl`: a panel for the denoising losses (solid in training, dashed on
+    held-out images), one for the training losses by noise level, one for the scale-invariant losses.
     """
     import matplotlib
 
@@ -74,4 +74,4 @@ def _panel_of(name: str) -> str | None:
         return "scale_invariant"
     if "_t" not in name:
         return "denoising"
-    return "by_timesteps" if name.startswith("train/") else None  # held-out ones would be too many for one panel
+    return "by_timesteps" if name.startswith("train/") else None  # with held-out ones, the panel would be too full

@@ -1,4 +1,4 @@
-"""The random numbers of a training step: they depend on where a run is, not on how it got there."""
+"""The random numbers of a training step, which depend on where a run is, not on how it got there."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class RowNoise:
     """
     Random numbers for one process's rows of a global batch.
 
-    They follow from the seed and a row's place in the global batch alone: each process draws for all rows and keeps
-    its own (row `i` of process `r` is row `i * num_processes + r`). Several processes thus see together what one sees
-    with the whole batch, and a resumed run draws what an uninterrupted one would have drawn.
+    They depend only on the seed and a row's place in the global batch: each process draws for all rows and keeps its
+    own (row `i` of process `r` is row `i * num_processes + r`). So several processes together draw what one process
+    draws for the whole batch, and a resumed run draws what an uninterrupted one would have drawn.
 
     Args:
-        seed (`int` or `torch.Generator`): The seed of the step; or a generator that has it, for a recorded CUDA graph.
+        seed (`int` or `torch.Generator`): The step's seed, or a seeded generator for a recorded CUDA graph.
         device (`torch.device`): Where to draw.
-        process_index (`int`, defaults to 0), num_processes (`int`, defaults to 1): Which rows are this process's.
+        process_index (`int`, defaults to 0), num_processes (`int`, defaults to 1): Determine this process's rows.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RowNoise:
 
 def noise_seed(*position: int) -> int:
     """
-    A seed in `0..2^63 - 1` for the noise of one batch, from the run's seed and the batch's place (process, epoch,
-    position in it): neighbouring places give unrelated seeds.
+    A seed in `0..2^63 - 1` for the noise of one batch, from the run's seed and the batch's position (process, epoch,
+    index): neighbouring positions give unrelated seeds.
     """
     return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,4 +1,4 @@
-"""Which parameters decay, and how the learning rate moves."""
+"""Weight decay per parameter, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 
-# Embeddings, tokens, tables of shifts and scales, and the scan's own parameters have no reason to be near zero.
+# Embeddings, tokens, tables of shifts and scales, and the scan's own parameters should not be drawn to zero.
 _UNDECAYED = ("class_embedding", "padding_tokens", "scale_shift_table", "A_log")
 
 
@@ -17,7 +17,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
     Args:
         module (`nn.Module`): The model or models.
-        weight_decay (`float`): AdamW's decay of the first group.
+        weight_decay (`float`): AdamW's weight decay of the first group.
 
     Returns:
         `list[dict]`: Two parameter groups for a torch optimizer.
@@ -33,15 +33,15 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 def learning_rate_factor(step: int, warmup_steps: int, cooldown_steps: int, total_steps: int) -> float:
     """
-    A learning rate that rises linearly, stays, and falls linearly to zero over the last `cooldown_steps`: a run can be
-    prolonged from any checkpoint before the cooldown, and 0 makes it constant to the end.
+    A learning rate that rises linearly, stays constant, and falls linearly to zero over the last `cooldown_steps` (0:
+    never). A run can be extended from any checkpoint before the cooldown.
 
     Args:
-        step (`int`): Optimizer steps that have been taken.
+        step (`int`): Optimizer steps taken so far.
         warmup_steps (`int`), cooldown_steps (`int`), total_steps (`int`): In optimizer steps.
 
     Returns:
-        `float`: The share in [0, 1] of the highest rate, for the next step.
+        `float`: The learning rate of the next step as a share in [0, 1] of the highest.
     """
     rise = (step + 1) / warmup_steps if step < warmup_steps else 1.0
     fall = (total_steps - step) / cooldown_steps if step > total_steps - cooldown_steps else 1.0
@@ -57,14 +57,14 @@ def make_optimizer(
     capturable: bool = False,
 ) -> torch.optim.Optimizer:
     """
-    AdamW over [`parameter_groups`].
+    Makes an AdamW optimizer for [`parameter_groups`].
 
     Args:
         parameters (`list[dict]`): Parameter groups with their weight decay.
         learning_rate (`float`), betas (`tuple[float, float]`), epsilon (`float`): AdamW's.
-        use_8bit (`bool`, defaults to `False`): Keep both moments in 8 bits, by bitsandbytes.
+        use_8bit (`bool`, defaults to `False`): Whether to keep both moments in 8 bits, using bitsandbytes.
         capturable (`bool`, defaults to `False`):
-            Whether a CUDA graph may record its steps: the learning rate is then a tensor on the parameters' device.
+            Whether a CUDA graph may record its steps; the learning rate is then a tensor on the parameters' device.
 
     Returns:
         `torch.optim.Optimizer`.
@@ -76,7 +76,7 @@ def make_optimizer(
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise ImportError("8-bit Adam is bitsandbytes': `pip install bitsandbytes`.") from error
+            raise ImportError("8-bit Adam needs bitsandbytes. Run `pip install bitsandbytes`.") from error
         return AdamW8bit(parameters, lr=learning_rate, betas=betas, eps=epsilon)
     if capturable:
         learning_rate = torch.tensor(learning_rate, device=parameters[0]["params"][0].device)

@@ -1,4 +1,4 @@
-"""What a training script is told: recipes, as JSON files, and command lines, made of the same typed fields."""
+"""The settings of a training script: recipes (JSON files) and command lines, built from the same typed fields."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ T = TypeVar("T")
 @dataclass
 class Recipe:
     """
-    What a published model is made of and how it was trained.
+    What a model consists of and how it is trained.
 
     Args:
         scheduler (`dict`): Arguments of `DDPMScheduler`: the noise schedule.
         stages (`list[dict]`):
-            Arguments of [`PISDMTransformer2DModel`] for each stage, low resolution first, but for `num_classes`.
-        vae (`str`, *optional*): The autoencoder whose latents are modelled; pixels if there is none.
+            Arguments of [`PISDMTransformer2DModel`] for each stage except `num_classes`, low resolution first.
+        vae (`str`, *optional*): The autoencoder whose latents are modelled; pixels if not given.
         training (`dict`): Arguments of the training script that differ from its defaults.
     """
 
@@ -50,7 +50,7 @@ def read_recipe(file: str | Path) -> Recipe:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not JSON, or has unknown or missing parts.
+        ValueError: It is not JSON, or has unknown or missing keys.
     """
     content = json.loads(Path(file).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
@@ -58,7 +58,7 @@ def read_recipe(file: str | Path) -> Recipe:
     known = list(Recipe.__dataclass_fields__)
     unknown = [name for name in content if name not in known]
     if unknown:
-        raise ValueError(f"unknown part {unknown[0]!r}; a recipe has {', '.join(known)}")
+        raise ValueError(f"unknown key {unknown[0]!r}; a recipe has {', '.join(known)}")
     missing = [name for name in ("scheduler", "stages") if name not in content]
     if missing:
         raise ValueError(f"`{missing[0]}` is missing")
@@ -66,7 +66,7 @@ def read_recipe(file: str | Path) -> Recipe:
 
 
 def argument(default: Any = dataclasses.MISSING, help: str | None = None, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass's field with what `--help` says of it; required without a default."""
+    """A dataclass field with its text for `--help`; required if it has no default."""
     metadata = {"help": help, "choices": choices}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -82,7 +82,7 @@ class OptimizationSettings:
     max_train_steps: int = 500_000
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 500
-    lr_cooldown_steps: int = argument(0, "Last steps, over which the rate falls to 0.")
+    lr_cooldown_steps: int = argument(0, "Final steps over which the rate falls to 0.")
     adam_beta1: float = 0.99
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.03
@@ -98,10 +98,10 @@ class WatchSettings:
     title: ClassVar[str] = "watching and resuming"
 
     logging_steps: int = 50
-    validation_steps: int = argument(1000, "Held-out loss and samples; 0: at the end.")
+    validation_steps: int = argument(1000, "Held-out loss and samples; 0: only at the end.")
     checkpointing_steps: int = 1000
     checkpoints_total_limit: int = 2
-    resume_from_checkpoint: str = argument("latest", '"latest", "none" (start anew) or a checkpoint folder.')
+    resume_from_checkpoint: str = argument("latest", '"latest", "none" (start over) or a checkpoint folder.')
 
 
 @dataclass(kw_only=True)
@@ -109,11 +109,11 @@ class TrainerSettings(WatchSettings, OptimizationSettings):
     """How a [`Trainer`] trains."""
 
     seed: int = 0
-    dataloader_num_workers: int = argument(0, "Processes that decode images; 0: none beside the training's own.")
+    dataloader_num_workers: int = argument(0, "Processes that decode images; 0: the training process itself.")
 
 
 def make_parser(arguments: type, description: str | None) -> argparse.ArgumentParser:
-    """A command line of a dataclass's fields, in groups by the `title` of the class that each comes from."""
+    """A parser for a dataclass's fields, grouped by the `title` of the class that defines them."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -148,16 +148,16 @@ def parse_arguments(
     parser: argparse.ArgumentParser, arguments: type[T], argv: Sequence[str] | None = None
 ) -> tuple[T, Recipe | None]:
     """
-    Reads a command line. What the recipe of `--cascade_config` says of the training are defaults: the command line
-    counts more.
+    Parses a command line. The training arguments of the recipe in `--cascade_config` are defaults, which the command
+    line overrides.
 
     Args:
-        parser (`argparse.ArgumentParser`): From [`make_parser`]; it reports what is wrong, and exits.
-        arguments (`type`): The dataclass it was made of.
+        parser (`argparse.ArgumentParser`): From [`make_parser`]; it reports errors and exits.
+        arguments (`type`): The dataclass it was made from.
         argv (`Sequence[str]`, *optional*): `sys.argv[1:]` if not given.
 
     Returns:
-        The dataclass's instance, and the [`Recipe`] if there is one.
+        An instance of the dataclass, and the [`Recipe`] if there is one.
     """
     given, recipe = parser.parse_args(argv), None
     if given.cascade_config is not None:
@@ -172,17 +172,17 @@ def parse_arguments(
 
 def recipe_arguments(recipe: Recipe, arguments: type) -> dict[str, Any]:
     """
-    A recipe's training arguments, and its VAE, as a dataclass's fields take them.
+    A recipe's training arguments and VAE as values for a dataclass's fields.
 
     Args:
-        recipe ([`Recipe`]): Whose `training` holds names of fields.
+        recipe ([`Recipe`]): A recipe whose `training` uses the fields' names.
         arguments (`type`): The dataclass.
 
     Returns:
         `dict[str, Any]`: Values by name.
 
     Raises:
-        ValueError: A name is unknown, or its value is not one that the command line would take.
+        ValueError: A name is unknown, or the command line would not accept its value.
     """
     hints, fields = typing.get_type_hints(arguments), {f.name: f for f in dataclasses.fields(arguments)}
     values = dict(recipe.training)
@@ -195,7 +195,7 @@ def recipe_arguments(recipe: Recipe, arguments: type) -> dict[str, Any]:
             raise ValueError(f"unknown training argument {name!r}{hint}")
         is_list, kind = _unwrap(hints[name])
         choices = fields[name].metadata.get("choices")
-        # As on the command line, one value is a list of one.
+        # As on the command line, a single value is a list of one.
         items = value if is_list and isinstance(value, list) else [value]
         items = [_convert(name, item, kind, choices) for item in items]
         values[name] = items if is_list else items[0]
@@ -203,13 +203,13 @@ def recipe_arguments(recipe: Recipe, arguments: type) -> dict[str, Any]:
 
 
 def write_training_config(folder: str | Path, arguments: dict[str, Any], **facts: Any) -> None:
-    """Writes `training_config.json`: what the model card says about a run."""
+    """Writes `training_config.json`, the model card's source of facts about a run."""
     with write_whole(Path(folder) / "training_config.json") as unfinished:
         unfinished.write_text(json.dumps({"arguments": arguments, **facts}, indent=2) + "\n")
 
 
 def _unwrap(hint: Any) -> tuple[bool, type]:
-    """Whether a field holds a list, and the type of what it holds, where it is not None."""
+    """Whether a field holds a list, and the type of its values other than None."""
     if isinstance(hint, types.UnionType):
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
     return (True, typing.get_args(hint)[0]) if typing.get_origin(hint) is list else (False, hint)
@@ -218,7 +218,7 @@ def _unwrap(hint: Any) -> tuple[bool, type]:
 def _convert(name: str, value: Any, kind: type, choices: Sequence[str] | None) -> Any:
     if kind is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"training argument {name!r} is a switch: true or false, not {value!r}")
+            raise ValueError(f"training argument {name!r} must be true or false, not {value!r}")
         return value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = is_number and kind(value) == value if kind in (int, float) else isinstance(value, str)

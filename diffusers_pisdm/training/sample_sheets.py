@@ -1,4 +1,4 @@
-"""Pictures of what a model in training makes of the same classes and seeds, and of how that changed."""
+"""Sample sheets of a model in training, with the same classes and seeds every time, and a sheet over time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..utils.files import write_whole
 from ..utils.image_grid import make_image_grid
 
 
-STRIP_LENGTH = 8  # images a row of the sheet over time
-MAX_ROWS = 40  # of that sheet; of a longer run, the rows are spread evenly
+STRIP_LENGTH = 8  # images per row of the sheet over time
+MAX_ROWS = 40  # of that sheet, spread evenly over a longer run
 
 
 def draw_samples(
     pipeline: DiffusionPipeline, max_classes: int, seed: int, **arguments: Any
 ) -> tuple[list[Image.Image], list[str]]:
     """
-    Draws one image each of the same classes, evenly spread, at every call, image i with `seed + i`; returns images and
-    class names. `arguments` are the call's; the pipeline's progress bars are silent from then on.
+    Draws one image for each of several evenly spread classes, the same in every call, image i with `seed + i`; returns
+    images and class names. `arguments` go to the pipeline's call; its progress bars stay off from then on.
     """
     num_classes = len(pipeline.config.id2label)
     count = min(max_classes, num_classes)
@@ -36,8 +36,8 @@ def draw_samples(
 
 def save_sample_sheets(folder: str | Path, step: int, images: list[Image.Image], labels: list[str]) -> Path:
     """
-    Writes `step-<step>.png`, a labelled grid of the images, and adds a row of the first of them to `over_time.png`.
-    Classes and seeds are the same in every call.
+    Writes `step-<step>.png`, a labelled grid of the images, and adds a row with the first few to `over_time.png`.
+    Classes and seeds must be the same in every call.
     """
     folder = Path(folder)
     strips = folder / "strips"
@@ -57,7 +57,7 @@ def save_sample_sheets(folder: str | Path, step: int, images: list[Image.Image],
 
 
 def forget_later_sheets(folder: str | Path, step: int) -> None:
-    """Removes the pictures of later steps than `step`: a run that goes on from there makes them anew."""
+    """Removes the pictures of steps after `step`: a run that resumes there draws them again."""
     for picture in [*Path(folder).glob("step-*.png"), *Path(folder).glob("strips/step-*.png")]:
         if _step_of(picture) > step:
             picture.unlink()

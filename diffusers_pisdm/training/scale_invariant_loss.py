@@ -1,4 +1,4 @@
-"""The scale-invariant loss L_s (paper, eq. 17): one image at two resolutions should have one representation."""
+"""The scale-invariant loss L_s (SIL, the paper's eq. 17): an image's features should not depend on its resolution."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def info_nce(
     class_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Symmetric InfoNCE: row `i` of `queries` and row `i` of `keys` are a positive pair, all other pairs negatives.
+    Symmetric InfoNCE: row `i` of `queries` and row `i` of `keys` are a positive pair, all other pairs are negatives.
 
     Args:
         queries, keys (`torch.Tensor` of shape `(B, E)`): Unit vectors.
         temperature (`float`, defaults to 0.1): Divides the cosine similarities.
         class_labels (`torch.Tensor` of shape `(B,)`, *optional*):
-            If given, pairs of different images of one class are not used as negatives.
+            If given, different images of the same class are not used as negatives.
 
     Returns:
         `torch.Tensor`: The mean loss, a float32 scalar.
@@ -37,17 +37,17 @@ def info_nce(
 
 class ScaleInvariantLoss(nn.Module):
     r"""
-    Compares the last Mamba block's features of one image in two adjacent stages of the cascade at the same timestep:
-    mean over the image tokens, a two-layer SiLU head, unit length, symmetric InfoNCE. In training the images of all
-    processes are each other's negatives, with gradient.
+    The paper's scale-invariant loss (SIL). It compares the last Mamba block's features of one image in two adjacent
+    stages of the cascade at the same timestep: mean over the image tokens, a two-layer SiLU head, unit length,
+    symmetric InfoNCE. In training, the images of all processes are each other's negatives, with gradients.
 
-    The heads belong to training only; they are not part of a published transformer.
+    The heads are used only in training; they are not part of a published transformer.
 
     Args:
-        hidden_sizes (`list[int]`): Width of the features of each stage of the cascade.
+        hidden_sizes (`list[int]`): Width of each stage's features.
         stages (`list[int]`, *optional*):
             The higher stage `s` of each pair `(s - 1, s)` to compare, counted from 0; all but the first if not given.
-            Only the stages of these pairs have a head.
+            Only the stages in these pairs have a head.
         embedding_size (`int`, defaults to 256): Width of the compared vectors.
         temperature (`float`, defaults to 0.1): Temperature of the softmax.
         mask_same_class (`bool`, defaults to `False`): Whether other images of the same class are left out.
@@ -74,7 +74,7 @@ class ScaleInvariantLoss(nn.Module):
         """
         Args:
             features (`dict[int, torch.Tensor]` of shapes `(B_s, L_s, D_s)`):
-                By stage, at least those that have a head. Row `i` is the same image in every stage; a stage may hold
+                By stage, at least for those with a head. Row `i` is the same image in every stage; a stage may have
                 fewer rows.
             class_labels (`torch.Tensor` of shape `(B,)`): Labels of the rows, for `mask_same_class`.
 
@@ -107,15 +107,15 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        # Every process computes the same loss of all rows. Its sum over the processes, which DDP then divides by their
-        # number, leaves that loss's gradient.
+        # Every process computes the same loss over all rows. DDP divides by the number of processes, so summing over
+        # them here gives that loss's gradient.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, as many of each, in the order of the processes, with gradient; alone, `rows`."""
+    """The rows of all processes, equally many of each, in process order, with gradient; `rows` for one process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows  # (B, ...)
     return _GatherRows.apply(rows.contiguous())  # (B * num_processes, ...)

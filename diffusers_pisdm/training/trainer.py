@@ -1,4 +1,4 @@
-"""Training a cascade: its step, what is watched of a run, and how it is saved and resumed to the same end."""
+"""Trains a cascade: the training step, logging and validation, saving, and exact resuming."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from .sample_sheets import forget_later_sheets
 
 @dataclass
 class RunState:
-    """What a run has reached, beside its weights, optimizer, averages and place in the data."""
+    """A run's progress, besides its weights, optimizer, averages and position in the data."""
 
     step: int = 0
     elapsed_seconds: float = 0.0
-    skipped_steps: int = 0  # whose loss or gradient was not finite
-    bad_images: int = 0  # that this process has skipped
+    skipped_steps: int = 0  # because the loss or gradient was not finite
+    bad_images: int = 0  # skipped by this process
 
     def state_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -53,20 +53,21 @@ class RunState:
 
 class Trainer:
     """
-    Trains the stages of a cascade on eq. 17. A killed run resumes to the same bits: batches and noise follow from the
-    seed and the step alone, everything else is in the checkpoint.
+    Trains the stages of a cascade on the paper's eq. 17. An interrupted run resumes bit for bit: batches and noise
+    depend only on the seed and the step, everything else is in the checkpoint.
 
     Args:
-        accelerator (`Accelerator`): Of all processes.
-        objective ([`CascadeObjective`]): Not yet prepared.
-        batches ([`TrainingBatches`] or [`DeviceBatches`]): What to train on, and where in it the run is.
+        accelerator (`Accelerator`): The run's accelerator.
+        objective ([`CascadeObjective`]): The objective, not yet prepared.
+        batches ([`TrainingBatches`] or [`DeviceBatches`]): The training data and the run's position in it.
         settings ([`TrainerSettings`]): How to train.
         output_dir (`str` or `Path`): For metrics, checkpoints and samples.
         vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`AutoencoderDC`], *optional*): Encodes the images.
         held_out_rows ([`ImageRows`] or [`LatentCache`], *optional*): Images whose loss is measured.
         on_validation (`Callable[[Trainer], None]`, *optional*):
-            Called with the averaged weights in place, in all processes: draws samples, say, and saves the pipeline.
-        title (`str`, *optional*): Of the progress bar.
+            Called in all processes while the models hold the averaged weights, e.g. to draw samples and save the
+            pipeline.
+        title (`str`, *optional*): Title of the progress bar.
     """
 
     def __init__(
@@ -83,13 +84,13 @@ class Trainer:
     ):
         self.accelerator, self.settings, self.output_dir = accelerator, settings, Path(output_dir)
         self.batches, self.held_out_rows, self.vae, self.on_validation = batches, held_out_rows, vae, on_validation
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it would take it from a data loader
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # otherwise it takes it from a data loader
             accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
         self.model, self.optimizer = accelerator.prepare(objective, self.make_optimizer(objective))
         self.objective = accelerator.unwrap_model(self.model)
         named = [(name, p) for name, p in self.objective.stages.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        self.average = EMAModel(self.parameters, decay=settings.ema_decay)  # rises to it over the first steps
+        self.average = EMAModel(self.parameters, decay=settings.ema_decay)  # rises to this over the first steps
         self.sizes = [stage.config.sample_size for stage in self.objective.stages]
         self.meter = LossMeter(self.objective)
         self.total_steps: int | None = settings.max_train_steps
@@ -104,7 +105,7 @@ class Trainer:
         return make_optimizer(groups, s.learning_rate, betas, s.adam_epsilon, s.use_8bit_adam, capturable)
 
     def train(self) -> None:
-        """Trains from where the run is to its last step."""
+        """Trains from the current step to the last."""
         self.objective.train()
         self.started, self.logged_at = time.time() - self.state.elapsed_seconds, time.time()
         hidden = not self.accelerator.is_local_main_process
@@ -124,18 +125,18 @@ class Trainer:
         return self.total_steps is not None and self.state.step >= self.total_steps
 
     def is_due(self, what: str) -> bool:
-        """Whether it is time for `"logging"`, `"validation"` or `"checkpointing"`: at the end, it always is."""
+        """Whether it is time for `"logging"`, `"validation"` or `"checkpointing"`; always true at the end."""
         steps = getattr(self.settings, f"{what}_steps")
         return self.is_done or (steps > 0 and self.state.step % steps == 0)
 
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """The learning rate of the next step."""
         s = self.settings
         factor = learning_rate_factor(self.state.step, s.lr_warmup_steps, s.lr_cooldown_steps, self.total_steps)
         return s.learning_rate * factor
 
     def train_step(self) -> None:
-        """One step of the optimizer, or none where a loss or a gradient is not finite."""
+        """Takes one optimizer step, or skips it if a loss or gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         finite = True
@@ -155,16 +156,16 @@ class Trainer:
             self.average.step(self.parameters)
         if self.failures > self.settings.max_skipped_steps:
             raise FloatingPointError(
-                f"The loss or its gradient was not finite in {self.failures} steps in a row, up to step"
+                f"The loss or its gradient was not finite for {self.failures} steps in a row, up to step"
                 f" {self.state.step}. Resume from the last checkpoint with a lower --learning_rate, more"
                 " --lr_warmup_steps or --mixed_precision bf16."
             )
 
     def forward_backward(self, batch: TrainingBatch, micro_step: int) -> bool:
-        """Adds a batch's gradient; returns whether its loss is finite in all processes."""
+        """Accumulates a batch's gradient; returns whether its loss is finite in all processes."""
         seed = noise_seed(self.settings.seed, self.state.step, micro_step)
         losses = self.model(self.make_pyramid(batch, seed), batch.labels.to(self.accelerator.device), seed)
-        # All processes take a step or none does: one of them alone would wait for the others for ever.
+        # Either all processes step or none does: one alone would wait for the others forever.
         if self.accelerator.reduce(losses.total.detach().isfinite().float(), "mean").item() < 1:
             return False
         self.meter.add(losses)
@@ -172,15 +173,15 @@ class Trainer:
         return True
 
     def update(self) -> bool:
-        """Takes the optimizer's step; returns whether the gradient was finite."""
+        """Takes the optimizer step; returns whether the gradient was finite."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        finite = norm is None or math.isfinite(norm)  # DeepSpeed need not tell
+        finite = norm is None or math.isfinite(norm)  # DeepSpeed may not return it
         if finite or self.accelerator.scaler is not None:  # fp16's scaler skips the step, and learns from it
             self.optimizer.step()
         return finite
 
     def make_pyramid(self, batch: TrainingBatch, seed: int) -> list[torch.Tensor]:
-        """What each stage is trained on: pixels in [-1, 1], or latents, whether encoded here or cached."""
+        """Each stage's training images: pixels in [-1, 1], or latents, either encoded here or cached."""
         device = self.accelerator.device
         if isinstance(batch.images, list):
             return [latents.to(device) for latents in batch.images]
@@ -188,7 +189,7 @@ class Trainer:
         pyramid = image_pyramid(pixels, [size * vae_scale_factor(self.vae) for size in self.sizes])
         if self.vae is None:
             return pyramid
-        # An image's latents depend on its place in the global batch, not on the processes it is spread over.
+        # An image's latents depend on its place in the global batch, not on how that is spread over processes.
         num_processes, process_index = self.accelerator.num_processes, self.accelerator.process_index
         places = [row * num_processes + process_index for row in range(len(pixels))]
         generators = [torch.Generator().manual_seed(noise_seed(seed, place)) for place in places]
@@ -208,7 +209,7 @@ class Trainer:
             append_metrics(self.metrics_file, self.state.step, values)
 
     def log_losses(self) -> None:
-        """The losses and the speed since the last time."""
+        """Logs the losses and the speed since the last call."""
         values = self.meter.means("train", lambda tensor: self.accelerator.reduce(tensor, "sum"))
         now = time.time()
         values["images_per_second"] = self.images_seen / (now - self.logged_at)
@@ -222,7 +223,7 @@ class Trainer:
         self.images_seen, self.logged_at = 0, time.time()
 
     def counts(self) -> dict[str, float]:
-        """What is counted over the whole run."""
+        """Totals over the whole run."""
         bad_images = torch.tensor(float(self.state.bad_images), device=self.accelerator.device)
         return {
             "skipped_steps": self.state.skipped_steps,
@@ -231,7 +232,7 @@ class Trainer:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """In here the models hold the averaged weights, in evaluation mode."""
+        """Inside this context, the models hold the averaged weights and are in evaluation mode."""
         self.average.store(self.parameters)
         self.average.copy_to(self.parameters)
         self.objective.eval()
@@ -240,7 +241,7 @@ class Trainer:
         self.objective.train()
 
     def validate(self) -> None:
-        """In all processes: sharded models need them all."""
+        """Runs in all processes, which sharded models need."""
         with self.averaged_weights():
             if self.held_out_rows is not None:
                 self.log(self.held_out_losses())
@@ -249,7 +250,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_losses(self) -> dict[str, float]:
-        """Mean losses on held-out images, with the same noise at every call."""
+        """Mean losses on held-out images, with the same noise in every call."""
         meter = LossMeter(self.objective)
         for place, batch in self.held_out_batches():
             seed = noise_seed(self.settings.seed, place)
@@ -257,7 +258,7 @@ class Trainer:
         return meter.means("validation", lambda tensor: self.accelerator.reduce(tensor, "sum"))
 
     def held_out_batches(self) -> Iterator[tuple[int, TrainingBatch]]:
-        """With a number each, which its noise follows from."""
+        """Numbered batches; the number determines a batch's noise."""
         is_sharded = self.accelerator.distributed_type == DistributedType.FSDP  # all processes run each batch together
         place = (1, 0) if is_sharded else (self.accelerator.num_processes, self.accelerator.process_index)
         s = self.settings
@@ -281,14 +282,14 @@ class Trainer:
         save_checkpoint(self.accelerator, self.output_dir, self.state.step, state, write, limit)
 
     def resume(self) -> None:
-        """Goes to where an earlier run got to, if there is one, and forgets what it logged after that."""
+        """Resumes where an earlier run stopped, if there is one, and deletes what it logged after its checkpoint."""
         checkpoint = find_resume_point(self.output_dir, self.settings.resume_from_checkpoint, self.accelerator.print)
         if checkpoint is not None:
             self.accelerator.load_state(checkpoint)
             state, process_index = read_state(checkpoint), self.accelerator.process_index
             load_average(self.average, self.names, checkpoint / "ema.safetensors", state["average_updates"])
             places = state["processes"]
-            place = places[min(process_index, len(places) - 1)]  # the same for all but streams, which check it
+            place = places[min(process_index, len(places) - 1)]  # the same for all sources but streams, which check it
             self.batches.load_state_dict(place["data"])
             state["bad_images"] = place["bad_images"] if process_index < len(places) else 0
             self.state.load_state_dict(state)

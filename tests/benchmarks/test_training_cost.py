@@ -60,7 +60,7 @@ def test_a_recipe_is_counted_as_it_would_be_trained(run, tmp_path):
     assert [stage["batch_size"] for stage in report["stages"]] == [8, 4]
     assert report["settings"]["gradient_checkpointing"] and report["settings"]["mixed_precision"] == "bf16"
     assert (report["total"]["images_per_step"], report["total"]["max_train_steps"]) == (16, 30)
-    assert "TFLOP a process and step" in said
+    assert "TFLOP per process and step" in said
     report, _ = run("--recipe", str(file), "--batch-size", "4", "--count-only")
     assert [stage["batch_size"] for stage in report["stages"]] == [4, 2]
 

@@ -72,9 +72,7 @@ def test_class_names_and_another_autoencoder_can_be_given(run, real_image_files,
 
 
 def test_errors_say_what_to_do(run, tmp_path):
-    with pytest.raises(
-        SystemExit, match=r"error: The stages have 3 channels \(`in_channels`\), the latents of .* have 4"
-    ):
+    with pytest.raises(SystemExit, match=r"error: .* 3 channels \(`in_channels`\), .* latents of .* have 4"):
         run(channels=3)
     with pytest.raises(SystemExit, match=r"no `vae`: .*--pretrained_vae_model_name_or_path"):
         run(vae=None)

@@ -213,7 +213,7 @@ def test_broken_weights(tmp_path, damage, sharded):
 def test_pickled_weights_are_refused(folder):
     torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(OSError, match=r"\(diffusion_pytorch_model\.bin\) are not read, .*`use_safetensors=False`"):
+    with pytest.raises(OSError, match=r"\(diffusion_pytorch_model\.bin\) are not read .*`use_safetensors=False`"):
         PISDMTransformer2DModel.from_pretrained(folder)
     assert torch.equal(run(PISDMTransformer2DModel.from_pretrained(folder, use_safetensors=False)), run(make_model()))
 
@@ -242,12 +242,9 @@ def test_weights_of_another_shape(folder):
 def test_unknown_key_of_the_configuration(folder):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_layer": 2, "heads": 4}))
-    with pytest.raises(ValueError) as error:
+    message = r"^`config\.json` of PISDMTransformer2DModel .*: heads, num_layer\. .* remove .*: class_factors, conv"
+    with pytest.raises(ValueError, match=message):
         PISDMTransformer2DModel.from_pretrained(folder)
-    assert str(error.value).startswith(
-        "`config.json` of PISDMTransformer2DModel holds unknown keys: heads, num_layer. Correct or remove them; known"
-        " keys are class_factors, conv_kernel, expand, "
-    )
 
 
 def test_missing_configuration(folder):

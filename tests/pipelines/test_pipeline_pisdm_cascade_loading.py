@@ -163,7 +163,7 @@ def test_pickled_weights_are_refused(copy, loader):
     path = copy / "transformer" / WEIGHTS
     torch.save(load_file(path), path.with_suffix(".bin"))
     path.unlink()
-    with pytest.raises(OSError, match=r"\(diffusion_pytorch_model\.bin\) are not read, .*`use_safetensors=False`"):
+    with pytest.raises(OSError, match=r"\(diffusion_pytorch_model\.bin\) are not read .*`use_safetensors=False`"):
         loader.from_pretrained(copy)
     with pytest.raises(OSError, match="are not read"):
         loader.from_pretrained(copy, use_safetensors=None)
@@ -186,9 +186,7 @@ def test_weights_of_another_shape(copy):
 def test_unknown_key_of_the_pipeline(copy, loader):
     path = copy / "model_index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "transformer_5": [None, None]}))
-    with pytest.raises(
-        ValueError, match=r"`model_index\.json` of .* unknown keys: transformer_5. Correct or remove them"
-    ):
+    with pytest.raises(ValueError, match=r"`model_index\.json` of .* unknown keys: transformer_5\. .*remove"):
         loader.from_pretrained(copy)
 
 
@@ -196,9 +194,7 @@ def test_unknown_key_of_the_pipeline(copy, loader):
 def test_unknown_key_of_a_model(copy, loader):
     path = copy / "transformer_2" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_layer": 2}))
-    with pytest.raises(
-        ValueError, match=r"`config\.json` of PISDMTransformer2DModel holds unknown keys: num_layer\. "
-    ):
+    with pytest.raises(ValueError, match=r"`config\.json` of PISDMTransformer2DModel .* unknown keys: num_layer\."):
         loader.from_pretrained(copy)
 
 

@@ -101,7 +101,7 @@ def test_the_same_classes_change_nothing():
         (
             ["a", "a", *OLD_NAMES[2:]],
             ["a"],
-            r"^'a': the name of several classes.*Give each class .* a name of its",
+            r"^'a': the name of several classes.*Give each class .* unique",
         ),
         (OLD_NAMES, ["c", "b", "c"], r"^'c': the name of several classes"),
     ],

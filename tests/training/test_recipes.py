@@ -35,7 +35,7 @@ def test_a_recipe_is_read_whole(read):
         ("[]", "a JSON object"),
         ("{", "Expecting property name"),
         ({"stages": []}, "`scheduler` is missing"),
-        ({**CASCADE, "trainings": {}}, "unknown part 'trainings'"),
+        ({**CASCADE, "trainings": {}}, "unknown key 'trainings'; .* training"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused(read, content, message):
@@ -67,7 +67,7 @@ def test_arguments_get_the_type_of_their_field():
         ({"train_batch_size": 0.5}, "'train_batch_size' must be of type int, not 0.5"),
         ({"train_batch_size": True}, "'train_batch_size' must be of type int, not True"),
         ({"learning_rate": "1e-3"}, "'learning_rate' must be of type float, not '1e-3'"),
-        ({"random_flip": 1}, "'random_flip' is a switch: true or false, not 1"),
+        ({"random_flip": 1}, "'random_flip' must be true or false, not 1"),
         ({"loss_weighting": "snr"}, "'loss_weighting' must be one of uniform, vlb, min_snr, not 'snr'"),
     ],
 )

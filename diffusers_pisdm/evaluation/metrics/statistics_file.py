@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ...data.image_sources import CropImage, NpzImages
+from ...data.image_sources import CropImage, ImageSource, NpzImages
 from ...utils.files import write_whole
 from ..networks.extractor import FeatureExtractor
 from .feature_statistics import FeatureStatistics, Gaussian, collect_statistics, draw_indices, iterate_features
@@ -131,6 +132,18 @@ def read_reference_file(
         features=features,
         missing=missing,
     )
+
+
+def cached_statistics(
+    file: str | Path,
+    open_images: Callable[[], ImageSource],
+    extractor: FeatureExtractor,
+    max_features: int | None = None,
+) -> FeatureStatistics:
+    """Reads `file`; if there is none, collects the statistics of `open_images()` and writes it first."""
+    if not Path(file).exists():
+        write_reference_file(file, collect_statistics(open_images(), extractor, max_features=max_features))
+    return read_reference_file(file, extractor)
 
 
 def _read_arrays(file: str | Path) -> dict[str, np.ndarray | None]:

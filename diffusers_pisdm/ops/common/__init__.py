@@ -1,1 +1,1 @@
-"""What the kernels of all operators share."""
+"""Code shared by the kernels of all operators."""

@@ -1,4 +1,4 @@
-"""The backends of the operators: which of them can be used here, and forcing one in place of the device's choice."""
+"""The operators' backends: which ones work here, and how to force one instead of the device's default."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 import torch
 
 
-# What to import to be sure that a backend works, and how to come by it.
+# The import that proves a backend works, and the command that installs it.
 _PACKAGES = {
     "numba": ("numba", "pip install numba"),
-    "triton": ("diffusers_pisdm.ops.scan.triton_kernels", "pip install triton"),  # which may find it too old
+    "triton": ("diffusers_pisdm.ops.scan.triton_kernels", "pip install triton"),  # rejects versions that are too old
     "mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", "pip install diffusers_pisdm[cuda]"),
 }
 
@@ -21,10 +21,10 @@ _PACKAGES = {
 @functools.cache
 def missing_backend(backend: str) -> str | None:
     """
-    Why a backend cannot be used and what to install, or `None` if it can be.
+    Why a backend is unusable and what to install, or `None` if it works.
 
-    The import is tried, not only looked up: an installed package may still fail (Numba beside a newer NumPy and
-    mamba_ssm built for another torch raise ImportError, Triton without a GPU driver RuntimeError).
+    Actually imports it, as an installed package may still fail: Numba with a newer NumPy and mamba_ssm built for
+    another torch raise ImportError, Triton without a GPU driver RuntimeError.
     """
     if backend not in _PACKAGES:
         return None
@@ -32,20 +32,20 @@ def missing_backend(backend: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:
-        return f"the {backend!r} backend does not import ({error}); to install it: {command}"
+        return f"the {backend!r} backend cannot be imported ({error}); to install it: {command}"
     return None
 
 
 @torch.compiler.assume_constant_result  # called, not traced, when a model is compiled
 def check_backend(backend: str) -> None:
-    """Raises ImportError, with what to install, if a backend that was asked for cannot be used."""
+    """Raises ImportError with the install command if a requested backend cannot be used."""
     reason = missing_backend(backend)
     if reason is not None:
         raise ImportError(f"{reason[0].upper()}{reason[1:]}.")
 
 
 def refuse_float64(backend: str, tensors: Iterable[torch.Tensor | None]) -> None:
-    """Raises NotImplementedError for float64 tensors: compiled kernels compute in float32."""
+    """Raises NotImplementedError for float64 tensors: the compiled kernels compute in float32."""
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
         raise NotImplementedError(f"The {backend!r} backend computes in float32: use backend='torch' for float64.")
 
@@ -56,9 +56,9 @@ _FORCED: dict[str, str | None] = {"selective_scan": None, "causal_conv": None}
 @contextlib.contextmanager
 def force_backends(**backends: str) -> Iterator[None]:
     """
-    In here, `backend="auto"` is the backend given for the operator, in all threads: `with
-    force_backends(selective_scan="numba", causal_conv="torch"):`. Compiled models keep the backend that they were
-    compiled with.
+    Inside this context, `backend="auto"` means the given backend, in all threads: `with
+    force_backends(selective_scan="numba", causal_conv="torch"):`. Compiled models keep the backend they were compiled
+    with.
     """
     unknown = backends.keys() - _FORCED.keys()
     if unknown:
@@ -73,5 +73,5 @@ def force_backends(**backends: str) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result  # called, not traced, when a model is compiled
 def forced_backend(operator: str) -> str | None:
-    """The backend that an operator was forced to, or `None` if it may choose."""
+    """The backend forced on an operator, or `None` if it may choose."""
     return _FORCED[operator]

@@ -1,15 +1,15 @@
-"""Starting a compiled kernel: the layout of its tensors, its units of work, its parameter array and its threads.
+"""Launches a compiled kernel: the layout of its tensors, its units of work, its parameter array and its threads.
 
-Kernels want the channels of a sequence tensor (batch, channels, length) adjacent in memory, as in a transposed
-(batch, length, channels) tensor, and take any strides over batch and length.
+Kernels need the channels of a sequence tensor (batch, channels, length) adjacent in memory, as in a transposed
+(batch, length, channels) tensor, and accept any strides over batch and length.
 
 A kernel is a C function of one pointer: the address of an int64 array whose first two entries are counters. Each
-thread that enters the kernel draws a slot from the second and then units of work from the first until none is left,
-so any number of threads gives the same result.
+thread that enters the kernel takes a slot from the second, then units of work from the first until none is left, so
+any number of threads gives the same result.
 
 PyTorch's OpenMP workers spin for a while after each operation. Threads of our own would compete with them for the
-cores, so the kernel is started on those same workers through `GOMP_parallel` of the libgomp that PyTorch has loaded.
-Where there is none (macOS, Windows) a small Python pool serves; kernels run without the GIL.
+cores, so the kernel runs on those same workers, through `GOMP_parallel` of the libgomp that PyTorch has loaded.
+Without libgomp (macOS, Windows), a small Python thread pool runs it; kernels do not hold the GIL.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from .sequence_layout import adjacent_channels, ceil_div
 
 
 LANES = 16
-# Work is cut by the shape alone, never by the number of threads: results must not depend on that. Sixteen units keep
-# as many threads busy; a unit of 32 groups is as large as caches like it, one of 4 as small as its own costs allow.
+# Work is split by shape alone, never by the number of threads, which must not affect results. Sixteen units keep 16
+# threads busy; a unit of 32 groups is the largest that suits the caches, one of 4 the smallest worth its overhead.
 WANTED_UNITS = 16
 MAX_GROUPS = 32
 MIN_GROUPS = 4
-# Vector operations below which another thread costs more than it does.
+# With fewer vector operations than this, another thread costs more than it saves.
 WORK_PER_THREAD = 1 << 13
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` (B, D, L) in float32 with adjacent channels: itself where it is so already."""
+    """`x` (B, D, L) in float32 with adjacent channels, copied only if necessary."""
     return adjacent_channels(x.float())
 
 
 def split_channels(batch: int, channels: int) -> tuple[int, int]:
-    """The number of blocks that a batch row is cut into, and the groups of 16 channels in a block."""
+    """The number of blocks per batch row, and of groups of 16 channels per block."""
     groups = ceil_div(channels, LANES)
     blocks = max(
         ceil_div(groups, MAX_GROUPS), min(ceil_div(WANTED_UNITS, max(batch, 1)), ceil_div(groups, MIN_GROUPS))
@@ -63,9 +63,9 @@ def launch(
     """
     Runs a kernel on sequences of `shape` (batch, channels, length).
 
-    `size` is the state size or the number of taps, to which a step's work is proportional; `scratch_bytes` says what a
-    thread needs for it and the groups in a unit. Tensors among the other `parameters` are float32 and become
-    addresses; those with three axes are sequence tensors and bring their strides.
+    A step's work is proportional to `size`, the state size or number of taps; `scratch_bytes` gives the scratch a
+    thread needs for `size` and the groups in a unit. Tensors among the other `parameters` are float32 and become
+    addresses; those with three axes are sequence tensors and also pass their strides.
     """
     batch, channels, length = shape
     blocks, groups = split_channels(batch, channels)
@@ -94,7 +94,7 @@ def launch(
 
 @functools.cache
 def _gomp_parallel():
-    """`GOMP_parallel` of an OpenMP runtime in this process, or None."""
+    """`GOMP_parallel` from an OpenMP runtime in this process, or None."""
     try:
         with open("/proc/self/maps") as maps:
             paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and line.count("/")}
@@ -102,7 +102,7 @@ def _gomp_parallel():
         return None
     torch_folder = os.path.dirname(torch.__file__)
     names = [path for path in paths if "gomp" in os.path.basename(path) or "iomp" in os.path.basename(path)]
-    # PyTorch's own first: only its workers are idle while an operator of PyTorch runs.
+    # PyTorch's own runtime first: only its workers are idle while a PyTorch operator runs.
     for path in sorted(names, key=lambda path: (not path.startswith(torch_folder), path)):
         try:
             function = ctypes.CDLL(path).GOMP_parallel
@@ -116,7 +116,7 @@ def _gomp_parallel():
 
 @functools.cache
 def _thread_pool(process_id, num_threads):
-    # Keyed by process: the threads of a pool do not survive a fork.
+    # Keyed by process: a pool's threads do not survive a fork.
     return ThreadPoolExecutor(num_threads, thread_name_prefix="diffusers_pisdm")
 
 

@@ -1,11 +1,11 @@
 """Vectors of 16 float32 lanes for Numba kernels: LLVM's `<16 x float>` as a Numba type with its arithmetic.
 
-Numba's own loops leave `exp` scalar (PyPI's llvmlite carries no SVML), which makes a scan ten times slower. Kernels
-written with these vectors say what the registers do: on AVX-512 one vector is one register, elsewhere LLVM splits it.
-Memory is reached by plain addresses (integers), so any stride costs nothing.
+Numba's own loops leave `exp` scalar (PyPI's llvmlite ships without SVML), which makes a scan ten times slower. Kernels
+written with these vectors control the registers: on AVX-512 one vector is one register, elsewhere LLVM splits it.
+Memory is accessed through plain integer addresses, so any stride is free.
 
-No fast-math flag is set anywhere: NaN and infinity must come out as such, and the rounding trick of `exp2` would be
-optimised away.
+No fast-math flag is set anywhere: NaN and infinity must propagate, and the rounding trick of `exp2` would be optimised
+away.
 """
 
 import operator
@@ -74,19 +74,19 @@ def _polynomial(builder, x, coefficients):
 
 
 def _clamp(builder, x, low, high):
-    # Comparisons that are false for NaN, so that NaN passes through.
+    # These comparisons are false for NaN, which thus passes through.
     x = builder.select(builder.fcmp_ordered("<", x, _constant(low)), _constant(low), x)
     return builder.select(builder.fcmp_ordered(">", x, _constant(high)), _constant(high), x)
 
 
-# Relative minimax of 2**f on [-1/2, 1/2] with p(0) = 1 (so that exp(0) is exactly 1): error 9e-8.
+# Relative minimax polynomial of 2**f on [-1/2, 1/2] with p(0) = 1 (so exp(0) is exactly 1): error 9e-8.
 _EXP2 = (1.0, 0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.001326472731307149)
-# Adding this rounds to an integer n, and leaves n + 127, the biased exponent of 2**n, in the low bits.
+# Adding this rounds to an integer n and leaves n + 127, the biased exponent of 2**n, in the low bits.
 _ROUND = 1.5 * 2**23 + 127.0
 
 
 def _exp2(builder, x):
-    # From -127 down the scale is 0, from 128 up it is infinity: underflow and overflow come out right.
+    # The scale is 0 from -127 down and infinity from 128 up, so underflow and overflow are correct.
     return _exp2_bounded(builder, _clamp(builder, x, -127.0, 128.0))
 
 
@@ -126,12 +126,12 @@ def _sigmoid(builder, x):
 
 
 def _vector_function(emit, num_arguments):
-    """An intrinsic of `num_arguments` vectors whose instructions `emit(builder, *vectors)` writes."""
+    """An intrinsic of `num_arguments` vectors whose instructions `emit(builder, *vectors)` generates."""
 
     def lower(context, builder, signature, arguments):
         return emit(builder, *arguments)
 
-    # Intrinsics are typed by their Python signature, so each arity is spelt out.
+    # Numba types intrinsics by their Python signature, so each arity is spelt out.
     if num_arguments == 1:
 
         def typing(typingctx, a):
@@ -193,13 +193,13 @@ def _pointer(builder, address, pointee):
 
 
 def _element(builder, address, index, pointee):
-    """Pointer to the element `index` of an array that starts at the integer `address`."""
+    """Pointer to element `index` of an array that starts at the integer `address`."""
     return builder.gep(_pointer(builder, address, pointee), [index], source_etype=pointee)
 
 
 @intrinsic
 def load(typingctx, address, index):
-    """The vector `index` at `address`, which need not be aligned."""
+    """Load vector `index` at `address`, which need not be aligned."""
 
     def lower(context, builder, signature, arguments):
         return builder.load(_element(builder, *arguments, _VECTOR), align=4)
@@ -209,7 +209,7 @@ def load(typingctx, address, index):
 
 @intrinsic
 def store(typingctx, address, index, vector):
-    """Write the vector `index` at `address`, which need not be aligned."""
+    """Store vector `index` at `address`, which need not be aligned."""
 
     def lower(context, builder, signature, arguments):
         builder.store(arguments[2], _element(builder, *arguments[:2], _VECTOR), align=4)
@@ -220,7 +220,7 @@ def store(typingctx, address, index, vector):
 
 @intrinsic
 def load_splat(typingctx, address, index):
-    """The float `index` at `address` in each lane."""
+    """Load float `index` at `address` into each lane."""
 
     def lower(context, builder, signature, arguments):
         return _broadcast(builder, builder.load(_element(builder, *arguments, _FLOAT), align=4))
@@ -260,7 +260,7 @@ def _store_masked(typingctx, address, vector, count):
 
 @njit(forceinline=True)
 def load_first(address, count):
-    """The first `count` <= 16 floats at `address`, zero in the other lanes; memory behind them is not touched."""
+    """Load `count` <= 16 floats at `address`, zero in the other lanes; memory beyond them is not touched."""
     if count == 16:
         return load(address, 0)
     return _load_masked(address, count)
@@ -268,7 +268,7 @@ def load_first(address, count):
 
 @njit(forceinline=True)
 def store_first(address, vector, count):
-    """Write the first `count` <= 16 lanes to `address`; memory behind them is not touched."""
+    """Store the first `count` <= 16 lanes at `address`; memory beyond them is not touched."""
     if count == 16:
         store(address, 0, vector)
     else:
@@ -277,11 +277,11 @@ def store_first(address, vector, count):
 
 @intrinsic
 def store_lane_sums(typingctx, address, index, a, b, c, d):
-    """Write the sum of each vector's lanes to the floats `index` to `index + 3` at `address`."""
+    """Store the sum of each vector's lanes in floats `index` to `index + 3` at `address`."""
 
     def lower(context, builder, signature, arguments):
         def fold(x, y, halves):
-            # Adds the second half of each run of lanes to its first half, x's runs before y's.
+            # Add the second half of each run of lanes to its first half, x's runs before y's.
             first, second = (ir.Constant(ir.VectorType(_INT, len(half)), half) for half in halves)
             return builder.fadd(builder.shuffle_vector(x, y, first), builder.shuffle_vector(x, y, second))
 
@@ -304,7 +304,7 @@ def store_lane_sums(typingctx, address, index, a, b, c, d):
 
 @intrinsic
 def any_above(typingctx, vector, limits):
-    """Whether some lane is greater than that of `limits`; NaN is not."""
+    """Whether any lane exceeds that of `limits`; NaN never does."""
 
     def lower(context, builder, signature, arguments):
         mask = builder.bitcast(builder.fcmp_ordered(">", *arguments), ir.IntType(LANES))
@@ -327,7 +327,7 @@ def _prefetch(for_writing):
     return intrinsic(prefetch)
 
 
-# Ask for the cache line at an address, which need not exist.
+# Prefetch the cache line at an address, which need not be valid.
 prefetch, prefetch_write = _prefetch(0), _prefetch(1)
 
 
@@ -356,7 +356,7 @@ load_int, _ = _scalar_memory(_LONG, types.int64)
 
 @intrinsic
 def take_ticket(typingctx, address, index):
-    """Atomically increment the int64 `index` at `address`; return its old value. Threads draw their work with it."""
+    """Atomically increment int64 `index` at `address` and return its old value; threads take their work with it."""
 
     def lower(context, builder, signature, arguments):
         return builder.atomic_rmw("add", _element(builder, *arguments, _LONG), ir.Constant(_LONG, 1), "monotonic")

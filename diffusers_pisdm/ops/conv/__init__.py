@@ -1,1 +1,1 @@
-"""The depthwise causal convolution: one public function, and a file for each backend."""
+"""The depthwise causal convolution: one public function, one file per backend."""

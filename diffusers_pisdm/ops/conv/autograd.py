@@ -1,4 +1,4 @@
-"""What the convolutions with a kernel of their own for the backward share: shapes, and their place in autograd."""
+"""Shapes and autograd registration for the convolutions with their own backward kernel."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from ..common.sequence_layout import empty_channels_last
 
 def register_conv_autograd(conv: Callable, conv_backward: Callable) -> None:
     """
-    Makes one operator the gradient of another, and tells tracing the shapes of what both give.
+    Registers one operator as the gradient of another, and the output shapes of both for tracing.
 
-    `conv(x, weight, bias, activation)` gives the output, `conv_backward(grad_out, x, weight, bias, activation)` the
-    gradients of the three tensors, an empty one for an absent bias. The output and the gradient of x have adjacent
-    channels.
+    `conv(x, weight, bias, activation)` returns the output, `conv_backward(grad_out, x, weight, bias, activation)` the
+    gradients of the three tensors, empty for an absent bias. The output and the gradient of x have adjacent channels.
     """
 
     def setup_context(ctx, inputs, output):

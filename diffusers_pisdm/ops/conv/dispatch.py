@@ -1,4 +1,4 @@
-"""The one public causal convolution, and the choice of its backend."""
+"""The public causal convolution, and the choice of its backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .triton_operator import causal_conv_triton
 def causal_conv_torch(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = "silu"
 ) -> torch.Tensor:
-    """Depthwise causal convolution by `torch.nn.functional.conv1d`."""
+    """Depthwise causal convolution with `torch.nn.functional.conv1d`."""
     weight = weight.to(x.dtype)[:, None]  # (D, 1, K)
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias, groups=x.shape[1])  # (B, D, L)
@@ -23,13 +23,13 @@ def causal_conv_torch(
 
 CAUSAL_CONV_BACKENDS = ("torch", "numba", "triton")
 _FUNCTIONS = {"torch": causal_conv_torch, "numba": causal_conv_numba, "triton": causal_conv_triton}
-_FASTEST = {"cpu": "numba", "cuda": "triton"}  # of each device
+_FASTEST = {"cpu": "numba", "cuda": "triton"}  # per device
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import
 def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    """The device's kernels where they can be used, else torch. What is missing is logged by the scan that follows."""
+    """The device's kernels if usable, else torch. The scan that follows logs what is missing."""
     fastest = _FASTEST.get(device_type)
     if fastest is None or any(dtype not in _KERNEL_DTYPES for dtype in dtypes) or missing_backend(fastest) is not None:
         return "torch"
@@ -39,7 +39,7 @@ def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
 def _check_inputs(x, weight, bias, activation) -> None:
     if x.ndim != 3 or 0 in x.shape[1:]:
         raise ValueError(
-            f"`x` must have shape (batch, channels, length), none of the last two zero, not {tuple(x.shape)}."
+            f"`x` must have shape (batch, channels, length), neither of the last two zero, not {tuple(x.shape)}."
         )
     if weight.ndim != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] == 0:
         raise ValueError(
@@ -73,21 +73,21 @@ def causal_conv(
 
     Args:
         x (`torch.Tensor` of shape `(batch, channels, length)`): The input sequence.
-        weight (`torch.Tensor` of shape `(channels, kernel_size)`): One filter a channel; the last tap meets `x[t]`.
+        weight (`torch.Tensor` of shape `(channels, kernel_size)`): One filter per channel; the last tap meets `x[t]`.
         bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the activation.
         activation (`str`, *optional*, defaults to `"silu"`): `"silu"` or `None`.
         backend (`str`, defaults to `"auto"`):
             `"torch"` (any device), `"numba"` (CPU), `"triton"` (CUDA), or `"auto"`: Numba on a CPU and Triton on CUDA
-            where they import, else torch.
+            if they can be imported, else torch.
 
     Returns:
-        `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and the memory order of `x`.
+        `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and memory order of `x`.
 
     Raises:
         ValueError: if shapes or devices do not fit together, or `activation` or `backend` is not one of the above.
         TypeError: if a tensor is not of a real floating point dtype.
-        ImportError: if the backend asked for cannot be imported.
-        NotImplementedError: if the backend asked for does not compute on the device or in the dtypes.
+        ImportError: if the requested backend cannot be imported.
+        NotImplementedError: if the requested backend does not support the device or the dtypes.
     """
     _check_inputs(x, weight, bias, activation)
     if backend == "auto":

@@ -1,8 +1,8 @@
 """The compiled loops of `causal_conv_numba`: forward and backward over raw addresses.
 
-Units, chunks, groups and lanes are those of the scan's kernels; the tour at the top of `ops/scan/numba_kernels.py`
-draws them. In a chunk, each group of 16 channels is done over all steps, so that the rows under the filter are still
-in the cache.
+Units, chunks, groups and lanes are as in the scan's kernels; the tour at the top of `ops/scan/numba_kernels.py` draws
+them. Each group of 16 channels runs over all steps of a chunk at once, while the rows under the filter are still in
+the cache.
 """
 
 from numba import njit
@@ -26,8 +26,8 @@ CHUNK = 32
 VECTOR = 64  # bytes of a vector
 
 # Entries of the parameter array; the first two are the counters of `run_kernel`. A unit has up to `GROUPS` groups of
-# channels, a batch row `BLOCKS` units. `PADDED_CHANNELS` is a multiple of 16. A tensor is given by its address, 0 if
-# it is absent; a sequence tensor takes four entries: its address and its byte strides over batch, channels and length.
+# channels, a batch row has `BLOCKS` units. `PADDED_CHANNELS` is a multiple of 16. A tensor is its address, 0 if
+# absent; a sequence tensor takes four entries: its address and its byte strides over batch, channels and length.
 NUM_UNITS, BLOCKS, GROUPS, SCRATCH, SCRATCH_BYTES, CHANNELS, PADDED_CHANNELS, LENGTH, TAPS, SILU = range(2, 12)
 WEIGHT, BIAS, GRAD_WEIGHT, GRAD_BIAS = range(12, 16)
 X, OUT, GRAD_OUT, GRAD_X = range(16, 32, 4)
@@ -50,7 +50,7 @@ def _row(parameters, tensor, batch, channel):
 
 @njit(forceinline=True)
 def _load_filters(parameters, first_channel, channels, groups, taps, target):
-    """Write the filters and then the bias to `target`, (groups, taps + 1) vectors."""
+    """Write the filters, then the bias, to `target`: (groups, taps + 1) vectors."""
     bias = load_int(parameters, BIAS)
     for group in range(groups):
         lanes = min(16, channels - group * 16)
@@ -65,7 +65,7 @@ def _load_filters(parameters, first_channel, channels, groups, taps, target):
 
 @njit(forceinline=True)
 def _before_activation(row, stride, step, filters, taps, lanes):
-    """The convolution at `step`, of which `row` is the address."""
+    """The convolution at `step`, whose address is `row`."""
     value = load(filters, taps)
     first = max(0, taps - 1 - step)
     row -= (taps - 1 - first) * stride
@@ -96,7 +96,7 @@ def _forward_unit(parameters, unit, scratch):
             x_row = _row(parameters, X, batch, first_channel + group * 16) + start * x_stride
             out_row = _row(parameters, OUT, batch, first_channel + group * 16) + start * out_stride
             for step in range(start, stop):
-                # Rows may be a page apart, where no hardware prefetcher looks.
+                # Rows may be a page apart, too far for the hardware prefetcher.
                 prefetch(x_row + VECTOR)
                 prefetch_write(out_row + VECTOR)
                 value = _before_activation(x_row, x_stride, step, filters, taps, lanes)
@@ -130,8 +130,8 @@ def _backward_unit(parameters, unit, scratch):
     first_channel = unit % blocks * load_int(parameters, GROUPS) * 16
     channels = min(load_int(parameters, GROUPS) * 16, load_int(parameters, CHANNELS) - first_channel)
     groups = (channels + 15) // 16
-    # The gradient before the activation of a chunk, followed by its first taps - 1 rows of the chunk behind, which are
-    # kept for each group.
+    # The gradient before the activation of a chunk, followed by the first taps - 1 rows of that of the next chunk,
+    # which each group keeps.
     gradient = scratch + groups * (taps + 1) * VECTOR
     behind = gradient + (CHUNK + taps - 1) * VECTOR
     zero = splat(0.0)
@@ -187,7 +187,7 @@ def _backward_unit(parameters, unit, scratch):
                 store_first(grad_x_row, value, lanes)
                 grad_x_row += grad_x_stride
             for tap in range(taps):
-                # Tap `tap` of step t has seen x[t - back].
+                # Tap `tap` of step t sees x[t - back].
                 back = taps - 1 - tap
                 first = max(0, back - start)
                 row = x_rows + (start + first - back) * x_stride

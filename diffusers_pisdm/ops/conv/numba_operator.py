@@ -1,7 +1,7 @@
-"""Depthwise causal convolution with SiLU on the CPU: Numba kernels as operators of torch.
+"""Depthwise causal convolution with SiLU on the CPU: Numba kernels as torch operators.
 
-Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
-Kernels compute in float32 whatever the inputs' dtypes; results and gradients are cast to these.
+Sequences in other than `(B, L, D)` memory order are copied to it; results and gradients have that order. Kernels
+compute in float32 whatever the inputs' dtypes; results and gradients are cast back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .autograd import register_conv_autograd
 
 @functools.cache
 def _kernel(name: str):
-    """The kernels' module and the address of one of them. Numba is imported and compiles here, at the first call."""
+    """The kernels' module and the address of one kernel. The first call imports Numba and compiles."""
     from ..common.numba_compile import kernel_address
     from . import numba_kernels
 
@@ -26,7 +26,7 @@ def _kernel(name: str):
 
 
 def _input_parameters(kernels, x, weight, bias, activation):
-    """The inputs as the kernels take them, by their index in the parameter array."""
+    """The inputs in the kernels' form, by index in the parameter array."""
     return {
         kernels.TAPS: weight.shape[1],
         kernels.SILU: int(activation == "silu"),
@@ -49,13 +49,13 @@ def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, acti
 def _conv_backward(
     grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, the weight and the bias; an empty tensor if there is no bias."""
+    """Gradients of x, weight and bias; empty if there is no bias."""
     kernels, address = _kernel("backward_kernel")
     batch, channels, _ = x.shape
     taps = weight.shape[1]
     padded_channels = ceil_div(channels, LANES) * LANES
     grad_x = empty_channels_last(x)
-    # Each unit of work writes its own partial sums; they are added below, in an order that is always the same.
+    # Each unit of work writes its own partial sums; they are added below in a fixed order.
     grad_weight = torch.empty(batch, taps * padded_channels)
     grad_bias = torch.empty(batch, padded_channels)
     parameters = _input_parameters(kernels, x, weight, bias, activation) | {
@@ -80,7 +80,7 @@ def causal_conv_numba(
 ) -> torch.Tensor:
     """
     Causal convolution with compiled CPU kernels, in float32; the result has `x`'s dtype and (B, L, D) memory order.
-    The backward recomputes what lies before the activation.
+    The backward recomputes the activation's input.
     """
     refuse_float64("numba", (x, weight, bias))
     return _conv(x, weight, bias, activation)

@@ -1,8 +1,8 @@
 """The kernels of `causal_conv_triton`: forward and backward of a depthwise causal convolution with SiLU.
 
-A program has one batch row, a block of `CHANNELS` channels and a chunk of the sequence, which it walks in tiles of
-(`STEPS`, `CHANNELS`), the channels side by side in memory. Each of the `TAPS` shifted tiles is loaded: but for the
-first, from cache.
+A program handles one batch row, a block of `CHANNELS` channels and a chunk of the sequence, which it walks in tiles of
+(`STEPS`, `CHANNELS`) with channels adjacent in memory. It loads each of the `TAPS` shifted tiles, all but the first
+from cache.
 """
 
 import triton
@@ -13,13 +13,13 @@ from ..common.triton_silu import silu_and_slope
 
 @triton.jit
 def _load(row, step, stride, channel, mask):
-    """A tile of steps (steps, channels) in float32, zeros where it is masked."""
+    """A tile of steps (steps, channels) in float32, zero where masked."""
     return tl.load(row + step[:, None] * stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _load_parameter(pointer, channel, is_channel):
-    """The block's part of a filter's tap or of the bias (1, channels); zero if absent."""
+    """The block's part of a filter tap or of the bias (1, channels); zero if absent."""
     if pointer is None:
         return tl.zeros_like(channel).to(tl.float32)[None, :]
     else:
@@ -88,8 +88,8 @@ def conv_backward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """
-    The gradients of a chunk: of x as they are, and this chunk's part of those of the weight and the bias, to its
-    (taps, channels) and (channels,). What lies before the activation is computed again.
+    The gradients of a chunk: of x directly, of weight and bias as this chunk's partial sums, (taps, channels) and
+    (channels,). The activation's input is recomputed.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     channel = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
@@ -101,7 +101,7 @@ def conv_backward_kernel(
     grad_x += row * length * channels
     bias_ = _load_parameter(bias, channel, is_channel)
     filters = ()
-    sums = ()  # of the taps' gradients, over tiles; over the steps of a tile only at the end
+    sums = ()  # of the taps' gradients over tiles; steps within a tile are summed at the end
     for tap in tl.static_range(TAPS):
         filters = filters + (_load_parameter(weight + tap * channels, channel, is_channel),)
         sums = sums + (tl.zeros([STEPS, CHANNELS], tl.float32),)
@@ -128,7 +128,7 @@ def conv_backward_kernel(
             if later == 0:
                 added = ()
                 for tap in tl.static_range(TAPS):
-                    # Steps past the end add nothing, though x before it may be infinite.
+                    # Steps past the end add nothing, even if x before it is infinite.
                     added = added + (sums[tap] + tl.where(is_valid, inputs[tap] * grad_y, 0.0),)
                 sums = added
                 sum_bias += grad_y

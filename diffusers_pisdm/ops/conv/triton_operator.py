@@ -1,7 +1,7 @@
-"""Depthwise causal convolution with SiLU on GPUs: Triton kernels as operators of torch.
+"""Depthwise causal convolution with SiLU on GPUs: Triton kernels as torch operators.
 
-Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
-Kernels compute in float32 whatever the inputs' dtypes; partial sums are added in a fixed order.
+Sequences in other than `(B, L, D)` memory order are copied to it; results and gradients have that order. Kernels
+compute in float32 whatever the inputs' dtypes; partial sums are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from ..common.triton_launch import check_device, strides_of
 from .autograd import register_conv_autograd
 
 
-CHANNELS = 64  # of a program, and of a tile
-STEPS = 16  # of a tile
-BACKWARD_STEPS = 16  # a tile of the backward: it holds 2 * taps - 1 of them
-# A program of the backward walks several tiles, which make one partial sum, if as many programs are left as this.
+CHANNELS = 64  # per program and tile
+STEPS = 16  # per tile
+BACKWARD_STEPS = 16  # per tile in the backward, which holds 2 * taps - 1 tiles
+# A backward program adds several tiles to one partial sum as long as this many programs remain.
 WANTED_PROGRAMS = 2048
 
 
 @functools.cache
 def _kernels():
-    """The kernels' module. Triton is imported here, at the first call; each kernel compiles at its first launch."""
+    """The kernels' module. The first call imports Triton; each kernel compiles at its first launch."""
     from . import triton_kernels
 
     return triton_kernels
 
 
 def split_steps(batch: int, blocks: int, length: int, tile: int, programs: int) -> tuple[int, int]:
-    """The number of chunks of a sequence and the steps of a chunk, a multiple of `tile`: no more than `programs`."""
+    """The number of chunks per sequence, at most `programs`, and the steps per chunk, a multiple of `tile`."""
     tiles = ceil_div(length, tile)
     steps = tile * max(1, tiles * batch * blocks // programs)
     return ceil_div(length, steps), steps
 
 
 def _start(kernel, chunks: int, chunk_steps: int, x: torch.Tensor, tensors, strides, taps: int, **constants) -> None:
-    """One program for each batch row, block of channels and chunk."""
+    """One program per batch row, block of channels and chunk."""
     batch, channels, length = x.shape
     blocks = ceil_div(channels, CHANNELS)
     sizes = (channels, length, chunk_steps, blocks, *strides)
@@ -65,7 +65,7 @@ def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, acti
 def _conv_backward(
     grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, the weight and the bias; an empty tensor if there is no bias."""
+    """Gradients of x, weight and bias; empty if there is no bias."""
     grad_x = empty_channels_last(x, x.dtype)
     if grad_x.numel() == 0:
         absent = grad_out.new_empty(0) if bias is None else torch.zeros_like(bias)
@@ -100,7 +100,7 @@ def causal_conv_triton(
 ) -> torch.Tensor:
     """
     Causal convolution with Triton kernels, in float32; the result has `x`'s dtype and (B, L, D) memory order. The
-    backward recomputes what lies before the activation.
+    backward recomputes the activation's input.
     """
     refuse_float64("triton", (x, weight, bias))
     return _conv(x, weight, bias, activation)

@@ -1,1 +1,1 @@
-"""The selective scan: one public function, and a file for each backend."""
+"""The selective scan: one public function, one file per backend."""

@@ -1,4 +1,4 @@
-"""What the scans with a kernel of their own for the backward share: its shapes, and its place in autograd."""
+"""Shapes and autograd registration for the scans with their own backward kernel."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..common.sequence_layout import empty_channels_last
 
 def register_scan_autograd(scan: Callable, scan_backward: Callable) -> None:
     """
-    Makes one operator the gradient of another, and tells tracing the shapes of what it gives.
+    Registers one operator as the gradient of another, and its output shapes for tracing.
 
-    `scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states)` gives the output and the states kept for
-    `scan_backward(grad_out, kept, u, delta, A, B, C, D, z, delta_bias, delta_softplus)`, which gives the gradients of
-    the eight tensors, empty ones for what is absent. Those of sequences over channels have adjacent channels.
+    `scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, keep_states)` returns the output and the states kept for
+    `scan_backward(grad_out, kept, u, delta, A, B, C, D, z, delta_bias, delta_softplus)`, which returns the gradients
+    of the eight tensors, empty for absent ones. Those of sequences over channels have adjacent channels.
     """
 
     def setup_context(ctx, inputs, output):

@@ -1,12 +1,12 @@
 """Blocked selective scan in plain torch, for every device: forward and backward, memory linear in length.
 
-The recurrence `h_t = exp(delta_t A) h_{t-1} + B_t x_t` with `x = delta u` is walked in blocks of a few time steps and
-a few batch rows. What does not depend on the previous step (decays, inputs, read-outs) is computed for a whole block
-at once; what does is one fused multiply-add a step. A block is small enough to stay in a core's cache. States are laid
-out (time, batch, N, D) with the channels innermost, so every operation runs over long contiguous rows.
+The recurrence `h_t = exp(delta_t A) h_{t-1} + B_t x_t` with `x = delta u` runs in blocks of a few time steps and a few
+batch rows. What does not depend on the previous step (decays, inputs, read-outs) is computed for a whole block at
+once; what does is one fused multiply-add per step. A block is small enough to stay in a core's cache. States are laid
+out as (time, batch, N, D) with channels innermost, so every operation runs over long contiguous rows.
 
-The forward keeps the state that enters each block; the backward recomputes the states inside a block from it. Decays
-are only ever multiplied: no cumulative sums of logarithms and no division by a decay, both of which overflow.
+The forward keeps the state that enters each block; the backward recomputes the block's states from it. Decays are only
+ever multiplied: cumulative sums of logarithms and divisions by a decay would both overflow.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 import torch.nn.functional as F
 
 
-STEPS = 8  # time steps a block; also the distance of the states kept for the backward
-# Elements of one (time, batch, N, D) buffer. On a CPU the three or four buffers of a block should fit the L2 cache; on
-# other devices there is nothing to win from small blocks, and each costs launches.
+STEPS = 8  # time steps per block, and between states kept for the backward
+# Elements of one (time, batch, N, D) buffer. On a CPU, a block's three or four buffers should fit the L2 cache; on
+# other devices small blocks gain nothing, and each costs launches.
 CPU_BLOCK_ELEMENTS = 1 << 18
 BLOCK_ELEMENTS = 1 << 26
 
 
 class _Block:
-    """The decays and states of one block of time steps, in buffers that all blocks share."""
+    """The decays and states of one block of time steps, in buffers shared by all blocks."""
 
     def __init__(self, rows: int, A: torch.Tensor):
         self.decay = A.new_empty(STEPS, rows, *A.shape)  # (S, b, N, D)
-        self.state = A.new_zeros(STEPS + 1, rows, *A.shape)  # (S + 1, b, N, D), the first one enters the block
+        self.state = A.new_zeros(STEPS + 1, rows, *A.shape)  # (S + 1, b, N, D), the first enters the block
         self.decay_steps = self.decay.unbind(0)
         self.state_steps = self.state.unbind(0)
 
@@ -44,8 +44,8 @@ class _Block:
 
 def _walk(A: torch.Tensor, *tensors: torch.Tensor) -> Iterator[tuple[int, list[tuple[torch.Tensor, ...]]]]:
     """
-    Cuts (B, L, ...) tensors into blocks: for each group of batch rows its first row and, in time order, the views (S,
-    b, ...) of every tensor.
+    Cuts (B, L, ...) tensors into blocks: yields, for each group of batch rows, its first row and, in time order, the
+    views (S, b, ...) of every tensor.
     """
     wanted = CPU_BLOCK_ELEMENTS if A.device.type == "cpu" else BLOCK_ELEMENTS
     rows = max(1, wanted // (STEPS * A.numel()))
@@ -58,8 +58,8 @@ def _scan(
     x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, keep_states: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `y_t = C_t h_t` of the recurrence above, without skip and gate, of x, delta (B, L, D), A (N, D) and B, C (B, L, N),
-    all of one dtype: y (B, L, D), and the states that enter each block (blocks, B, N, D) or an empty tensor.
+    The recurrence above with `y_t = C_t h_t`, without skip and gate, for x, delta (B, L, D), A (N, D) and B, C (B, L,
+    N) of one dtype: y (B, L, D), and the states that enter each block (blocks, B, N, D) or an empty tensor.
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     kept = x.new_empty(-(-x.shape[1] // STEPS) if keep_states else 0, x.shape[0], *A.shape)
@@ -93,7 +93,7 @@ def _scan_backward(
     C: torch.Tensor,
     kept: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, delta, A, B and C for the gradient (B, L, D) of y."""
+    """Gradients of x, delta, A, B and C given the gradient (B, L, D) of y."""
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, delta, A, B, C)]
     grad_x, grad_delta, grad_A, grad_B, grad_C = grads
     grad_A.zero_()
@@ -105,7 +105,7 @@ def _scan_backward(
             block = _Block(rows, A)
             grad_state = torch.empty_like(block.decay)
             grad_state_steps = grad_state.unbind(0)
-            carried = torch.zeros_like(grad_state[0])  # the gradient of a block's last state, from the blocks after it
+            carried = torch.zeros_like(grad_state[0])  # the gradient of a block's last state from later blocks
             for index in reversed(range(len(blocks))):
                 x_, delta_, grad_, grad_x_, grad_delta_, B_, C_, grad_B_, grad_C_ = blocks[index]
                 block.state[0].copy_(kept[index, row : row + rows])
@@ -157,7 +157,7 @@ def selective_scan_torch(
     delta_softplus: bool = False,
 ) -> torch.Tensor:
     """
-    Selective scan in blocks of plain torch operations, on any device. The state is float64 for float64 inputs, else
+    Selective scan in blocks of plain torch operations, on any device. States are float64 for float64 inputs, else
     float32.
     """
     dtype = torch.promote_types(u.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""The one public selective scan, and the choice of its backend."""
+"""The public selective scan, and the choice of its backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FUNCTIONS = {
     "triton": selective_scan_triton,
     "mamba_ssm": selective_scan_mamba_ssm,
 }
-_FASTEST = {"cpu": ("numba",), "cuda": ("triton", "mamba_ssm")}  # of each device, in the order of preference
+_FASTEST = {"cpu": ("numba",), "cuda": ("triton", "mamba_ssm")}  # per device, in order of preference
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +36,7 @@ def _log_slow_choice(backend: str, device_type: str, reason: str) -> None:
 
 @torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import and log
 def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...], compiling: bool) -> str:
-    """The fastest usable backend for a device and the dtypes of a call; `torch` serves all others."""
+    """The fastest usable backend for a device and a call's dtypes; `torch` if there is none."""
     if device_type not in _FASTEST or any(dtype not in _KERNEL_DTYPES for dtype in dtypes):
         return "torch"
     chosen, reasons = "torch", []
@@ -56,7 +56,7 @@ def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...], compiling:
 def _check_inputs(u, delta, A, B, C, D, z, delta_bias) -> None:
     if u.ndim != 3 or 0 in u.shape[1:]:
         raise ValueError(
-            f"`u` must have shape (batch, channels, length), none of the last two zero, not {tuple(u.shape)}."
+            f"`u` must have shape (batch, channels, length), neither of the last two zero, not {tuple(u.shape)}."
         )
     if A.ndim != 2:
         raise ValueError(f"`A` must have shape (channels, state_size), not {tuple(A.shape)}.")
@@ -113,26 +113,26 @@ def selective_scan(
         u (`torch.Tensor` of shape `(batch, channels, length)`): The input sequence.
         delta (`torch.Tensor` of shape `(batch, channels, length)`): The step sizes, before bias and softplus.
         A (`torch.Tensor` of shape `(channels, state_size)`): The state's rates, negative in a stable system.
-        B (`torch.Tensor` of shape `(batch, state_size, length)`): What the state takes in.
-        C (`torch.Tensor` of shape `(batch, state_size, length)`): What is read from the state.
-        D (`torch.Tensor` of shape `(channels,)`, *optional*): The skip's weight; no skip without it.
-        z (`torch.Tensor` of shape `(batch, channels, length)`, *optional*): The gate; no gate without it.
+        B (`torch.Tensor` of shape `(batch, state_size, length)`): The input matrix.
+        C (`torch.Tensor` of shape `(batch, state_size, length)`): The output matrix.
+        D (`torch.Tensor` of shape `(channels,)`, *optional*): The skip's weight; no skip if not given.
+        z (`torch.Tensor` of shape `(batch, channels, length)`, *optional*): The gate; no gate if not given.
         delta_bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added to `delta`.
         delta_softplus (`bool`, defaults to `False`): Whether softplus is applied to `delta` after the bias.
         backend (`str`, defaults to `"auto"`):
             `"reference"` (a loop over time), `"torch"` (blocked, any device), `"numba"` (CPU), `"triton"` (CUDA),
-            `"mamba_ssm"` (CUDA), or `"auto"`: the first that this machine has for the device and the dtypes, of Numba
-            on a CPU and of Triton and mamba_ssm on CUDA, else torch.
+            `"mamba_ssm"` (CUDA), or `"auto"`: Numba on a CPU, Triton or else mamba_ssm on CUDA, if they can be
+            imported and support the dtypes, else torch.
 
     Returns:
-        `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and the memory order of `u`: if `u` is a
+        `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and memory order of `u`: if `u` is a
         transposed `(batch, length, channels)` tensor, so is the result.
 
     Raises:
         ValueError: if shapes or devices do not fit together, or `backend` is not one of the above.
         TypeError: if a tensor is not of a real floating point dtype.
-        ImportError: if the backend asked for cannot be imported.
-        NotImplementedError: if the backend asked for does not compute on the device or in the dtypes.
+        ImportError: if the requested backend cannot be imported.
+        NotImplementedError: if the requested backend does not support the device or the dtypes.
     """
     _check_inputs(u, delta, A, B, C, D, z, delta_bias)
     if backend == "auto":

@@ -1,4 +1,4 @@
-"""Selective scan by mamba_ssm's CUDA kernel (`pip install diffusers_pisdm[cuda]`)."""
+"""Selective scan with mamba_ssm's CUDA kernel (`pip install diffusers_pisdm[cuda]`)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def selective_scan_mamba_ssm(
     delta_softplus: bool = False,
 ) -> torch.Tensor:
     """
-    Selective scan by mamba_ssm's `selective_scan_fn`. It wants one dtype for all sequences and float32 for the
-    parameters, which mixed precision does not always give: they are cast here.
+    Selective scan with mamba_ssm's `selective_scan_fn`. It needs one dtype for all sequences and float32 parameters,
+    which mixed precision does not guarantee, so both are cast here.
     """
-    if u.numel() == 0:  # which the kernel refuses
+    if u.numel() == 0:  # the kernel rejects it
         return selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 

@@ -11,17 +11,17 @@ A tour. The work lies in a box of channels by steps by states, once per image (a
     -----------+---------+                       /
     block 1    |   ...
 
-    for chunk in a unit:                      one thread takes a whole unit; its states stay in a scratch buffer
-        for group in the block:               what the group needs of this chunk: u, delta, z, B, C in vectors
+    for chunk in a unit:                      one thread runs a whole unit; its states stay in a scratch buffer
+        for group in the block:               load the group's u, delta, z, B, C of this chunk into vectors
             for four states of the group:     16 lanes x 4 states live in registers ...
                 for step in the chunk:        ... while the recurrence h = exp(delta A) h + delta B u runs
 
-The order matters: going through the whole sequence for one group would touch a new page at every step. Everything a
-group needs again in a chunk lies in a scratch buffer that fits the caches.
+The order matters: walking the whole sequence for one group would touch a new page at every step. Everything a group
+reuses within a chunk is in a scratch buffer that fits the caches.
 
-The backward walks over the chunks from the last to the first, and recomputes a chunk's states from the state at its
-start, which the forward kept. Gradients of B and C are sums over channels: lanes and groups are added within a unit,
-and each unit writes its own partial sum, so the result does not depend on which thread did what.
+The backward walks the chunks from last to first and recomputes a chunk's states from the state at its start, which the
+forward kept. Gradients of B and C are sums over channels: lanes and groups are added within a unit, and each unit
+writes its own partial sum, so the result does not depend on which thread did what.
 """
 
 from numba import njit
@@ -51,16 +51,16 @@ from ..common.numba_vectors import (
 )
 
 
-CHUNK = 24  # steps between two states kept for the backward
+CHUNK = 24  # steps between states kept for the backward
 VECTOR = 64  # bytes of a vector
-ROWS = CHUNK * VECTOR  # bytes of a vector a step
+ROWS = CHUNK * VECTOR  # bytes of one vector per step
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 
 # Entries of the parameter array; the first two are the counters of `run_kernel`. A unit has up to `GROUPS` groups of
-# channels, a batch row `BLOCKS` units. `STATES` is a multiple of four, `PADDED_CHANNELS` one of 16. A tensor is given
-# by its address, 0 if it is absent; a sequence tensor takes four entries: its address and its byte strides over batch,
-# channels or states, and length.
+# channels, a batch row has `BLOCKS` units. `STATES` is a multiple of four, `PADDED_CHANNELS` of 16. A tensor is its
+# address, 0 if absent; a sequence tensor takes four entries: its address and its byte strides over batch, channels or
+# states, and length.
 NUM_UNITS, BLOCKS, GROUPS, SCRATCH, SCRATCH_BYTES, CHANNELS, PADDED_CHANNELS, LENGTH, STATES, SOFTPLUS = range(2, 12)
 A, D, BIAS, KEPT, GRAD_A, GRAD_D, GRAD_BIAS, GRAD_B, GRAD_C = range(12, 21)
 U, DELTA, Z, B, C, OUT, GRAD_OUT, GRAD_U, GRAD_DELTA, GRAD_Z = range(21, 61, 4)
@@ -90,7 +90,7 @@ def _row(parameters, tensor, batch, step, channel):
 
 @njit(forceinline=True)
 def _pack(parameters, tensor, batch, start, steps, states, target):
-    """Copy B or C of a chunk to `target`, (steps, states) without gaps."""
+    """Copy B or C of a chunk to `target`: (steps, states) without gaps."""
     row = load_int(parameters, tensor) + batch * load_int(parameters, tensor + 1)
     stride_state = load_int(parameters, tensor + 2)
     stride_step = load_int(parameters, tensor + 3)
@@ -110,7 +110,7 @@ def _clear(address, vectors):
 
 @njit(forceinline=True)
 def _load_rates(parameters, first_channel, channels, groups, states, target):
-    """Write A times log2(e) to `target`, (groups, states) vectors."""
+    """Write A times log2(e) to `target`: (groups, states) vectors."""
     row = load_int(parameters, A) + first_channel * 4
     stride = load_int(parameters, CHANNELS) * 4
     scale = splat(LOG2E)
@@ -132,7 +132,7 @@ def _load_vector(parameters, tensor, channel, lanes):
 
 @njit(forceinline=True)
 def _decay(exponent, bounded):
-    """2 to `exponent`; `bounded` is a constant at each call."""
+    """2 ** `exponent`; `bounded` is a compile-time constant."""
     if bounded:
         return exp2_bounded(exponent)
     return exp2(exponent)
@@ -140,7 +140,7 @@ def _decay(exponent, bounded):
 
 @njit(forceinline=True)
 def _is_bounded(peak, rates):
-    """Whether 2 to `peak` (the largest |delta| of a chunk, 16 channels) times any of four rates needs no clamping."""
+    """Whether 2 ** (`peak` * rate) needs no clamping; `peak` is the largest |delta| of a chunk, 16 channels."""
     largest = maximum(absolute(load(rates, 0)), absolute(load(rates, 1)))
     largest = maximum(largest, absolute(load(rates, 2)))
     largest = maximum(largest, absolute(load(rates, 3)))
@@ -149,7 +149,7 @@ def _is_bounded(peak, rates):
 
 @njit(forceinline=True)
 def _scan_four(bounded, steps, delta, inputs, output, rates, state, b, c, stride):
-    """Four states of 16 channels over a chunk: outputs are added to `output`, `state` is moved to the chunk's end."""
+    """Scan four states of 16 channels over a chunk: add outputs to `output`, advance `state` to the chunk's end."""
     a0 = load(rates, 0)
     a1 = load(rates, 1)
     a2 = load(rates, 2)
@@ -226,8 +226,8 @@ def _forward_unit(parameters, unit, scratch):
                     store(target, 0, load(state + four, index))
                     target += padded_channels * 4
 
-            # What does not depend on the state: the step, its input, and the skip. Rows are a page apart, so that no
-            # hardware prefetcher fetches those of the next group, or the ones to be written.
+            # What does not depend on the state: the step, its input, and the skip. Rows are a page apart, so the
+            # hardware prefetcher fetches neither those of the next group nor the ones to be written.
             bias = _load_vector(parameters, BIAS, channel, lanes)
             skip = _load_vector(parameters, D, channel, lanes)
             u_row = _row(parameters, U, batch, start, channel)
@@ -247,13 +247,13 @@ def _forward_unit(parameters, unit, scratch):
                 peak = maximum(peak, absolute(dt))
                 store(delta, step, dt)
                 store(inputs, step, dt * u)
-                # Without a skip no product with 0: that would make an infinite input NaN.
+                # Without a skip, do not multiply by 0: it would turn an infinite input into NaN.
                 store(output, step, skip * u if with_skip != 0 else zero)
                 u_row += u_stride
                 delta_row += delta_stride
 
             for index in range(0, states, 4):
-                # Two copies of the loop, since clamping costs a tenth of it.
+                # Two copies of the loop, as clamping costs a tenth of its time.
                 if _is_bounded(peak, rates + four):
                     _scan_four(
                         True,
@@ -303,7 +303,7 @@ def forward_kernel(parameters):
 
 @njit(forceinline=True)
 def _recompute_four(bounded, steps, delta, inputs, output, rates, saved, b, c, stride):
-    """As `_scan_four`, from the four vectors at `saved`, but writes each step's decays and states behind them."""
+    """Like `_scan_four`, from the four vectors at `saved`, but writes each step's decays and states after them."""
     a0 = load(rates, 0)
     a1 = load(rates, 1)
     a2 = load(rates, 2)
@@ -369,7 +369,7 @@ def _reverse_four(
     sum_b,
     sum_c,
 ):
-    """The backward of `_scan_four`. Gradients are added to what is there; those of delta lack the factor ln 2."""
+    """The backward of `_scan_four`. It accumulates gradients; those of delta lack the factor ln 2."""
     a0 = load(rates, 0)
     a1 = load(rates, 1)
     a2 = load(rates, 2)
@@ -378,7 +378,7 @@ def _reverse_four(
     g1 = load(grad_state, 1)
     g2 = load(grad_state, 2)
     g3 = load(grad_state, 3)
-    # Sums over the chunk are taken in registers first: a sum of sums loses fewer digits over a long sequence.
+    # Sum over the chunk in registers first: a sum of sums loses fewer digits over a long sequence.
     ga0 = splat(0.0)
     ga1 = splat(0.0)
     ga2 = splat(0.0)
@@ -453,7 +453,7 @@ def _reverse_four(
 
 @njit(forceinline=True)
 def _write_sums(sums, steps, states, target):
-    """Add the lanes of dB or dC of a chunk, (states / 4, CHUNK, 4) vectors, and write them to (steps, states)."""
+    """Add the lanes of a chunk's dB or dC, (states / 4, CHUNK, 4) vectors, and write them to (steps, states)."""
     for step in range(steps):
         for state in range(0, states, 4):
             vectors = sums + (state * CHUNK + step * 4) * VECTOR
@@ -507,7 +507,7 @@ def _backward_unit(parameters, unit, scratch):
     zero = splat(0.0)
     one = splat(1.0)
     ln2 = splat(LN2)
-    # The gradients of D and of the bias gather in this unit's part of the output, (batch, padded_channels).
+    # The gradients of D and the bias accumulate in this unit's part of the output, (batch, padded_channels).
     grad_skips = load_int(parameters, GRAD_D) + (batch * padded_channels + first_channel) * 4
     grad_biases = load_int(parameters, GRAD_BIAS) + (batch * padded_channels + first_channel) * 4
     _clear(grad_skips, groups)
@@ -613,8 +613,8 @@ def _backward_unit(parameters, unit, scratch):
                 )
                 four += 4 * VECTOR
             if lanes < 16:
-                # Lanes without a channel hold 0 * inf where B, C or delta is infinite. This group came first, so that
-                # they can be cleared.
+                # Lanes without a channel hold 0 * inf where B, C or delta is infinite. This group came first, so they
+                # can be cleared.
                 for index in range(2 * states * CHUNK):
                     store(sum_b, index, load_first(sum_b + index * VECTOR, lanes))
 

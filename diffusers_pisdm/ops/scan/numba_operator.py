@@ -1,7 +1,7 @@
-"""Selective scan on the CPU: Numba kernels as operators of torch, differentiable, traceable and exportable.
+"""Selective scan on the CPU: Numba kernels as torch operators, differentiable, traceable and exportable.
 
-Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
-Kernels compute in float32 whatever the inputs' dtypes; results and gradients are cast to these.
+Sequences in other than `(B, L, D)` memory order are copied to it; results and gradients have that order. Kernels
+compute in float32 whatever the inputs' dtypes; results and gradients are cast back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STATES_AT_ONCE = 4  # the kernels read states in vectors of four
 
 @functools.cache
 def _kernel(name: str):
-    """The kernels' module and the address of one of them. Numba is imported and compiles here, at the first call."""
+    """The kernels' module and the address of one kernel. The first call imports Numba and compiles."""
     from ..common.numba_compile import kernel_address
     from . import numba_kernels
 
@@ -30,8 +30,8 @@ def _kernel(name: str):
 
 def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
     """
-    How many floats the kept states are. They are a flat tensor: an axis of chunks could have length 1, which a
-    compiled graph would guard against.
+    The number of floats in the kept states. Their tensor is flat: an axis of chunks could have length 1, on which a
+    compiled graph would guard.
     """
     from .numba_kernels import CHUNK
 
@@ -41,7 +41,7 @@ def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
 
 
 def _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    """The inputs as the kernels take them, by their index in the parameter array."""
+    """The inputs in the kernels' form, by index in the parameter array."""
     return {
         kernels.STATES: A.shape[1],
         kernels.SOFTPLUS: int(delta_softplus),
@@ -69,7 +69,7 @@ def _scan(
     delta_softplus: bool,
     keep_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scan's output, and the kept states for the backward."""
+    """The scan's output, and the states kept for the backward."""
     kernels, address = _kernel("forward_kernel")
     out = empty_channels_last(u)
     kept = u.new_empty(_num_kept(u, A, keep_states), dtype=torch.float32)
@@ -98,7 +98,7 @@ def _scan_backward(
     delta_bias: torch.Tensor | None,
     delta_softplus: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of u, delta, A, B, C, D, z and the bias; empty tensors for what is absent."""
+    """Gradients of u, delta, A, B, C, D, z and the bias; empty for absent ones."""
     kernels, address = _kernel("backward_kernel")
     batch, channels, length = u.shape
     states = A.shape[1]
@@ -106,7 +106,7 @@ def _scan_backward(
     padded_channels = ceil_div(channels, LANES) * LANES
     grad_u, grad_delta = empty_channels_last(u), empty_channels_last(u)
     grad_z = None if z is None else empty_channels_last(u)
-    # Each unit of work writes its own partial sums; they are added below, in an order that is always the same.
+    # Each unit of work writes its own partial sums; they are added below in a fixed order.
     grad_A = torch.empty(batch, states * padded_channels)
     grad_D, grad_bias = torch.empty(2, batch, padded_channels)
     grad_B, grad_C = torch.empty(2, blocks, batch * length * states)
@@ -142,8 +142,8 @@ def _fill_up_states(
     A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The same system with a multiple of four states. The last ones are repeated, two or four times, and their read-outs
-    shared out: exact, as these are powers of two. A state of zeros would turn an infinite input into NaN.
+    The same system with a multiple of four states: the last ones are repeated two or four times and their read-outs
+    divided by as much, which is exact for powers of two. A state of zeros would turn an infinite input into NaN.
     """
     states = A.shape[1]
     repeats = [1] * (states // STATES_AT_ONCE * STATES_AT_ONCE) + {0: [], 1: [4], 2: [2, 2], 3: [1, 1, 2]}[
@@ -167,7 +167,7 @@ def selective_scan_numba(
 ) -> torch.Tensor:
     """
     Selective scan with compiled CPU kernels, in float32; the result has `u`'s dtype and (B, L, D) memory order. The
-    backward keeps one state in 24 steps and recomputes the others: memory is linear in the length.
+    forward keeps every 24th state and the backward recomputes the others: memory is linear in the length.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     refuse_float64("numba", tensors)

@@ -1,4 +1,4 @@
-"""The textbook selective scan: one Python step a token. Slow on purpose; every other backend is tested against it."""
+"""The textbook selective scan: one Python step per token. Slow, but every other backend is tested against it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def selective_scan_reference(
 
     state = x.new_zeros(*x.shape[:2], A.shape[1])  # (B, D, N)
     outputs = []
-    # unbind and not x[..., t]: the gradient of an index is a full-size tensor, which makes the backward quadratic.
+    # unbind instead of x[..., t]: an index's gradient is a full-size tensor, which makes the backward quadratic.
     for x_t, delta_t, B_t, C_t in zip(x.unbind(-1), delta.unbind(-1), B.unbind(-1), C.unbind(-1)):
         decay = torch.exp(delta_t[..., None] * A)  # (B, D, N)
         state = decay * state + (delta_t * x_t)[..., None] * B_t[:, None]  # (B, D, N)

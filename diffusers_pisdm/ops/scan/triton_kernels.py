@@ -1,12 +1,12 @@
-"""The kernels of `selective_scan_triton`: forward and backward of one chunk, and what joins the chunks.
+"""The kernels of `selective_scan_triton`: forward and backward of one chunk, and joining the chunks.
 
-A program has one batch row, a block of `CHANNELS` channels and one chunk of the sequence. A state is a (states,
-channels) tile in registers; the channels, which lie side by side in memory, are its inner axis.
+A program handles one batch row, a block of `CHANNELS` channels and one chunk of the sequence. A state is a (states,
+channels) tile in registers; the channels, adjacent in memory, are its inner axis.
 
-A chunk is walked in blocks of `STEPS`, unrolled, so that a block's loads can be under way before the first is needed.
-The backward starts from a state that the forward kept, recomputes a block's states into registers, and walks back
-through them. Dead lanes (past the last channel, state or step) load zeros. They are left out of sums all the same:
-beside an infinity, theirs would be NaN.
+A chunk runs in unrolled blocks of `STEPS`, so that a block's loads can be in flight before the first is needed. The
+backward starts from a state that the forward kept, recomputes a block's states into registers, and walks back through
+them. Dead lanes (past the last channel, state or step) load zeros but are still left out of sums: next to an infinity
+they would be NaN.
 """
 
 import triton
@@ -44,13 +44,13 @@ def _sum_channels(values, is_channel):
 
 @triton.jit
 def _existing(index, count, step, length):
-    """Which of the channels or states `index` are elements of a sequence at this step: none past its end."""
+    """Which of the channels or states `index` a sequence has at this step: none past its end."""
     return index < tl.where(step < length, count, 0)
 
 
 @triton.jit
 def _load(row, step, stride, index, mask):
-    """The elements `index` of one step of a sequence, zeros where they are masked."""
+    """The elements `index` of one step of a sequence, zero where masked."""
     return tl.load(row + step * stride + index, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -65,7 +65,7 @@ def _load_vector(pointer, channel, is_channel):
 
 @triton.jit
 def _load_delta(row, step, stride, channel, mask, bias, SOFTPLUS: tl.constexpr):
-    """One step's delta before and after softplus; the latter is zero in dead lanes, which thus keep their states."""
+    """One step's delta before and after softplus, the latter zero in dead lanes, which thus keep their states."""
     before = _load(row, step, stride, channel, mask) + bias
     after = before
     if SOFTPLUS:
@@ -83,11 +83,11 @@ def _place(
     LANE_CHANNELS: tl.constexpr,
 ):
     """
-    Where this program works: batch row, block of channels, indices of channels and states, which of them exist, and
-    the offsets of its tile in a tensor (..., states, channels).
+    This program's batch row, block of channels, indices of channels and states, which of them exist, and the offsets
+    of its tile in a tensor (..., states, channels).
 
-    The compiler spreads a tile over the lanes of a warp so that each loads as many adjacent elements of the tensor as
-    it can at once, up to 16 bytes, and all states follow that layout. What it may take for adjacent is said here.
+    The compiler spreads a tile over a warp's lanes so that each loads as many adjacent elements at once as it can, up
+    to 16 bytes, and all states follow that layout. The hints here tell it what is adjacent.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = (tl.program_id(0) % blocks).to(tl.int64)
@@ -101,7 +101,7 @@ def _place(
 
 @triton.jit
 def _advance(h, x, delta, rates, B):
-    """The next state: `h` decays and takes in `B x`."""
+    """The next state: decayed `h` plus `B x`."""
     return tl.exp2(delta[None, :] * rates) * h + B[:, None] * x[None, :]
 
 
@@ -131,7 +131,7 @@ def chunk_state_kernel(
     LANE_CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """What a chunk makes of a state of zeros (`ends`), and the sum of its deltas (`totals`)."""
+    """The final state of a chunk that starts from zeros (`ends`), and the sum of its deltas (`totals`)."""
     row, _, channel, state, is_channel, is_real, tile = _place(
         blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS
     )
@@ -235,11 +235,12 @@ def join_kernel(
     JOINED: tl.constexpr,
 ):
     """
-    What enters each chunk (`entering`) from what each makes of zeros (`ends`), in time's order or against it.
+    The state that enters each chunk (`entering`), from the final states of chunks that start from zeros (`ends`), in
+    time order or in reverse.
 
-    A program has one batch row and a block of the `elements` of a state, which do not depend on each other. A chunk's
-    decay is that of the sum of its deltas: an exponential of a sum, which nothing is divided by. Chunks are taken
-    `JOINED` at a time, and loaded before the first result is stored: a store would hold up the loads behind it.
+    A program handles one batch row and a block of a state's `elements`, which are independent. A chunk's decay is the
+    exponential of the sum of its deltas, and nothing is divided by it. Chunks are processed `JOINED` at a time, all
+    loaded before the first result is stored, as a store would stall the loads after it.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     element = (tl.program_id(0) % blocks) * ELEMENTS + tl.arange(0, ELEMENTS)
@@ -297,7 +298,7 @@ def forward_kernel(
     STEPS: tl.constexpr,
     KEPT_STEPS: tl.constexpr,
 ):
-    """The outputs of a chunk, and with `kept` the states that enter its steps 0, `KEPT_STEPS`, 2 `KEPT_STEPS`, ..."""
+    """The outputs of a chunk and, with `kept`, the states that enter its steps 0, `KEPT_STEPS`, 2 `KEPT_STEPS`, ..."""
     row, _, channel, state, is_channel, is_real, tile = _place(
         blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS
     )
@@ -323,7 +324,7 @@ def forward_kernel(
             if first % KEPT_STEPS == 0:
                 kept_at = row * tl.cdiv(length, KEPT_STEPS) + first // KEPT_STEPS
                 tl.store(kept + kept_at * STATES * channels + tile, h, mask=is_real)
-        outputs = ()  # stored after the block's last load: a store would hold up the loads behind it
+        outputs = ()  # stored after the block's last load, as a store would stall the loads after it
         for index in tl.static_range(STEPS):
             step = start + block * STEPS + index
             is_valid = _existing(channel, channels, step, length)
@@ -392,9 +393,8 @@ def backward_kernel(
     """
     The gradients of a chunk.
 
-    Gradients of sequences over channels are written as they are; this program's part of those of B and C goes to its
-    block's (batch, length, states), its part of those of A, D and the bias to its chunk's (states, channels) and
-    (channels,).
+    Gradients of sequences over channels are written directly; this program's partial sums go to its block's (batch,
+    length, states) for B and C, and to its chunk's (states, channels) and (channels,) for A, D and the bias.
     """
     row, block_of_channels, channel, state, is_channel, is_real, tile = _place(
         blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS
@@ -419,7 +419,7 @@ def backward_kernel(
     D_ = _load_vector(D, channel, is_channel)
     bias_ = _load_vector(bias, channel, is_channel)
 
-    carried = tl.zeros([STATE_ROWS, CHANNELS], tl.float32)  # the gradient of the last step's state by later steps
+    carried = tl.zeros([STATE_ROWS, CHANNELS], tl.float32)  # the gradient of the last step's state from later steps
     if entering is not None:
         carried = tl.load(entering + chunk * STATES * channels + tile, mask=is_real, other=0.0)
     sum_A = tl.zeros([STATE_ROWS, CHANNELS], tl.float32)
@@ -430,14 +430,14 @@ def backward_kernel(
         first = start + (num_blocks - 1 - block) * STEPS
         kept_at = first // KEPT_STEPS
         h = tl.load(kept + kept_at * STATES * channels + tile, mask=is_real, other=0.0)
-        # To this block from the one that the state was kept at: all of it lies before the sequence's end.
+        # Advance from the kept state to this block; every step up to here lies before the sequence's end.
         for skipped in range((first - kept_at * KEPT_STEPS) // STEPS):
             for index in tl.static_range(STEPS):
                 step = kept_at * KEPT_STEPS + skipped * STEPS + index
                 _before, delta_ = _load_delta(delta, step, delta_step, channel, is_channel, bias_, SOFTPLUS)
                 x = delta_ * _load(u, step, u_step, channel, is_channel)
                 h = _advance(h, x, delta_, rates, _load(B, step, B_step, state, state < STATES))
-        states = ()  # that enter each step
+        states = ()  # the state that enters each step
         for index in tl.static_range(STEPS):
             step = first + index
             is_valid = _existing(channel, channels, step, length)

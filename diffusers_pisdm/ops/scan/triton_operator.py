@@ -1,18 +1,18 @@
-"""Selective scan on GPUs: Triton kernels as operators of torch, differentiable, traceable and exportable.
+"""Selective scan on GPUs: Triton kernels as torch operators, differentiable, traceable and exportable.
 
-A scan is a loop over time, and one loop for each batch row and block of channels leaves most of a GPU idle when the
-batch is small. Sequences are therefore cut into chunks that run at the same time, in three passes: what each chunk
-makes of a state of zeros; a short loop over these, which gives the state that enters each chunk; the chunks again,
-each from its own state. This costs the decays twice, but inside a chunk it is the plain loop, with one state in
-registers; a parallel scan within a chunk would move tiles of (steps, states, channels) between threads. Where batch
-and channels fill a GPU there is one chunk and only the last pass. The backward does the same in the other direction,
-and recomputes states from those that the forward kept.
+A scan is a loop over time, and one loop per batch row and block of channels leaves most of a GPU idle when the batch
+is small. So sequences are cut into chunks that run in parallel, in three passes: each chunk's final state when started
+from zeros; a short loop over these that gives the state entering each chunk; the chunks again, each from its own
+state. This computes the decays twice, but inside a chunk it is the plain loop, with one state in registers; a parallel
+scan within a chunk would move tiles of (steps, states, channels) between threads. If batch and channels fill a GPU,
+there is one chunk and only the last pass. The backward does the same in reverse and recomputes states from those that
+the forward kept.
 
-The sizes below were the fastest of those tried on an H200 (`benchmarks/scan.py`).
+The sizes below were the fastest tried on an H200 (`benchmarks/scan.py`).
 
-Sequences are wanted in `(B, L, D)` memory order and are copied to it from any other; results and gradients are in it.
-Kernels compute in float32 whatever the inputs' dtypes. Chunks depend on the shape alone, partial sums are added in a
-fixed order: equal inputs give equal results.
+Sequences in other than `(B, L, D)` memory order are copied to it; results and gradients have that order. Kernels
+compute in float32 whatever the inputs' dtypes. Chunks depend only on the shape and partial sums are added in a fixed
+order, so equal inputs give equal results.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from ..common.triton_launch import check_device, strides_of
 from .autograd import register_scan_autograd
 
 
-# Of a program that only walks a chunk: a lane of its warp has four channels with all their states, so that sums over
-# the states stay within the lane. The backward also sums over channels, and holds more: there a lane has four channels
-# with a quarter of the states.
+# In a program that only walks a chunk forward, each lane of the warp has four channels with all their states, so sums
+# over states stay within the lane. The backward also sums over channels and holds more: there, a lane has four
+# channels with a quarter of the states.
 CHANNELS, LANE_CHANNELS = 128, 4
 BACKWARD_CHANNELS, BACKWARD_LANE_CHANNELS = 32, 4
-STEPS = 4  # unrolled, by both; the backward holds as many states in registers, and with 8 would spill them
-KEPT_STEPS = 2 * STEPS  # between two states kept for the backward
-STATES_PER_WARP = 16  # more would spill too
-JOINED = 8  # chunks whose states are loaded at once to be joined
-JOIN_ELEMENTS = 128  # of a state, that a program joins
-# Chunks are made to fill a large GPU, on which so many programs run at once, while a chunk's steps outweigh the
-# reading and writing of its state. Chunks cost a pass more than one walk over the sequence.
+STEPS = 4  # unrolled in both directions; the backward holds as many states in registers, and 8 would spill
+KEPT_STEPS = 2 * STEPS  # between states kept for the backward
+STATES_PER_WARP = 16  # more would also spill
+JOINED = 8  # chunks whose states are loaded at once for joining
+JOIN_ELEMENTS = 128  # of a state, per joining program
+# There are enough chunks to fill a large GPU, which runs this many programs at once, as long as a chunk's steps
+# outweigh reading and writing its state. Chunks cost one pass more than a single walk over the sequence.
 PROGRAMS_AT_ONCE = 1056
 MIN_CHUNK_STEPS = 2 * KEPT_STEPS
 COST_OF_CHUNKS = 1.75
 MAX_ROUNDS = 4
-WORTH = 0.9  # of the time with fewer chunks; more have to be joined
+WORTH = 0.9  # more chunks must take at most this share of the time: they have to be joined
 
 
 @functools.cache
 def _kernels():
-    """The kernels' module. Triton is imported here, at the first call; each kernel compiles at its first launch."""
+    """The kernels' module. The first call imports Triton; each kernel compiles at its first launch."""
     from . import triton_kernels
 
     return triton_kernels
@@ -56,8 +56,8 @@ def _kernels():
 
 def split_length(batch: int, blocks: int, length: int) -> tuple[int, int]:
     """
-    The number of chunks of a sequence and the steps of a chunk, a multiple of `KEPT_STEPS`: those with which a GPU is
-    through soonest, if its programs run in rounds.
+    The number of chunks per sequence and steps per chunk, a multiple of `KEPT_STEPS`, with which a GPU finishes first
+    if its programs run in rounds.
     """
     programs = batch * blocks
     chunks, least = 1, ceil_div(programs, PROGRAMS_AT_ONCE)
@@ -70,14 +70,14 @@ def split_length(batch: int, blocks: int, length: int) -> tuple[int, int]:
 
 
 class _Launch:
-    """The sizes that all kernels of one scan share, and how they are started."""
+    """The sizes that all kernels of one scan share, and their launches."""
 
     def __init__(self, u: torch.Tensor, states: int, delta_softplus: bool):
         self.batch, self.channels, self.length = u.shape
         self.states = states
         self.chunks, self.chunk_steps = split_length(self.batch, ceil_div(self.channels, CHANNELS), self.length)
         self.device = u.device
-        rows = 1 << (self.states - 1).bit_length()  # tiles have powers of two
+        rows = 1 << (self.states - 1).bit_length()  # tile sizes are powers of two
         self.walk = {"STATES": self.states, "STATE_ROWS": rows, "SOFTPLUS": delta_softplus, "STEPS": STEPS}
         self.walk |= {"num_warps": min(8, max(1, rows // STATES_PER_WARP)), "enable_fp_fusion": True}
 
@@ -85,11 +85,11 @@ class _Launch:
         return torch.empty(shape, device=self.device)
 
     def chunk_sums(self, *shape: int) -> torch.Tensor:
-        """Space for one tensor (*shape, channels) a chunk."""
+        """Space for one tensor (*shape, channels) per chunk."""
         return self.empty(self.batch, self.chunks, *shape, self.channels)
 
     def start(self, kernel, *tensors, strides: list[int], layout: tuple[int, int] | None = None, **constants) -> None:
-        """One program for each batch row, block and chunk; `layout`: the channels of a block and of a lane."""
+        """One program per batch row, block and chunk; `layout`: the channels per block and per lane."""
         block, lane = layout or (CHANNELS, LANE_CHANNELS)
         blocks = ceil_div(self.channels, block)
         sizes = (self.channels, self.length, self.chunk_steps, blocks, *strides)
@@ -98,7 +98,7 @@ class _Launch:
             kernel[self.batch * blocks, self.chunks](*tensors, *sizes, **constants)
 
     def enter(self, kernel, *tensors, A: torch.Tensor, strides: list[int], reverse: bool) -> torch.Tensor | None:
-        """What enters each chunk (B, chunks, N, D): the first two passes, by the first one's kernel."""
+        """The state that enters each chunk (B, chunks, N, D): the first two passes, given the first's kernel."""
         if self.chunks == 1:
             return None
         ends, totals, entering = self.chunk_sums(self.states), self.chunk_sums(), self.chunk_sums(self.states)
@@ -113,7 +113,7 @@ class _Launch:
 
 
 def _prepare(u, delta, A, B, C, D, z, delta_bias):
-    """The inputs as the kernels take them."""
+    """The inputs in the kernels' form."""
     check_device(u, _kernels().forward_kernel)
     u, delta, B, C = (adjacent_channels(x) for x in (u, delta, B, C))
     D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
@@ -122,8 +122,8 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias):
 
 def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
     """
-    How many floats the kept states are. They are a flat tensor: an axis of chunks could have length 1, which a
-    compiled graph would guard against.
+    The number of floats in the kept states. Their tensor is flat: an axis of chunks could have length 1, on which a
+    compiled graph would guard.
     """
     batch, channels, length = u.shape
     return batch * ceil_div(length, KEPT_STEPS) * A.shape[1] * channels if keep_states else 0
@@ -142,7 +142,7 @@ def _scan(
     delta_softplus: bool,
     keep_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scan's output, and the kept states for the backward."""
+    """The scan's output, and the states kept for the backward."""
     out = empty_channels_last(u, u.dtype)
     kept = u.new_empty(_num_kept(u, A, keep_states), dtype=torch.float32)
     if out.numel() == 0:  # an empty grid cannot be launched
@@ -180,7 +180,7 @@ def _scan_backward(
     delta_bias: torch.Tensor | None,
     delta_softplus: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of u, delta, A, B, C, D, z and the bias; empty tensors for what is absent."""
+    """Gradients of u, delta, A, B, C, D, z and the bias; empty for absent ones."""
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     grad_u, grad_delta = empty_channels_last(u, u.dtype), empty_channels_last(delta, delta.dtype)
     grad_z = None if z is None else empty_channels_last(z, z.dtype)
@@ -189,7 +189,7 @@ def _scan_backward(
     grad_out = adjacent_channels(grad_out)
     u, delta, A, B, C, D, z, delta_bias = _prepare(*inputs)
     launch = _Launch(u, A.shape[0], delta_softplus)
-    # Each program writes its own partial sums; they are added below, in an order that is always the same.
+    # Each program writes its own partial sums; they are added below in a fixed order.
     grad_A, grad_D, grad_bias = launch.chunk_sums(launch.states), launch.chunk_sums(), launch.chunk_sums()
     blocks = ceil_div(launch.channels, BACKWARD_CHANNELS)
     grad_B, grad_C = launch.empty(2, blocks, launch.batch, launch.length, launch.states)

@@ -1,1 +1,1 @@
-"""What training costs, counted and measured before it is started."""
+"""The cost of training, counted and measured in advance."""

@@ -1,6 +1,6 @@
-"""The arithmetic and the memory of what runs, counted operator by operator.
+"""Counts arithmetic and memory, operator by operator.
 
-Floating point operations are counted by torch's formulas, and by ours for this package's own operators.
+Floating point operations follow torch's formulas, and our own formulas for this package's operators.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-# Floating point operations for each step of time, channel and state, an exponential counted as one.
+# Floating point operations per time step, channel and state; an exponential counts as one.
 # decay = exp(delta * A), h = decay * h + B * x, y += C * h
 SCAN_FORWARD_FLOPS = 7
 # decay and h again; the gradient of h from C and the next step; two each for C, B, x, delta * A, delta and A
@@ -23,8 +23,8 @@ SCAN_BACKWARD_FLOPS = 5 + 3 + 6 * 2
 
 
 def _register_flop_formulas() -> None:
-    """Tells torch what this package's operators compute; its own counter, FlopCounterMode, then knows them too."""
-    ops = torch.ops.diffusers_pisdm  # all defined by now: `training` imports the models, and these import `ops`
+    """Registers this package's operators with torch, so its own FlopCounterMode counts them too."""
+    ops = torch.ops.diffusers_pisdm  # all defined by now: `training` imports `models`, which imports `ops`
 
     def scan(flops: int, sequence: int, rates: int, states_axis: int):  # positions among the operator's arguments
         return lambda *shapes, out_shape: flops * math.prod(shapes[sequence]) * shapes[rates][states_axis]
@@ -41,14 +41,14 @@ def _register_flop_formulas() -> None:
 
     @register_flop_formula([ops.causal_conv_numba_backward, ops.causal_conv_triton_backward])
     def conv_backward(grad, x, weight, bias, activation, out_shape):
-        return 3 * 2 * math.prod(x) * weight[1]  # what lies before the activation again, x and the weight
+        return 3 * 2 * math.prod(x) * weight[1]  # the activation's input again, x and the weight
 
 
 _register_flop_formulas()
 
 
 def _convolution_backward_flops(grad, x, weight, *options, out_val) -> int:
-    # torch's formula takes a depthwise filter's gradient for that of a full one, as many times too much as channels.
+    # torch's formula treats a depthwise filter's gradient as that of a full filter: too large by the channel count.
     return sum(options[-1][:2]) * 2 * grad.numel() * weight[0].numel()  # the mask of wanted gradients: x, weight, bias
 
 
@@ -60,10 +60,10 @@ def _attention_backward_flops(grad, query, key, value, *options, out_val, **more
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-# By operator, as torch's registry: called with the operator's arguments and with its result as `out_val`.
+# By operator, like torch's registry: called with the operator's arguments, and its result as `out_val`.
 FLOP_FORMULAS = flop_registry | {
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
-    # torch counts the attention of GPUs alone.
+    # torch only counts attention on GPUs.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -71,18 +71,18 @@ FLOP_FORMULAS = flop_registry | {
 
 class StepTrace(TorchDispatchMode):
     """
-    Counts while it is entered: `flops` of the operators that ran, `live_bytes` of the storages that these made and
-    that are still alive, `peak_bytes`, the most that this ever was.
+    Counts while entered: `flops` of the operators that ran, `live_bytes` of the storages they created that are still
+    alive, and `peak_bytes`, the maximum of `live_bytes`.
     """
 
-    # FlopCounterMode would do for the FLOPs, but its hooks on every module keep tensors alive.
+    # FlopCounterMode could count the FLOPs, but its hooks on every module keep tensors alive.
     def __init__(self):
         super().__init__()
         self.flops = self.live_bytes = self.peak_bytes = 0
         self._seen = WeakIdKeyDictionary()
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Leaves a tensor's storage out, whatever is done to it."""
+        """Excludes a tensor's storage from the count."""
         self._seen[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -96,7 +96,7 @@ class StepTrace(TorchDispatchMode):
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:  # a view, or in place
+        if storage in self._seen:  # a view or an in-place result
             return
         self._seen[storage] = True
         self.live_bytes += storage.nbytes()

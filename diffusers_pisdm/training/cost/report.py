@@ -1,4 +1,4 @@
-"""What a training run will cost, stage by stage and in total: counted and measured, as JSON and as a table."""
+"""Reports what a training run will cost per stage and in total, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def cost_report(
     speeds: list[StageSpeed | None] | None = None,
 ) -> dict:
     """
-    Puts counted and measured costs together.
+    Combines counted and measured costs.
 
     Args:
-        costs (`list[StageCost]`): Of each stage that is trained.
-        settings ([`CostSettings`]): What they were counted with.
-        batch_size (`int`): Images a process and forward pass.
+        costs (`list[StageCost]`): The cost of each trained stage.
+        settings ([`CostSettings`]): The settings they were counted with.
+        batch_size (`int`): Images per process and forward pass.
         max_train_steps (`int`): Optimizer steps of the run.
-        speeds (`list[StageSpeed]`, *optional*): Of each stage, `None` for one that did not fit.
+        speeds (`list[StageSpeed]`, *optional*): The speed of each stage, `None` if it did not fit.
 
     Returns:
-        `dict`: JSON-serialisable: `settings`, `stages` and `total`. Bytes and FLOPs are plain numbers. Times are there
-        if all stages were measured.
+        `dict`: JSON-serialisable: `settings`, `stages` and `total`. Bytes and FLOPs are plain numbers. Times are
+        included if all stages were measured.
     """
     accumulation = settings.gradient_accumulation_steps
     stages = []
@@ -51,7 +51,7 @@ def cost_report(
         "flops_per_step": accumulation * sum(cost.batch_size * cost.training_flops for cost in costs),
         "state_bytes": sum(cost.state_bytes for cost in costs),
         "saved_bytes": sum(cost.saved_bytes for cost in costs),  # all forward passes precede the first backward one
-        # An upper bound. autocast keeps half-precision copies of the weights until all stages' forward is done.
+        # An upper bound: autocast keeps half-precision copies of the weights until the forward of all stages is done.
         "working_bytes": sum(cost.working_bytes for cost in costs),
         "images_per_step": images,
         "max_train_steps": max_train_steps,
@@ -65,13 +65,13 @@ def cost_report(
 
 def format_cost_report(report: dict) -> str:
     """
-    The report of [`cost_report`] as plain text: a table with a line a stage, the total, and what the numbers are.
+    Formats the report of [`cost_report`] as plain text: a table with a line per stage, the total, and explanations.
 
     Args:
         report (`dict`): From [`cost_report`], or read back from JSON.
 
     Returns:
-        `str`: Several lines.
+        `str`: The text, several lines.
     """
     total, settings = report["total"], report["settings"]
     header = (
@@ -106,21 +106,21 @@ def format_cost_report(report: dict) -> str:
     checkpointing = "gradient checkpointing" if settings["gradient_checkpointing"] else "no gradient checkpointing"
     lines += [
         "",
-        f"Memory: {_gibibytes(total['total_bytes'])} GiB a process (mixed precision {settings['mixed_precision']},"
+        f"Memory: {_gibibytes(total['total_bytes'])} GiB per process (mixed precision {settings['mixed_precision']},"
         f" {checkpointing}). Counted: float32 weights,",
-        "gradients, Adam's moments and average (state), what forward keeps for backward (saved), and what is added to",
-        "it at the worst moment (working).",
-        f"Work: {total['flops_per_step'] / 1e12:.4g} TFLOP a process and step, counted.",
+        "gradients, Adam's moments and averaged weights (state), what the forward pass keeps for the backward pass",
+        "(saved), and the peak beyond these (working).",
+        f"Work: {total['flops_per_step'] / 1e12:.4g} TFLOP per process and step, counted.",
     ]
     if total["seconds_per_step"] is not None:
         lines += [
-            f"Time: {total['images_per_second']:.3g} images/s in {settings['num_processes']} process(es),"
+            f"Time: {total['images_per_second']:.3g} images/s with {settings['num_processes']} process(es),"
             f" {total['days']:.3g} days for {total['max_train_steps']:,} steps of {total['images_per_step']} images.",
-            "TFLOP/s is measured on what the last column says. The times are extrapolated from it: by FLOPs to all",
-            "layers and images, by parameters for the optimizer. Data loading, VAE and communication are left out.",
+            "TFLOP/s is measured on what the last column shows. Times are extrapolated from it: to all layers and",
+            "images by FLOPs, for the optimizer by parameters. They exclude data loading, VAE and communication.",
         ]
     elif report["measured"]:
-        lines.append("Time: unknown, since a stage does not fit into the memory that is free here.")
+        lines.append("Time: unknown, as a stage does not fit into the free memory.")
     else:
         lines.append("Time: not measured.")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""The parameters, arithmetic and memory of training each stage, known before the training is started.
+"""Counts the parameters, arithmetic and memory of training each stage before training starts.
 
-They come from one training step on fake tensors, which have shapes but no data: they are counted, not guessed, for
-models of any size.
+The counts come from one training step on fake tensors, which have shapes but no data, so they are exact for models of
+any size.
 
-Not counted: the scale-invariant loss's heads, the VAE, the loading of data, communication between processes, and what
-an operator needs while it runs (a CUDA context, workspaces, the CPU kernels' float32 copies of half-precision inputs).
+Not counted: the scale-invariant loss's heads, the VAE, data loading, communication between processes, and what an
+operator needs while it runs (a CUDA context, workspaces, the CPU kernels' float32 copies of half-precision inputs).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .flops import StepTrace
 
 
 FLOAT32_BYTES = 4
-ADAM_BYTES = 2 * FLOAT32_BYTES  # two float32 moments a parameter
-ADAM_8BIT_BYTES = 2 + 2 * FLOAT32_BYTES / 256  # two bytes, and bitsandbytes' float32 scale of each block of 256
+ADAM_BYTES = 2 * FLOAT32_BYTES  # two float32 moments per parameter
+ADAM_8BIT_BYTES = 2 + 2 * FLOAT32_BYTES / 256  # two bytes, plus bitsandbytes' float32 scale per block of 256
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,17 @@ class StageCost:
     Args:
         sample_size (`int`): Height and width in pixels or latent pixels.
         num_layers (`int`): Mamba layers.
-        batch_size (`int`): Images a forward pass.
+        batch_size (`int`): Images per forward pass.
         parameters (`int`): Trainable parameters.
-        forward_flops (`int`): Floating point operations of the forward pass, an image.
+        forward_flops (`int`): Floating point operations of the forward pass, per image.
         training_flops (`int`):
-            Those of forward and backward, an image, recomputation by gradient checkpointing included.
+            Floating point operations of forward and backward, per image, including recomputation by gradient
+            checkpointing.
         weight_bytes, gradient_bytes, optimizer_bytes, ema_bytes (`int`):
-            By arithmetic: float32 weights, gradients (twice under DDP, which copies them into buckets) and average;
-            Adam's moments in float32 or 8 bits.
+            Calculated: float32 weights, gradients (twice under DDP, which copies them into buckets) and averaged
+            weights; Adam's moments in float32 or 8 bits.
         saved_bytes (`int`): Storages alive between forward and backward: what autograd keeps, and the outputs.
-        working_bytes (`int`): What is alive beyond these at the worst moment of forward and backward.
+        working_bytes (`int`): What is alive beyond these at the peak of forward and backward.
     """
 
     sample_size: int
@@ -63,23 +64,23 @@ class StageCost:
 
     @property
     def total_bytes(self) -> int:
-        """Memory at the worst moment if this stage is trained alone."""
+        """Peak memory if only this stage is trained."""
         return self.state_bytes + self.saved_bytes + self.working_bytes
 
     @property
     def state_bytes(self) -> int:
-        """What does not depend on the batch."""
+        """The memory that does not depend on the batch."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.ema_bytes
 
 
 @contextlib.contextmanager
 def _fake_training(settings: CostSettings) -> Iterator[None]:
-    """Tensors made in here have shapes but no data, and `auto` chooses the kernels of `settings.device_type`."""
+    """Inside this context, tensors have shapes but no data, and `auto` chooses kernels for `settings.device_type`."""
     fused_scan = settings.fused_scan
     if fused_scan is None:
         fused_scan = choose_backend(settings.device_type, (torch.float32,), compiling=False) != "torch"
-    # On GPUs Triton's kernels stand in for mamba_ssm's, which does not run on fake tensors. It keeps less: its inputs
-    # and the output before the gate, where Triton's keep a state in 8 steps.
+    # On GPUs, our Triton kernels stand in for mamba_ssm's, which does not run on fake tensors. The latter keeps less:
+    # its inputs and the output before the gate, where ours keep one state in 8 steps.
     kernels = "numba" if settings.device_type == "cpu" else "triton"
     backend = kernels if fused_scan else "torch"
     with FakeTensorMode(), force_backends(selective_scan=backend, causal_conv=backend):
@@ -90,12 +91,12 @@ def estimate_stage_cost(config: dict, num_classes: int, batch_size: int, setting
     """
     Counts the cost of training one stage, from a training step on fake tensors: nothing is allocated or computed.
 
-    Mixed precision is that of the CPU; CUDA computes the norms in float32, and by reckoning saves 5% more for it.
+    Mixed precision follows the CPU's rules; CUDA computes norms in float32, for which it saves an estimated 5% more.
 
     Args:
         config (`dict`): Arguments of [`PISDMTransformer2DModel`], without `num_classes`.
         num_classes (`int`): Classes of the data.
-        batch_size (`int`): Images a forward pass of this stage.
+        batch_size (`int`): Images per forward pass of this stage.
         settings ([`CostSettings`]): How it is trained.
 
     Returns:
@@ -105,7 +106,7 @@ def estimate_stage_cost(config: dict, num_classes: int, batch_size: int, setting
     with _fake_training(settings):
         model = make_stage(config, num_classes, settings)
         for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # counted by arithmetic, not when it appears
+            parameter.grad = torch.zeros_like(parameter)  # calculated, not counted when it appears
             trace.ignore(parameter)
             trace.ignore(parameter.grad)
         with trace:
@@ -137,17 +138,17 @@ def estimate_cascade_cost(
     batch_shares: list[float] | None = None,
 ) -> list[StageCost]:
     """
-    [`estimate_stage_cost`] of every stage of a cascade.
+    Calls [`estimate_stage_cost`] for every stage of a cascade.
 
     Args:
         stages (`list[dict]`): Arguments of each stage's [`PISDMTransformer2DModel`], without `num_classes`.
         num_classes (`int`): Classes of the data.
-        batch_size (`int`): Images a process and forward pass.
+        batch_size (`int`): Images per process and forward pass.
         settings ([`CostSettings`]): How they are trained.
-        batch_shares (`list[float]`, *optional*): The share of the batch for each stage, all of it if not given.
+        batch_shares (`list[float]`, *optional*): Each stage's share of the batch, all of it if not given.
 
     Returns:
-        `list[StageCost]`: One a stage.
+        `list[StageCost]`: One per stage.
     """
     shares = batch_shares or [1.0] * len(stages)
     return [
@@ -162,19 +163,19 @@ AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class CostSettings:
     """
-    What decides the cost of training besides the stages and the batch.
+    What determines the cost of training besides the stages and the batch.
 
     Args:
         gradient_checkpointing (`bool`, defaults to `False`): Whether layers are recomputed in the backward pass.
-        mixed_precision (`str`, defaults to `"no"`): `"no"`, `"fp16"` or `"bf16"`; weights are float32 in all of them.
+        mixed_precision (`str`, defaults to `"no"`): `"no"`, `"fp16"` or `"bf16"`; weights are always float32.
         ema (`bool`, defaults to `True`): Whether a float32 average of the weights is kept on the device.
-        use_8bit_adam (`bool`, defaults to `False`): Whether Adam's moments take a byte each instead of four.
-        num_processes (`int`, defaults to 1): Processes, one a device.
-        gradient_accumulation_steps (`int`, defaults to 1): Batches a process and optimizer step.
-        device_type (`str`, defaults to `"cpu"`): Where training runs: what kernels keep depends on it.
+        use_8bit_adam (`bool`, defaults to `False`): Whether Adam's moments take one byte each instead of four.
+        num_processes (`int`, defaults to 1): Processes, one per device.
+        gradient_accumulation_steps (`int`, defaults to 1): Batches per process and optimizer step.
+        device_type (`str`, defaults to `"cpu"`): Where training runs, which determines what kernels keep.
         fused_scan (`bool`, *optional*):
             Whether the scan is one kernel, which keeps little for the backward pass; if not given, whether it is on
-            this machine for `device_type`. On CUDA it is where `mamba_ssm` or Triton imports.
+            this machine for `device_type`. On CUDA, it is if `mamba_ssm` or Triton can be imported.
 
     Raises:
         ValueError: `mixed_precision` is unknown.
@@ -197,7 +198,7 @@ class CostSettings:
 
 
 def make_stage(config: dict, num_classes: int, settings: CostSettings) -> PISDMTransformer2DModel:
-    """A stage as it is at the start of training; `config` is without `num_classes`."""
+    """A stage as at the start of training; `config` lacks `num_classes`."""
     model = PISDMTransformer2DModel(num_classes=num_classes, **config).train()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -205,7 +206,7 @@ def make_stage(config: dict, num_classes: int, settings: CostSettings) -> PISDMT
 
 
 def stage_loss(model: PISDMTransformer2DModel, batch_size: int, settings: CostSettings) -> torch.Tensor:
-    """A forward pass as the cascade's objective makes it, on noise, up to a loss that reaches every parameter."""
+    """The objective's forward pass, on noise, up to a loss that reaches every parameter."""
     config, device = model.config, model.device
     noisy = torch.randn(batch_size, config.in_channels, config.sample_size, config.sample_size, device=device)
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)

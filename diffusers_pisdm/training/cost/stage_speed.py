@@ -1,4 +1,4 @@
-"""How fast a stage trains here: a few real steps, of two layers where those of the whole stage would take too long."""
+"""Measures how fast a stage trains here: a few real steps, with two layers if the whole stage would take too long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from .stage_cost import CostSettings, StageCost, estimate_stage_cost, make_stage, stage_loss
 
 
-MEASURED_LAYERS = 2  # one of each half, of which the whole model has as many
+MEASURED_LAYERS = 2  # one of each half, as the whole model has equally many of both
 TIMED_STEPS = 2
 SAFE_SHARE_OF_FREE_MEMORY = 0.8
 
@@ -20,13 +20,13 @@ SAFE_SHARE_OF_FREE_MEMORY = 0.8
 @dataclass(frozen=True)
 class StageSpeed:
     """
-    How fast one stage trained when it was tried.
+    The measured training speed of one stage.
 
     Args:
-        num_layers (`int`), batch_size (`int`): What was run; fewer layers than the stage has if these took too long.
-        flops_per_second (`float`): Of forward and backward.
-        updates_per_second (`float`): Parameters a second of AdamW and the average of the weights.
-        seconds (`float`): How long trying it took, without compiling kernels.
+        num_layers (`int`), batch_size (`int`): What ran; fewer layers than the stage has if all took too long.
+        flops_per_second (`float`): Floating point operations per second of forward and backward.
+        updates_per_second (`float`): Parameters per second that AdamW and the averaging update.
+        seconds (`float`): How long the measurement took, without compiling kernels.
     """
 
     num_layers: int
@@ -37,7 +37,7 @@ class StageSpeed:
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that are free on a device."""
+    """Free bytes on a device."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -47,7 +47,7 @@ def free_memory(device: torch.device | str) -> int:
 def _time_stage(
     config: dict, num_classes: int, cost: StageCost, settings: CostSettings, device: torch.device
 ) -> StageSpeed:
-    """Runs training steps on random images, one to warm up and [`TIMED_STEPS`] on the clock; the fastest counts."""
+    """Runs training steps on random images, one to warm up and [`TIMED_STEPS`] timed; the fastest counts."""
 
     def seconds_since(start: float) -> float:
         if device.type != "cpu":
@@ -55,7 +55,7 @@ def _time_stage(
         return time.perf_counter() - start
 
     model = make_stage(config, num_classes, settings).to(device)
-    # Of 32 bits also where 8 are asked for: that needs bitsandbytes, and the time is in moving the parameters.
+    # 32-bit even if 8-bit is requested: that needs bitsandbytes, and moving the parameters takes the time.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     ema = EMAModel(model.parameters()) if settings.ema else None
     passes, updates = [], []
@@ -88,13 +88,13 @@ def measure_stage_speed(
     seconds: float = 30.0,
 ) -> StageSpeed | None:
     """
-    Trains one stage for a few steps. It begins with two layers and one image, takes more images up to `batch_size`
-    and then all layers, as far as memory and time allow.
+    Trains one stage for a few steps. It starts with two layers and one image, then takes more images up to
+    `batch_size` and finally all layers, as far as memory and time allow.
 
     Args:
         config, num_classes, batch_size, settings: As in [`estimate_stage_cost`].
-        device (`torch.device` or `str`): Where it is run.
-        seconds (`float`, defaults to 30.0): About how long it may take after the first try, which is always made.
+        device (`torch.device` or `str`): Where it runs.
+        seconds (`float`, defaults to 30.0): About how long it may take after the first try, which always runs.
 
     Returns:
         [`StageSpeed`] of the last try, or `None` if not even the first fits into the free memory.
@@ -111,11 +111,11 @@ def measure_stage_speed(
     if not fits(short_cost):
         return None
     speed = _time_stage(short_config, num_classes, short_cost, settings, device)
-    deadline = time.perf_counter() + seconds  # not from the beginning: the first try may have compiled kernels
+    deadline = time.perf_counter() + seconds  # starts only now, as the first try may have compiled kernels
     while speed.batch_size < batch_size:
         images = min(4 * speed.batch_size, batch_size)
         larger = estimate_stage_cost(short_config, num_classes, images, settings)
-        # Four times as many images take one to four times as long: a small batch does not keep a device busy.
+        # Four times as many images take one to four times as long, as a small batch does not keep a device busy.
         if not fits(larger) or time.perf_counter() + 2 * speed.seconds > deadline:
             break
         speed = _time_stage(short_config, num_classes, larger, settings, device)
@@ -128,6 +128,6 @@ def measure_stage_speed(
 
 
 def seconds_per_step(cost: StageCost, speed: StageSpeed, gradient_accumulation_steps: int = 1) -> float:
-    """The time of one optimizer step of a stage at the speed that was measured."""
+    """The time of one optimizer step of a stage at the measured speed."""
     passes = gradient_accumulation_steps * cost.batch_size * cost.training_flops / speed.flops_per_second
     return passes + cost.parameters / speed.updates_per_second

@@ -126,9 +126,7 @@ def test_a_run_can_start_from_a_pipelines_weights(train, monkeypatch):
 
 def test_a_rehearsal_is_not_taken_for_the_run(train, capsys):
     train("run", "--minutes", "1", "--rehearse", "--train_stages", "1")
-    with pytest.raises(
-        CheckpointError, match=r"is of a run with .*'minutes': 0.1.* but this one has .*'minutes': 1.0"
-    ):
+    with pytest.raises(CheckpointError, match=r"'minutes': 0\.1.* but .*'minutes': 1\.0.* --rehearse .* --output_dir"):
         train("run", "--minutes", "1", "--train_stages", "1")
     train("run", "--minutes", "1", "--rehearse", "--train_stages", "1")
     assert "stage 1: already complete" in capsys.readouterr().out
@@ -149,7 +147,7 @@ def test_a_recipe_that_asks_the_pretrained_stages_for_something_else_is_refused(
     arguments = ["--max_train_steps", "1", "--pretrained_model_name_or_path", str(first)]
     with pytest.raises(ValueError, match=r"Stage 2 .* predicts 'sample', but the recipe asks for 'v_prediction'"):
         train("other", *arguments, "--prediction_types", "v_prediction", "v_prediction")
-    with pytest.raises(ValueError, match=r"Stage 2 .* another noise schedule.*--noise_shifts"):
+    with pytest.raises(ValueError, match=r"Stage 2 .* noise schedule.*--noise_shifts"):
         train("other", *arguments, "--noise_shifts", "1", "2")
     train("other", *arguments)
 

@@ -91,4 +91,4 @@ def test_kernels_compile_for_a_gpu_and_refuse_the_cpu_without_the_interpreter():
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout.splitlines() == ["forward True", "backward True"], done.stderr
     assert done.returncode == 1
-    assert "NotImplementedError: The 'triton' backend computes on a GPU" in done.stderr
+    assert "NotImplementedError: The 'triton' backend needs a GPU" in done.stderr

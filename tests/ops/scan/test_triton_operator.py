@@ -369,5 +369,5 @@ def test_kernels_compile_for_a_gpu(without_interpreter):
 
 def test_tensors_on_the_cpu_are_refused_without_the_interpreter(without_interpreter):
     assert without_interpreter.returncode == 1
-    assert "NotImplementedError: The 'triton' backend computes on a GPU" in without_interpreter.stderr
+    assert "NotImplementedError: The 'triton' backend needs a GPU" in without_interpreter.stderr
     assert "TRITON_INTERPRET=1" in without_interpreter.stderr

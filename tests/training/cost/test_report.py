@@ -45,7 +45,7 @@ def test_the_table_says_what_is_measured():
     text = format_cost_report(cost_report([COST], CostSettings(), 16, 500_000, [SPEED]))
     line = next(line for line in text.splitlines() if line.lstrip().startswith("1 "))
     assert "2 layers, 4 im." in line
-    assert "Memory: 32 GiB a process (mixed precision no, no gradient checkpointing)" in text
+    assert "Memory: 32 GiB per process (mixed precision no, no gradient checkpointing)" in text
     assert "extrapolated" in text and "images/s" in text and "500,000 steps" in text
     whole = dataclasses.replace(SPEED, num_layers=49)
     assert "all layers, 4 im." in format_cost_report(cost_report([COST], CostSettings(), 16, 1, [whole]))
