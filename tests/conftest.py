@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Test processes share the cores, so more threads would only wait for each other. Thread tests set their own number.
+    # Test processes share the cores: more threads would only wait for each other. Thread tests set their own number.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
