@@ -1,4 +1,4 @@
-"""How near a set of images is to a reference: Frechet distances, inception score, precision and recall."""
+"""How close a set of images is to a reference: Fréchet distances, inception score, precision and recall."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PUBLISHED_NUM_SAMPLES = 50_000
 class Score:
     """
     Args:
-        name (`str`): What it may be called, such as "FID" or "Frechet distance (efficientnet-lite0)".
-        value (`float` or `None`): `None` where it cannot be computed.
-        spread (`float`, *optional*): Of the inception score, the standard deviation over its splits.
+        name (`str`): The score's name, such as "FID" or "Frechet distance (efficientnet-lite0)".
+        value (`float` or `None`): `None` if it cannot be computed.
+        spread (`float`, *optional*): The inception score's standard deviation over its splits.
         missing (`str`, *optional*): Why there is no value.
     """
 
@@ -40,15 +40,16 @@ class EvaluationResult:
         scores (`dict[str, Score]`):
             `frechet_distance`, `spatial_frechet_distance`, `inception_score`, `precision` and `recall`.
         extractor (`str`), network (`str`), weights_sha256 (`str` or `None`):
-            What the network is loaded by, its name in scores, and its weights file's SHA-256.
-        samples (`str`), num_samples (`int`), sample_size (`tuple[int, int]`): The samples, their height and width.
+            The name the network is loaded by, its name in scores, and the SHA-256 of its weights file.
+        samples (`str`), num_samples (`int`), sample_size (`tuple[int, int]`):
+            The samples, their number, and their height and width.
         reference (`str` or `None`), num_reference (`int` or `None`), reference_size (`tuple[int, int]` or `None`):
-            The reference likewise; its number is `None` where its file does not say.
-        num_reference_features (`int` or `None`): Reference images of precision and recall.
-        num_neighbors (`int`): k of precision and recall.
-        split_size (`int`), num_splits (`int`): Of the inception score.
-        seed (`int`): Of the order of the splits, and of the choice of reference features.
-        notes (`list[str]`): What forbids comparing the scores with published ones.
+            The same for the reference; its number is `None` if its file does not say.
+        num_reference_features (`int` or `None`): Reference images used for precision and recall.
+        num_neighbors (`int`): k for precision and recall.
+        split_size (`int`), num_splits (`int`): Size and number of the inception score's splits.
+        seed (`int`): Seeds the shuffling into splits and the choice of reference features.
+        notes (`list[str]`): Why the scores are not comparable with published ones.
     """
 
     scores: dict[str, Score]
@@ -69,11 +70,11 @@ class EvaluationResult:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        """All of it as dictionaries, lists, strings and numbers."""
+        """The result as dictionaries, lists, strings and numbers."""
         return asdict(self)
 
     def table(self) -> str:
-        """The scores, one a line."""
+        """The scores, one per line."""
         width = max(len(score.name) for score in self.scores.values())
         lines = []
         for score in self.scores.values():
@@ -83,7 +84,7 @@ class EvaluationResult:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """The scores that there are, on one line."""
+        """The computed scores, on one line."""
         network = f" ({self.network})"
         named = any(score.name.endswith(network) for score in self.scores.values())
         values = [
@@ -106,27 +107,27 @@ def evaluate_images(
     show_progress: bool = True,
 ) -> EvaluationResult:
     """
-    Computes all scores that samples, reference and network allow, as ADM's evaluation suite does.
+    Computes every score that the samples, reference and network allow, following ADM's evaluation suite.
 
     Args:
-        samples ([`ImageSource`]): The images to be judged; 50,000 for scores that compare with published ones.
+        samples ([`ImageSource`]): The images to evaluate; 50,000 for scores comparable with published ones.
         reference ([`ImageSource`] or [`FeatureStatistics`], *optional*):
-            What they should look like. `None` leaves only the inception score.
+            The images to compare with. With `None`, only the inception score is computed.
         extractor ([`FeatureExtractor`]): The network; only `inception_v3` gives FID, sFID and IS.
-        batch_size (`int`, defaults to 50): Images at a time.
-        num_neighbors (`int`, defaults to 3): k of precision and recall.
+        batch_size (`int`, defaults to 50): Images per batch.
+        num_neighbors (`int`, defaults to 3): k for precision and recall.
         max_reference_features (`int`, defaults to 10,000):
-            Reference images of precision and recall, drawn at random; ADM's files have as many. All samples count.
-        split_size (`int`, defaults to 5000): Images a split of the inception score.
-        seed (`int`, defaults to 0): Of the random choices.
+            Reference images for precision and recall, drawn at random; ADM's files hold as many. All samples are used.
+        split_size (`int`, defaults to 5000): Images per split of the inception score.
+        seed (`int`, defaults to 0): Seeds the random choices.
         show_progress (`bool`, defaults to `True`): Whether to show progress bars.
 
     Returns:
-        [`EvaluationResult`]: Scores that are impossible have no value but a reason.
+        [`EvaluationResult`]: Scores that cannot be computed have a reason instead of a value.
 
     Raises:
         ImageSourceError: An image cannot be read.
-        ValueError: `reference` is statistics of another network, or `split_size` is less than 1.
+        ValueError: `reference` holds statistics of another network, or `split_size` is less than 1.
     """
     num_splits = count_splits(len(samples), split_size)
     if isinstance(reference, FeatureStatistics) and (reference.extractor, reference.weights_hash) != (
@@ -134,14 +135,14 @@ def evaluate_images(
         extractor.weights_hash(),
     ):
         raise ValueError(
-            f"The reference's statistics are of {reference.extractor} (weights {reference.weights_hash}), but the"
-            f" samples are seen by {extractor.name} (weights {extractor.weights_hash()})."
+            f"The reference statistics are from {reference.extractor} (weights {reference.weights_hash}), but the"
+            f" samples' are from {extractor.name} (weights {extractor.weights_hash()}): use the same network for both."
         )
     if isinstance(reference, ImageSource):
         reference = collect_statistics(
             reference, extractor, batch_size, max_reference_features, seed, show_progress=show_progress
         )
-    logits: list[torch.Tensor] = []  # (B, C) of each batch: 200 MB for 50,000 images
+    logits: list[torch.Tensor] = []  # (B, C) per batch: 200 MB for 50,000 images
 
     def keep_logits(features: Features) -> None:
         if features.logits is not None:
@@ -165,7 +166,7 @@ def evaluate_images(
             if ours.mean.shape != theirs.mean.shape:
                 raise ValueError(
                     f"{reference.source} has statistics of {len(theirs.mean)} {part} features, but"
-                    f" {extractor.name} gives {len(ours.mean)}: they are of another network."
+                    f" {extractor.name} gives {len(ours.mean)}: they are from another network."
                 )
             score.value = frechet_distance(*theirs, *ours).item()
 
@@ -173,14 +174,14 @@ def evaluate_images(
     if logits:
         score.value, score.spread = (x.item() for x in inception_score(torch.cat(logits), split_size, seed))
     else:
-        score.missing = f"{extractor.title} gives no logits of classes"
+        score.missing = f"{extractor.title} gives no class logits"
 
     precision, recall = scores["precision"], scores["recall"]
     precision.missing = _why_missing("features", found, reference)
     if precision.missing is None:
         fewest = min(len(reference.features), len(found.features))
         if fewest <= num_neighbors:
-            precision.missing = f"{num_neighbors} neighbours need {num_neighbors + 1} images or more, not {fewest}"
+            precision.missing = f"{num_neighbors} neighbours need at least {num_neighbors + 1} images, not {fewest}"
         else:
             device = extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
             precision.value, recall.value = precision_recall(
@@ -220,17 +221,17 @@ def _why_missing(part: str, samples: FeatureStatistics, reference: FeatureStatis
 def _notes(samples: FeatureStatistics, reference: FeatureStatistics | None, extractor: FeatureExtractor) -> list[str]:
     notes = []
     if not extractor.is_adm_inception:
-        notes.append(f"Published scores are of Inception v3, these of {extractor.title}: they do not compare.")
+        notes.append(f"Published scores use Inception v3, these use {extractor.title}: they are not comparable.")
     if samples.num_images < PUBLISHED_NUM_SAMPLES:
         notes.append(
-            f"Published scores are of {PUBLISHED_NUM_SAMPLES:,} samples, these of {samples.num_images:,}: Frechet"
-            " distances grow where samples are few."
+            f"Published scores use {PUBLISHED_NUM_SAMPLES:,} samples, these use {samples.num_images:,}: fewer samples"
+            " give larger Fréchet distances."
         )
     if reference is not None:
         sizes = samples.image_size, reference.image_size
         if None not in sizes and sizes[0] != sizes[1]:
             notes.append(
-                f"Samples have {sizes[0][1]}x{sizes[0][0]} pixels, the reference has {sizes[1][1]}x{sizes[1][0]}: that"
-                " one is sharper alone makes a distance."
+                f"Samples have {sizes[0][1]}x{sizes[0][0]} pixels, the reference has {sizes[1][1]}x{sizes[1][0]}: the"
+                " difference in sharpness alone adds to the distance."
             )
     return notes

@@ -136,19 +136,19 @@ def test_scores_that_are_impossible_say_why(pixels, pictures):
     pooled = reasons(evaluate(pictures[:9], pictures, PooledOnly()))
     assert pooled == {
         "spatial_frechet_distance": "pixels gives no spatial features",
-        "inception_score": "pixels gives no logits of classes",
+        "inception_score": "pixels gives no class logits",
     }
     few = reasons(evaluate(pictures[:3], pictures, pixels))
-    assert few == dict.fromkeys(("precision", "recall"), "3 neighbours need 4 images or more, not 3")
+    assert few == dict.fromkeys(("precision", "recall"), "3 neighbours need at least 4 images, not 3")
     one = reasons(evaluate(pictures, pictures[:1], pixels))
-    assert "two images or more" in one["frechet_distance"] and "precision" in one
+    assert "at least two images" in one["frechet_distance"] and "precision" in one
 
 
 def test_the_table_has_a_line_for_each_score(pixels, pictures):
     lines = evaluate(pictures[:3], pictures, pixels).table().splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("Frechet distance (pixels)          ") and float(lines[0].split()[-1]) > 0
-    assert lines[3] == "precision (pixels)                 not computed: 3 neighbours need 4 images or more, not 3"
+    assert lines[3] == "precision (pixels)                 not computed: 3 neighbours need at least 4 images, not 3"
     assert "±" in evaluate(pictures, None, pixels, split_size=10).table()
 
 
@@ -161,7 +161,7 @@ def test_the_summary_is_a_line(pixels, pictures):
 
 def test_statistics_of_another_network_are_refused(pixels, pictures):
     reference = collect_statistics(ListImages(pictures), pixels, show_progress=False)
-    with pytest.raises(ValueError, match=r"are of pixels .* seen by others"):
+    with pytest.raises(ValueError, match=r"from pixels .* from others .*: use the same"):
         evaluate(pictures, reference, PixelFeatures(name="others"))
     reference.spatial = reference.pooled
     with pytest.raises(ValueError, match="48 spatial features, but pixels gives 12"):

@@ -176,7 +176,7 @@ def test_two_processes_do_as_one(model, folders, tmp_path):
         ),
         (["--samples", "{ours}", "--features_weights", "no.pth"], "error: There is no weights file no.pth"),
         (["--samples", "{empty}"], "name its split with --samples_split."),
-        (["--samples", "{ours}", "--reference", "{stats}"], "error: The statistics of"),
+        (["--samples", "{ours}", "--reference", "{stats}"], "error: The statistics in"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
         (["--model", "{model}", "--scheduler", "Nothing"], "error: diffusers has no scheduler `Nothing`"),
         (

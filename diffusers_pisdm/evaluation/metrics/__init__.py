@@ -1,1 +1,1 @@
-"""Scores, and the statistics of features that they are computed from."""
+"""Scores, and the feature statistics they are computed from."""

@@ -1,4 +1,4 @@
-"""What is kept of a set of images: mean and covariance of its features, and some of the features themselves."""
+"""Statistics of a set of images: mean and covariance of the features, and some of the features themselves."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class FeatureStatistics:
     """
     Args:
         extractor (`str`): The name of the network.
-        weights_hash (`str` or `None`): SHA-256 of its weights file, where known.
-        source (`str`): Where the images are from.
-        num_images (`int` or `None`): How many mean and covariance are of; ADM's files do not say.
-        image_size (`tuple[int, int]` or `None`): Height and width of the images, where known.
-        pooled (`Gaussian` or `None`), spatial (`Gaussian` or `None`): Of the pooled and the spatial features.
-        features (`torch.Tensor` of shape `(M, D)` or `None`): Pooled features, float32: of all images or some.
+        weights_hash (`str` or `None`): SHA-256 of its weights file, if known.
+        source (`str`): Where the images come from.
+        num_images (`int` or `None`): Images behind mean and covariance; `None` for ADM's files, which do not say.
+        image_size (`tuple[int, int]` or `None`): Height and width of the images, if known.
+        pooled (`Gaussian` or `None`), spatial (`Gaussian` or `None`):
+            Mean and covariance of the pooled and the spatial features.
+        features (`torch.Tensor` of shape `(M, D)` or `None`): Pooled features, float32, of all or some images.
         missing (`dict[str, str]`): Why `pooled`, `spatial` or `features` is `None`.
     """
 
@@ -50,7 +51,7 @@ class FeatureStatistics:
 
 
 class FeatureSums:
-    """Running sums of feature vectors, in float64, which give mean and covariance without keeping the features."""
+    """Running float64 sums of feature vectors, for mean and covariance without keeping the features."""
 
     def __init__(self, num_features: int, device: torch.device):
         self.count = 0
@@ -64,7 +65,7 @@ class FeatureSums:
         self.products += features.T @ features
 
     def gaussian(self) -> Gaussian:
-        """On the CPU; of two vectors or more."""
+        """Mean and covariance on the CPU; needs at least two vectors."""
         mean = self.sum / self.count
         covariance = (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return Gaussian(mean.cpu(), covariance.cpu())
@@ -80,17 +81,17 @@ def collect_statistics(
     show_progress: bool = True,
 ) -> FeatureStatistics:
     """
-    Reads a source once. Sums are kept in float64 instead of the features, so that only `max_features` vectors grow
-    with the number of images.
+    Reads a source once. Mean and covariance come from float64 sums, so memory grows only with the pooled features
+    kept, at most `max_features`.
 
     Args:
         source ([`ImageSource`]): The images.
         extractor ([`FeatureExtractor`]): The network.
-        batch_size (`int`, defaults to 50): Images at a time.
+        batch_size (`int`, defaults to 50): Images per batch.
         max_features (`int`, *optional*):
-            Of how many images, drawn at random, the pooled features are kept. `None` keeps all.
-        seed (`int`, defaults to 0): Which ones.
-        on_features (`Callable`, *optional*): Is given the features of each batch.
+            Keep the pooled features of this many images, drawn at random. `None` keeps all.
+        seed (`int`, defaults to 0): Seeds the choice of those images.
+        on_features (`Callable`, *optional*): Called with the features of each batch.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Returns:
@@ -109,7 +110,7 @@ def collect_statistics(
             batch = getattr(features, name)
             if batch is None:
                 continue
-            batch = batch.cpu() if batch.device.type == "mps" else batch  # which has no float64
+            batch = batch.cpu() if batch.device.type == "mps" else batch  # MPS has no float64
             if name not in sums:
                 sums[name] = FeatureSums(batch.shape[1], batch.device)
             sums[name].update(batch)
@@ -123,7 +124,7 @@ def collect_statistics(
         if name not in sums:
             missing[name] = f"{extractor.title} gives no {name} features"
         elif len(source) < 2:
-            missing[name] = f"a covariance needs two images or more, and {source.name} has one"
+            missing[name] = f"a covariance needs at least two images, but {source.name} has one"
         else:
             gaussians[name] = sums[name].gaussian()
     return FeatureStatistics(
@@ -145,7 +146,7 @@ def iterate_features(
     indices: list[int] | None = None,
     show_progress: bool = True,
 ) -> Iterator[tuple[tuple[int, int], Features]]:
-    """Height and width of the images of each batch, and their features; `indices` ascend, `None` is all images."""
+    """Yields each batch's image height and width, and its features; `indices` ascend, `None` means all images."""
     total = len(source) if indices is None else len(indices)
     with tqdm(desc=f"features of {source.name}", total=total, unit="image", disable=not show_progress) as progress:
         for images in source.batches(batch_size, indices):
@@ -156,7 +157,7 @@ def iterate_features(
 
 
 def draw_indices(count: int, max_count: int | None, seed: int) -> list[int]:
-    """At most `max_count` of the numbers below `count` at random, ascending; all of them for `None`."""
+    """At most `max_count` random indices below `count`, ascending; all of them for `None`."""
     if max_count is None or max_count >= count:
         return list(range(count))
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:max_count].sort().values.tolist()

@@ -1,9 +1,9 @@
 """
-The Frechet distance of two sets of features.
+The Fréchet distance between two sets of features.
 
-It is our own for its accuracy near 0. With C = F F^T, the trace of the root of C1 C2 is the sum of the singular values
-of F1^T F2. torchmetrics and others add up roots of the eigenvalues of C1 C2, where an error of 1e-16 becomes one of
-1e-8, a thousand times: with fewer images than features, they put a set at -2e-5 from itself. Here that distance is 0
+We wrote our own for its accuracy near 0. With C = F F^T, the trace of the root of C1 C2 is the sum of the singular
+values of F1^T F2. torchmetrics and others sum the roots of the eigenvalues of C1 C2, where an error of 1e-16 becomes
+1e-8, a thousand times over: with fewer images than features, a set's distance to itself comes out as -2e-5. Ours is 0
 to 12 digits of the traces.
 """
 
@@ -16,8 +16,8 @@ def frechet_distance(
     mean_1: torch.Tensor, covariance_1: torch.Tensor, mean_2: torch.Tensor, covariance_2: torch.Tensor
 ) -> torch.Tensor:
     """
-    |m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)), the squared Wasserstein distance of two Gaussians; of features of
-    images it is the Frechet inception distance (Heusel et al., 2017, equation 6).
+    |m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)), the squared Wasserstein distance between two Gaussians; for
+    Inception features of images it is the Fréchet inception distance (Heusel et al., 2017, equation 6).
 
     Args:
         mean_1, mean_2 (`torch.Tensor` of shape `(D,)`): float64.

@@ -1,4 +1,4 @@
-"""Does a model repeat its training images? Nearest neighbours in pixel space."""
+"""Whether a model memorises its training images, measured by nearest neighbours in pixel space."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class MemorizationReport:
     """
     Args:
         distances (`torch.Tensor` of shape `(N,)`): RMS pixel distance of each sample to its nearest training image.
-        indices (`torch.Tensor` of shape `(N,)`, int64): That training image.
+        indices (`torch.Tensor` of shape `(N,)`, int64): The index of that training image.
         threshold (`float`):
-            The training set's own nearest-neighbour distance at the report's percentile: as near as near-duplicates
-            within the training set are to each other.
-        share_below (`float`): Share of samples nearer to a training image than `threshold`.
+            The report's percentile of nearest-neighbour distances within the training set: how close near-duplicates
+            in the training set are to each other.
+        share_below (`float`): Share of samples closer to a training image than `threshold`.
     """
 
     distances: torch.Tensor
@@ -29,17 +29,17 @@ def nearest_neighbors(
     queries: torch.Tensor, references: torch.Tensor, chunk_size: int = 1024, exclude_self: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The nearest reference of each query, by root mean square difference of the pixels.
+    Finds each query's nearest reference, by root-mean-square (RMS) pixel difference.
 
     Args:
         queries (`torch.Tensor` of shape `(N, C, H, W)`), references (`torch.Tensor` of shape `(M, C, H, W)`):
-            Images in one range, at one size.
+            Images of the same value range and size.
         chunk_size (`int`, defaults to 1024): Queries compared at a time; memory grows with `chunk_size * M`.
         exclude_self (`bool`, defaults to `False`):
-            Whether `queries` and `references` are the same set, of which no image is its own neighbour.
+            Set if `queries` and `references` are the same set, so that no image is its own neighbour.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: distances and indices of shape `(N,)`.
+        `tuple[torch.Tensor, torch.Tensor]`: Distances and indices, of shape `(N,)`.
 
     Raises:
         ValueError: The images differ in shape.
@@ -47,7 +47,7 @@ def nearest_neighbors(
     if queries.shape[1:] != references.shape[1:]:
         raise ValueError(
             f"`queries` of shape {tuple(queries.shape[1:])} cannot be compared with `references` of shape"
-            f" {tuple(references.shape[1:])}: bring them to one size."
+            f" {tuple(references.shape[1:])}: resize them to the same size."
         )
     references = references.flatten(1).float()  # (M, P)
     distances, indices = [], []
@@ -58,7 +58,7 @@ def nearest_neighbors(
             rows = torch.arange(len(chunk), device=table.device)
             table[rows, rows + start] = float("inf")
         nearest = table.argmin(dim=1)
-        # The table is made of products, which lose the digits of a small distance.
+        # cdist computes the table from products, which lose the digits of small distances.
         exact = (chunk - references[nearest]).square().mean(dim=1).sqrt()  # (n,)
         distances.append(exact)
         indices.append(nearest)
@@ -69,12 +69,12 @@ def memorization_report(
     samples: torch.Tensor, training_images: torch.Tensor, percentile: float = 1.0
 ) -> MemorizationReport:
     """
-    Compares generated images with the training set, on the scale of the training set's own near-duplicates.
+    Compares generated images with the training set, relative to the training set's own near-duplicates.
 
     Args:
         samples (`torch.Tensor` of shape `(N, C, H, W)`): Generated images.
-        training_images (`torch.Tensor` of shape `(M, C, H, W)`): The training set, in the same range and size.
-        percentile (`float`, defaults to 1.0): In [0, 100]: where in the training set's own distances the threshold is.
+        training_images (`torch.Tensor` of shape `(M, C, H, W)`): The training set, in the same value range and size.
+        percentile (`float`, defaults to 1.0): Percentile of the training set's own distances, in [0, 100].
 
     Returns:
         [`MemorizationReport`].

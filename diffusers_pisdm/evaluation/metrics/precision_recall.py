@@ -1,4 +1,4 @@
-"""Which share of the samples looks real, and which share of reality the samples cover."""
+"""What share of the samples looks real (precision), and what share of the reference they cover (recall)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from tqdm.auto import tqdm
 
 
-# Squared distances below this share of the vectors' squared lengths are 0: float32 features say no more.
+# Squared distances below this share of the vectors' squared lengths count as 0: float32 features are no more precise.
 SAME_POINT = 1e-12
 
 
 class PrecisionRecall(NamedTuple):
     """
     Args:
-        precision (`float`): Share of the samples within the manifold of the reference.
-        recall (`float`): Share of the reference within the manifold of the samples.
+        precision (`float`): Share of the samples within the reference's manifold.
+        recall (`float`): Share of the reference within the samples' manifold.
     """
 
     precision: float
@@ -32,16 +32,16 @@ def precision_recall(
 ) -> PrecisionRecall:
     """
     Precision and recall of samples, as in ADM's evaluation suite. A set's manifold is the union of closed balls around
-    its points, each of which reaches the point's k-th nearest neighbour in the set.
+    its points, where each ball extends to the point's k-th nearest neighbour in the set.
 
-    Distances are computed in float64, in tables of `chunk_size` by `chunk_size`: memory does not grow with the square
-    of the sets.
+    Distances are computed in float64, in tables of `chunk_size` by `chunk_size`, so memory does not grow quadratically
+    with the set size.
 
     Args:
         reference (`torch.Tensor` of shape `(N, D)`), samples (`torch.Tensor` of shape `(M, D)`):
-            Features, on one device that has float64.
+            Features, on the same device, which must support float64.
         num_neighbors (`int`, defaults to 3): k.
-        chunk_size (`int`, defaults to 2048): Points compared with as many at a time.
+        chunk_size (`int`, defaults to 2048): Points of each set compared at a time.
         show_progress (`bool`, defaults to `False`): Whether to show a progress bar.
 
     Returns:
@@ -50,16 +50,16 @@ def precision_recall(
     Raises:
         ValueError: A set has fewer than k + 1 points, or the features differ in length.
 
-    Source: Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019.
+    Source: Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019.
     """
     if reference.shape[1] != samples.shape[1]:
         raise ValueError(
-            f"The reference's features have {reference.shape[1]} dimensions, the samples' {samples.shape[1]}."
+            f"The reference's features have {reference.shape[1]} dimensions, the samples' have {samples.shape[1]}."
         )
     for name, points in (("reference", reference), ("samples", samples)):
         if len(points) < num_neighbors + 1:
             raise ValueError(
-                f"{num_neighbors} neighbours need {num_neighbors + 1} points or more: `{name}` has {len(points)}."
+                f"{num_neighbors} neighbours need at least {num_neighbors + 1} points: `{name}` has {len(points)}."
             )
     chunks = -(-len(reference) // chunk_size), -(-len(samples) // chunk_size)
     tables = chunks[0] ** 2 + chunks[1] ** 2 + chunks[0] * chunks[1]
@@ -80,7 +80,7 @@ def precision_recall(
 
 
 def _ball_radii(points: torch.Tensor, num_neighbors: int, chunk_size: int, progress: tqdm) -> torch.Tensor:
-    """Squared distance (N,) of each point to its k-th nearest neighbour, itself not counted."""
+    """Squared distance (N,) of each point to its k-th nearest neighbour other than itself."""
     radii = []
     for i in range(0, len(points), chunk_size):
         rows = points[i : i + chunk_size]
@@ -98,7 +98,7 @@ def _ball_radii(points: torch.Tensor, num_neighbors: int, chunk_size: int, progr
 
 
 def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Of points (N, D) to points (M, D): (N, M), float64, exactly 0 where points are equal."""
+    """Squared distances (N, M) between points (N, D) and (M, D), float64, exactly 0 for equal points."""
     x, y = x.double(), y.double()
     lengths = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1)  # (N, M)
     table = torch.addmm(lengths, x, y.T, alpha=-2)

@@ -1,4 +1,4 @@
-"""Statistics of reference images in a file: ADM's `.npz` files, and our own of the same form."""
+"""Files of reference statistics: ADM's `.npz` files, and our own in the same format."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from .feature_statistics import FeatureStatistics, Gaussian, collect_statistics,
 
 
 FORMAT = "diffusers-pisdm feature statistics, version 1"
-# What is read; ADM's samples have their classes beside the images, as `arr_1`.
+# The arrays we read; ADM's sample files also hold the classes, as `arr_1`.
 KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "metadata", "arr_0")
 GAUSSIANS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 class ReferenceFileError(ValueError):
-    """A file of statistics is damaged, or of another network; the message says which."""
+    """A statistics file is damaged or from another network; the message says which."""
 
 
 def write_reference_file(file: str | Path, statistics: FeatureStatistics) -> None:
     """
-    Writes `mu`, `sigma`, `mu_s` and `sigma_s` as ADM's files have them, `features` (the pooled ones that are kept) and
-    `metadata`, a JSON string. The file appears as a whole or not at all.
+    Writes `mu`, `sigma`, `mu_s` and `sigma_s` as in ADM's files, `features` (the pooled features that were kept) and
+    `metadata` (a JSON string). The file is written atomically.
 
     Args:
-        file (`str` or `Path`): With the ending `.npz`.
-        statistics ([`FeatureStatistics`]): Of the reference.
+        file (`str` or `Path`): The file to write, ending in `.npz`.
+        statistics ([`FeatureStatistics`]): The reference's statistics.
 
     Raises:
         OSError: The file cannot be written.
-        ValueError: It has another ending.
+        ValueError: The file name does not end in `.npz`.
     """
     if Path(file).suffix != ".npz":
-        raise ValueError(f"Statistics are written as .npz, which {file} does not end with.")
+        raise ValueError(f"Statistics are written as .npz, but {file} does not end in .npz.")
     metadata = {
         "format": FORMAT,
         "extractor": statistics.extractor,
@@ -70,32 +70,33 @@ def read_reference_file(
     show_progress: bool = True,
 ) -> FeatureStatistics:
     """
-    Reads what an `.npz` file says of a reference:
+    Reads a reference's statistics from an `.npz` file:
 
-    - `mu`, `sigma`, `mu_s`, `sigma_s`: with `metadata`, of the network that it names; without, ADM's files, of
-      Inception v3;
+    - `mu`, `sigma`, `mu_s`, `sigma_s`: computed with the network named in `metadata`, or with Inception v3 if there is
+      no `metadata`, as in ADM's files;
     - `features`: pooled features, for precision and recall;
-    - `arr_0`: images. Where `features` is missing, theirs are extracted; a file of nothing else is taken as images.
+    - `arr_0`: images. If `features` is missing, features are extracted from them; if the file holds only images, all
+      statistics are.
 
     Args:
         file (`str` or `Path`): The file.
-        extractor ([`FeatureExtractor`]): What the samples are seen by.
-        crop (`Callable`, *optional*): For the images, see [`ImageSource`].
-        batch_size (`int`, defaults to 50): Images at a time.
-        max_features (`int`, *optional*, defaults to 10,000): Of how many images features are kept; `None` for all.
-        seed (`int`, defaults to 0): Which ones.
+        extractor ([`FeatureExtractor`]): The network the samples are evaluated with.
+        crop (`Callable`, *optional*): Crops the images, see [`ImageSource`].
+        batch_size (`int`, defaults to 50): Images per batch.
+        max_features (`int`, *optional*, defaults to 10,000): Keep the features of this many images; `None` keeps all.
+        seed (`int`, defaults to 0): Seeds the choice of those images.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        [`FeatureStatistics`]: What is not in the file is `None`, with the reason in `missing`.
+        [`FeatureStatistics`]: Anything absent from the file is `None`, with the reason in `missing`.
 
     Raises:
-        ReferenceFileError: The file is damaged, or its statistics are of another network.
+        ReferenceFileError: The file is damaged, or its statistics are from another network.
         ImageSourceError: Its images cannot be read.
     """
     arrays = _read_arrays(file)
     if not arrays:
-        raise ReferenceFileError(f"{file} has neither statistics (mu, sigma and others) nor images (arr_0).")
+        raise ReferenceFileError(f"{file} has neither statistics (mu, sigma, ...) nor images (arr_0).")
     if arrays.keys() == {"arr_0"}:
         images = NpzImages(file, crop)
         return collect_statistics(images, extractor, batch_size, max_features, seed, show_progress=show_progress)
@@ -133,7 +134,7 @@ def read_reference_file(
 
 
 def _read_arrays(file: str | Path) -> dict[str, np.ndarray | None]:
-    """The arrays that are there; of `arr_0`, which may not fit the memory, only that it is."""
+    """The arrays in the file; `arr_0`, which may not fit in memory, is None if present."""
     try:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
@@ -150,8 +151,8 @@ def _check_extractor(file: str | Path, metadata: np.ndarray | None, extractor: F
     if metadata is None:
         if not extractor.is_adm_inception:
             raise ReferenceFileError(
-                f"The statistics of {file} name no network, like ADM's, which are of Inception v3; but the samples are"
-                f" seen by {extractor.name}. Use inception_v3, or give the reference images."
+                f"The statistics in {file} name no network, as in ADM's files, which use Inception v3; but the samples"
+                f" are evaluated with {extractor.name}. Use inception_v3, or pass the reference images."
             )
         return {}
     try:
@@ -161,18 +162,18 @@ def _check_extractor(file: str | Path, metadata: np.ndarray | None, extractor: F
         format = None
     if format != FORMAT:
         raise ReferenceFileError(
-            f"`metadata` of {file} is not what write_reference_file writes: the file is damaged, or of a later"
-            " version. Make it anew."
+            f"`metadata` of {file} was not written by write_reference_file: the file is damaged, or from a later"
+            " version. Recreate it."
         )
     if name != extractor.name:
         raise ReferenceFileError(
-            f"The statistics of {file} are of {name}, but the samples are seen by {extractor.name}: use {name}, or"
-            f" make statistics of {extractor.name}."
+            f"The statistics in {file} are from {name}, but the samples are evaluated with {extractor.name}: use"
+            f" {name}, or recompute the statistics with {extractor.name}."
         )
     if weights != extractor.weights_hash():
         raise ReferenceFileError(
-            f"The statistics of {file} are of {name} with other weights (SHA-256 {weights} instead of"
-            f" {extractor.weights_hash()}): use those, or make the statistics anew."
+            f"The statistics in {file} are from {name} with other weights (SHA-256 {weights} instead of"
+            f" {extractor.weights_hash()}): use those weights, or recompute the statistics."
         )
     return content
 

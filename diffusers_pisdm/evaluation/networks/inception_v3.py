@@ -1,4 +1,4 @@
-"""ADM's Inception v3, by torch-fidelity: the network of FID, sFID and IS."""
+"""ADM's Inception v3, as ported by torch-fidelity: the network behind FID, sFID and IS."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 from .extractor import FeatureExtractor, Features, check_images, read_weights, register_feature_extractor
 
 
-SPATIAL_CHANNELS = 7  # of the 192 of the map, as in ADM: a covariance of 17 * 17 * 7 = 2023 features is feasible
+SPATIAL_CHANNELS = 7  # of the map's 192, as in ADM: a covariance of 17 * 17 * 7 = 2023 features is feasible
 
 
 class InceptionV3(FeatureExtractor):
     """
-    The Inception v3 that FID was defined with (TensorFlow's of 2015-12-05), as torch-fidelity ported it.
+    The Inception v3 that FID was defined with (TensorFlow's of 2015-12-05), as ported by torch-fidelity.
 
-    Features, as ADM takes them: 2048 pooled; the first 7 channels of the 1x1 branch of `Mixed_6d` (TensorFlow's
+    Features, as in ADM: 2048 pooled; the first 7 channels of the 1x1 branch of `Mixed_6d` (TensorFlow's
     `mixed_6/conv`), 17x17, flattened in the order rows, columns, channels to 2023; the logits of 1008 classes without
-    their bias. Images are resized to 299x299 as TensorFlow 1 did, without antialiasing.
+    their bias. Images are resized to 299x299 as in TensorFlow 1, without antialiasing.
 
     Args:
-        network (`FeatureExtractorInceptionV3`): torch-fidelity's, made to give `"2048"` and `"logits_unbiased"`.
+        network (`FeatureExtractorInceptionV3`): torch-fidelity's network, set to return `"2048"` and
+            `"logits_unbiased"`.
         weights_file (`str`, *optional*): Where its weights came from.
 
     Source: Szegedy et al., 2015; openai/guided-diffusion, evaluations/evaluator.py.
@@ -51,15 +52,15 @@ class InceptionV3(FeatureExtractor):
 
 def make_inception_v3(weights: str | None) -> InceptionV3:
     """
-    The network with the weights of a file, or else those that torch-fidelity publishes, downloaded once. Raises
-    ImportError without torch-fidelity, or if torchvision does not fit torch.
+    The network with weights from a file, or by default torch-fidelity's published ones, downloaded once. Raises
+    ImportError without torch-fidelity, or if torchvision does not match torch.
     """
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity
-    except (ImportError, RuntimeError, OSError) as error:  # what a torchvision for another torch raises varies
+    except (ImportError, RuntimeError, OSError) as error:  # a torchvision for another torch raises various errors
         raise ImportError(
-            "inception_v3 needs torch-fidelity and a torchvision that fits torch: pip install"
-            f" 'diffusers-pisdm[inception]', with torchvision from where your torch is from. ({error})"
+            "inception_v3 needs torch-fidelity and a torchvision that matches torch: pip install"
+            f" 'diffusers-pisdm[inception]', with torchvision from the same index as your torch. ({error})"
         ) from error
     if weights is None:
         state_dict = torch.hub.load_state_dict_from_url(
@@ -68,7 +69,7 @@ def make_inception_v3(weights: str | None) -> InceptionV3:
         weights = f"{torch.hub.get_dir()}/checkpoints/{torch_fidelity.URL_INCEPTION_V3.rpartition('/')[2]}"
     else:
         state_dict = read_weights(weights)
-    # torch-fidelity unpickles whatever a file holds: it gets a copy of tensors, which are known to be nothing else.
+    # torch-fidelity unpickles whatever a file holds, so we hand it a copy that we know holds only tensors.
     copy = io.BytesIO()
     torch.save(state_dict, copy)
     copy.seek(0)
@@ -77,7 +78,7 @@ def make_inception_v3(weights: str | None) -> InceptionV3:
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=copy
         )
     except RuntimeError as error:
-        raise ValueError(f"{weights} is not a file of torch-fidelity's Inception v3: {error}") from error
+        raise ValueError(f"{weights} does not hold torch-fidelity's Inception v3 weights: {error}") from error
     return InceptionV3(network, weights)
 
 

@@ -1,4 +1,4 @@
-"""Any vision model of transformers as a feature extractor."""
+"""Any transformers vision model as a feature extractor."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 class TransformersFeatures(FeatureExtractor):
     """
-    The pooled output of a vision model. Images are resized and normalised as the model's own processor says, by
-    Pillow, so that it does not matter whether torchvision is there.
+    The pooled output of a vision model. Images are resized and normalised by the model's own processor with its Pillow
+    backend, so that results do not depend on whether torchvision is installed.
 
     Args:
         model_id (`str`): A folder or a repository on the Hub.
-        model (`PreTrainedModel`): Takes `pixel_values`, and returns a `pooler_output`.
-        processor (`BaseImageProcessor`): Makes them of images.
-        weights_file (`str` or `Path`, *optional*): The model's file, if it is one.
+        model (`PreTrainedModel`): Takes `pixel_values` and returns a `pooler_output`.
+        processor (`BaseImageProcessor`): Turns images into `pixel_values`.
+        weights_file (`str` or `Path`, *optional*): The model's weights, if they are a single file.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class TransformersFeatures(FeatureExtractor):
         output = self.model(pixel_values=pixels["pixel_values"].to(self.device, self.model.dtype))
         pooled = getattr(output, "pooler_output", None)
         if pooled is None:
-            raise ValueError(f"{self.model_id} gives no pooled features of an image (`pooler_output`): take another.")
+            raise ValueError(f"{self.model_id} has no pooled image features (`pooler_output`): use another model.")
         return Features(pooled.flatten(1).float())  # (B, D)
 
 
 def make_transformers_features(weights: str | None) -> TransformersFeatures:
     """
     Loads a model's safetensors from a folder or the Hub; raises ImportError without transformers, OSError without
-    weights, ValueError for a model that gives no pooled features of images.
+    weights, and ValueError for a model without pooled image features.
     """
     if weights is None:
         raise ValueError(
-            "transformers needs a model, a folder or a repository: transformers:facebook/dinov2-base, say."
+            "transformers needs a model (a folder or a Hub repository), e.g. transformers:facebook/dinov2-base."
         )
     try:
         from transformers import AutoImageProcessor, AutoModel
@@ -69,19 +69,19 @@ def make_transformers_features(weights: str | None) -> TransformersFeatures:
         raise ImportError(f"{weights} needs transformers: pip install 'transformers>=5'. ({error})") from error
 
     model, report = AutoModel.from_pretrained(weights, use_safetensors=True, output_loading_info=True)
-    model = getattr(model, "vision_model", model)  # of CLIP and its like
+    model = getattr(model, "vision_model", model)  # for CLIP and the like
     if model.main_input_name != "pixel_values":
-        raise ValueError(f"{weights} is no vision model: it takes {model.main_input_name}, not pixel_values.")
+        raise ValueError(f"{weights} is not a vision model: it takes {model.main_input_name}, not pixel_values.")
     if report["missing_keys"]:
         raise ValueError(
             f"The file of {weights} lacks weights, {sorted(report['missing_keys'])[0]} for one, which would be random:"
-            " take a model that was published with its pooling layer."
+            " use a model that was published with its pooling layer."
         )
     processor = AutoImageProcessor.from_pretrained(weights, backend="pil")
     weights_file = cached_file(weights, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     extractor = TransformersFeatures(weights, model.eval(), processor, weights_file)
     with torch.inference_mode():
-        extractor(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))  # raises if it gives no pooled features
+        extractor(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))  # raises if there are no pooled features
     return extractor
 
 

@@ -1,1 +1,1 @@
-"""Sample sets: reproducible samples of a model, in a folder."""
+"""Sample sets: folders of reproducible samples from a model."""

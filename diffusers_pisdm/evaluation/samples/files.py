@@ -1,4 +1,4 @@
-"""The images of a sample set on disk: `000/000000.png` and so on, a thousand a folder."""
+"""The images of a sample set on disk: `000/000000.png` and so on, a thousand per folder."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from PIL import Image
 
 
 IMAGES_PER_FOLDER = 1000  # file systems and people get slow with more
-SHOWN = 3  # wrong files that an error names
+SHOWN = 3  # wrong files listed in an error
 
 
 def sample_path(folder: str | Path, index: int) -> Path:
-    """Where a sample lies in the folder of its set."""
+    """The path of a sample in its set's folder."""
     return Path(folder, f"{index // IMAGES_PER_FOLDER:03d}", f"{index:06d}.png")
 
 
 def check_no_foreign_images(folder: str | Path, num_samples: int) -> None:
     """
-    Raises ValueError if there are PNG files in the folder, or below, other than a set of `num_samples` has: what takes
-    all images of a folder would take them for samples.
+    Raises ValueError if the folder or its subfolders hold PNG files that are not among a set's `num_samples` samples:
+    tools that read every image in a folder would mistake them for samples.
     """
     own = {str(sample_path(folder, index)) for index in range(num_samples)}
     foreign = sorted(path for path in find_images(folder) if path not in own)
     if foreign:
         more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         raise ValueError(
-            f"{folder} holds images that are none of its {num_samples} samples: {', '.join(foreign[:SHOWN])}{more}."
-            " Move them elsewhere."
+            f"{folder} holds images that are not among its {num_samples} samples:"
+            f" {', '.join(foreign[:SHOWN])}{more}. Move them elsewhere."
         )
 
 
 def find_images(folder: str | Path) -> list[str]:
-    """The paths of all PNG files in a folder and below."""
+    """The paths of all PNG files in a folder and its subfolders."""
     return [
         os.path.join(parent, name)
         for parent, _, names in os.walk(folder)
@@ -45,8 +45,8 @@ def find_images(folder: str | Path) -> list[str]:
 
 def find_damaged(folder: str | Path, indices: Iterable[int]) -> tuple[list[int], tuple[int, int] | None]:
     """
-    Reads samples through, up to their checksums: which are absent, cut off or damaged, and the width and height of the
-    others, if any. Raises ValueError if these differ in size.
+    Reads samples in full, including their checksums. Returns the indices of those that are missing, truncated or
+    damaged, and the width and height of the others, if any. Raises ValueError if the others differ in size.
     """
     damaged, first = [], None
     for index in indices:
@@ -59,7 +59,7 @@ def find_damaged(folder: str | Path, indices: Iterable[int]) -> tuple[list[int],
         elif size != first[1]:
             raise ValueError(
                 f"The images of {folder} differ in size: {first[0]} has {first[1][0]}x{first[1][1]} pixels, {path} has"
-                f" {size[0]}x{size[1]}. Remove those that somebody put there and run the sampling again."
+                f" {size[0]}x{size[1]}. Remove the foreign ones and rerun the sampling."
             )
     return damaged, first[1] if first else None
 
@@ -71,5 +71,5 @@ def _size_of_whole(path: Path) -> tuple[int, int] | None:
             return image.size
     except PermissionError:
         raise
-    except Exception:  # a damaged file makes Pillow raise nearly anything
+    except Exception:  # Pillow can raise nearly anything for a damaged file
         return None

@@ -1,4 +1,4 @@
-"""`sample_set.json`: what the images of a folder were made with."""
+"""`sample_set.json`: the record of how a folder's images were made."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .settings import SampleSettings, count_classes
 
 
 RECORD_FILE = "sample_set.json"
-# What may change without the images: where the weights lie, and the name of schedulers that are recorded in full.
+# Fields that do not affect the images: where the weights are, and the scheduler's name (it is recorded in full).
 NOT_COMPARED = ("settings.scheduler", "model.path", "model.revision")
 
 
 def describe_samples(pipe: DiffusionPipeline, settings: SampleSettings) -> dict:
     """
-    The record of a sample set, as `read_sample_set` returns it, of a pipeline with the schedulers that it samples with
-    and settings that are resolved for it.
+    The record of a sample set, as returned by `read_sample_set`. The pipeline must hold the schedulers it samples
+    with, and the settings must be resolved for it.
     """
     package = __name__.partition(".")[0]
     record = {
@@ -52,66 +52,66 @@ def describe_samples(pipe: DiffusionPipeline, settings: SampleSettings) -> dict:
             **{name: version(name) for name in ("diffusers", "torch", "numpy", "pillow")},
         },
     }
-    return json.loads(json.dumps(record))  # as it is read again: tuples become lists
+    return json.loads(json.dumps(record))  # as when read back: tuples become lists
 
 
 def read_sample_set(folder: str | Path) -> dict:
     """
-    Reads what the samples of a folder were made with.
+    Reads the record of how a folder's samples were made.
 
     Args:
-        folder (`str` or `Path`): As [`write_sample_set`] made it; the set need not be complete.
+        folder (`str` or `Path`): A folder written by [`write_sample_set`]; the set may be incomplete.
 
     Returns:
-        `dict`: `settings` ([`SampleSettings`]'s, with the pipeline's defaults filled in), `num_classes`, `model`
-        (`pipeline`, `path`, `revision`, `dtype`, `sha256`), `schedulers` (their classes and configurations by the
-        component's name) and `packages` (versions).
+        `dict`: `settings` ([`SampleSettings`] with the pipeline's defaults filled in), `num_classes`, `model`
+        (`pipeline`, `path`, `revision`, `dtype`, `sha256`), `schedulers` (classes and configurations by component
+        name) and `packages` (versions).
 
     Raises:
-        ValueError: The folder holds no sample set, or its record is damaged.
+        ValueError: The folder is not a sample set, or its record is damaged.
     """
     path = Path(folder, RECORD_FILE)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{folder} is no sample set: there is no {path}. Name the folder that examples/sample.py or"
-            " `write_sample_set` wrote."
+            f"{folder} is not a sample set: there is no {path}. Pass a folder written by examples/sample.py or"
+            " `write_sample_set`."
         ) from None
-    except ValueError as error:  # no JSON, no UTF-8
-        raise ValueError(f"{path} is damaged: {error}. Restore it, or make the sample set again.") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is damaged: {error}. Restore it, or recreate the sample set.") from error
     needed = ("settings", "num_classes", "model", "schedulers", "packages")
     missing = [name for name in needed if not isinstance(record, dict) or name not in record]
     if missing:
-        raise ValueError(f"{path} is no record of a sample set: it lacks {', '.join(missing)}.")
+        raise ValueError(f"{path} is not a sample set's record: it lacks {', '.join(missing)}.")
     return record
 
 
 def claim_folder(folder: str | Path, record: dict, process_index: int) -> None:
     """
-    Makes a folder that of a sample set, or raises ValueError if it holds samples that were made otherwise, or other
-    images. Each of several processes calls it.
+    Claims a folder for a sample set; raises ValueError if it holds samples made differently or other images. Every
+    process must call it.
     """
     path = Path(folder, RECORD_FILE)
-    # In this order: a record is there before its images, so that images without their record are somebody else's.
+    # Look for images first: a record is written before its images, so images without one are not ours.
     images = find_images(folder)
     if path.exists() and images:
         changes = _changes(read_sample_set(folder), record)
         others = [text for name, text in changes.items() if not name.startswith("packages.")]
         if others:
             raise ValueError(
-                f"{folder} holds samples that were made otherwise: {'; '.join(others)}. Name another folder, remove"
-                " this one, or use its settings and model."
+                f"{folder} holds samples made differently: {'; '.join(others)}. Use another folder, remove this one,"
+                " or use its settings and model."
             )
         if changes and process_index == 0:
-            warnings.warn(f"{folder} was begun with other versions: {'; '.join(changes.values())}.")
+            warnings.warn(f"{folder} was started with other package versions: {'; '.join(changes.values())}.")
     elif images:
         raise ValueError(
-            f"{folder} holds images, such as {min(images)}, but no {RECORD_FILE} that says what they are. Name"
-            " an empty folder, or move them elsewhere."
+            f"{folder} holds images, such as {min(images)}, but no {RECORD_FILE} that describes them. Use an empty"
+            " folder, or move them elsewhere."
         )
     check_no_foreign_images(folder, record["settings"]["num_samples"])
-    # A record without images binds nobody: settings that the pipeline then refused may have left it.
+    # A record without images may be replaced: it may come from settings that the pipeline then rejected.
     if not images:
         with write_whole(path, f".{process_index}.unfinished") as unfinished:
             unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -135,35 +135,35 @@ def _flatten(record: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _find_revision(pipe: DiffusionPipeline) -> str | None:
-    """The commit of a model from the Hub, which is in the path of the cache that its parts were read from."""
+    """The commit of a model from the Hub, taken from the cache path its components were read from."""
     models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
     commits = [extract_commit_hash(model.config.get("_name_or_path")) for model in models]
     return next(filter(None, commits), None)
 
 
 def _describe_scheduler(scheduler: SchedulerMixin) -> dict:
-    # JSON has no infinities: diffusers writes them as Python does, which others cannot read.
+    # JSON has no infinities: diffusers writes them as Python does, which other readers reject.
     config = json.loads(scheduler.to_json_string(), parse_constant=str)
     return {name: value for name, value in config.items() if name != "_diffusers_version"}
 
 
 def weights_fingerprint(pipe: DiffusionPipeline) -> str:
     """
-    A SHA-256 of the configurations and weights, which have to be in memory, of all of a pipeline's models with their
-    adapters. A pipeline that was moved or compiled keeps it, one that was trained on or cast does not.
+    A SHA-256 of the configurations and weights of all of a pipeline's models, including adapters; the weights must be
+    in memory. Moving or compiling a pipeline keeps the hash; training or casting it does not.
     """
     digest = hashlib.sha256()
     models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
     for component, model in sorted(models.items()):
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         digest.update(f"{component} {json.dumps(config, sort_keys=True, default=str)}".encode())
-        # `torch.compile` renames the weights of a model that it wraps.
+        # `torch.compile` renames the weights of the model it wraps.
         weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
         for name, tensor in sorted(weights.items()):
             if tensor.is_meta:
                 raise ValueError(
-                    f"`{component}.{name}` is not in memory. Sample without sequential offloading; where memory is"
-                    " short, use `enable_model_cpu_offload`."
+                    f"`{component}.{name}` is not in memory. Sample without sequential offloading; if memory is short,"
+                    " use `enable_model_cpu_offload`."
                 )
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

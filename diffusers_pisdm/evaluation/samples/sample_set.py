@@ -1,4 +1,4 @@
-"""Drawing the samples that a model is judged by, in any number of processes and sittings; and packing them for ADM."""
+"""Draws a model's samples for evaluation, in any number of processes and sessions, and packs them for ADM."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ def write_sample_set(
     num_processes: int = 1,
 ) -> None:
     """
-    Draws samples into `folder/000/000000.png` and so on, and writes what they were drawn with to
-    `folder/sample_set.json`. Called again, it draws what is missing or damaged. Several processes, or machines, share
-    the work by writing into one folder, each called with an index of its own.
+    Draws samples into `folder/000/000000.png` and so on, and records how they were made in `folder/sample_set.json`.
+    When called again, it draws only missing or damaged samples. Several processes or machines can share the work by
+    writing to one folder, each with its own `process_index`.
 
-    Sample i is the same however the work was cut: bit for bit with any number of processes and interruptions, up to
-    the rounding of the model's arithmetic (1 of 255 in float32) with another `batch_size`.
+    Sample i is the same however the work is split: bit for bit for any number of processes and interruptions, and up
+    to the model's rounding (1 of 255 in float32) for another `batch_size`.
 
     Args:
         pipe ([`DiffusionPipeline`]):
             A class-conditional pipeline: its call takes `class_labels`, a list of generators and
-            `output_type="np"`. It stays as it is, its schedulers and progress bars included.
-        folder (`str` or `Path`): Made if need be.
+            `output_type="np"`. It is not modified, nor are its schedulers and progress bars.
+        folder (`str` or `Path`): The folder, created if necessary.
         settings ([`SampleSettings`]): What to draw.
-        batch_size (`int`, defaults to 50): Samples a process draws at once.
-        process_index (`int`, defaults to 0): Which of the processes this is, from 0.
-        num_processes (`int`, defaults to 1): How many there are.
+        batch_size (`int`, defaults to 50): Samples that each process draws at once.
+        process_index (`int`, defaults to 0): The index of this process, from 0.
+        num_processes (`int`, defaults to 1): The number of processes.
 
     Raises:
-        OSError: The folder is not writable, or the disk full.
-        ValueError: An argument is out of range; or the folder holds samples of another model or other settings, or
-            images that are no samples or differ in size; or the model makes NaN.
+        OSError: The folder is not writable, or the disk is full.
+        ValueError: An argument is out of range; the folder holds samples of another model or other settings, or images
+            that are not samples or differ in size; or the model outputs NaN.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` has to be at least 1 but is {batch_size}.")
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` has to be from 0 to {num_processes - 1} but is {process_index}.")
-    pipe = copy.copy(pipe)  # the caller's keeps its schedulers and bars
+    pipe = copy.copy(pipe)  # the caller's pipeline keeps its schedulers and bars
     pipe.set_progress_bar_config(disable=True)
     if settings.scheduler is not None:
         swap_scheduler(pipe, settings.scheduler)
@@ -62,7 +62,7 @@ def write_sample_set(
     classes = sample_classes(settings, count_classes(pipe))
     claim_folder(folder, describe_samples(pipe, settings), process_index)
 
-    # Batches are cut from fixed ranges and drawn whole, since an image's last bits depend on the size of its batch.
+    # Batches cover fixed ranges and are drawn whole, since an image's last bits depend on its batch size.
     starts = range(0, settings.num_samples, batch_size)[process_index::num_processes]
     batches = [range(start, min(start + batch_size, settings.num_samples)) for start in starts]
     damaged, size = find_damaged(folder, (index for batch in batches for index in batch))
@@ -84,7 +84,7 @@ def write_sample_set(
             if images[0].size != size:
                 raise ValueError(
                     f"The images in {folder} have {size[0]}x{size[1]} pixels, but this model makes"
-                    f" {images[0].width}x{images[0].height}: somebody put others there. Name another folder."
+                    f" {images[0].width}x{images[0].height}: they are not its samples. Use another folder."
                 )
             for index in wanted:
                 with write_whole(sample_path(folder, index)) as unfinished:
@@ -94,16 +94,16 @@ def write_sample_set(
 
 def missing_samples(folder: str | Path) -> list[int]:
     """
-    Which samples of a set are absent, cut off or damaged. All images are read through.
+    Finds the samples of a set that are missing, truncated or damaged. Reads every image in full.
 
     Args:
-        folder (`str` or `Path`): The sample set's.
+        folder (`str` or `Path`): The sample set's folder.
 
     Returns:
-        `list[int]`: Their indices, ascending; none if the set is complete.
+        `list[int]`: Their indices, ascending; empty if the set is complete.
 
     Raises:
-        ValueError: The folder is no sample set, holds images that are no samples, or images of different sizes.
+        ValueError: The folder is not a sample set, or holds images that are not samples or differ in size.
     """
     num_samples = read_sample_set(folder)["settings"]["num_samples"]
     check_no_foreign_images(folder, num_samples)
@@ -121,7 +121,7 @@ def _draw(pipe: DiffusionPipeline, settings: SampleSettings, classes: list[int],
     finite = np.isfinite(pixels).all(axis=(1, 2, 3))  # (B,)
     if not finite.all():
         raise ValueError(
-            f"Sample {batch[int(np.argmin(finite))]} has pixels that are no numbers. Sample in float32 or bfloat16"
+            f"Sample {batch[int(np.argmin(finite))]} has pixels that are not finite. Sample in float32 or bfloat16"
             " instead of float16; if that does not help, the model's weights are at fault."
         )
     return VaeImageProcessor.numpy_to_pil(pixels)
@@ -129,30 +129,30 @@ def _draw(pipe: DiffusionPipeline, settings: SampleSettings, classes: list[int],
 
 def write_sample_archive(folder: str | Path, path: str | Path, show_progress: bool = True) -> None:
     """
-    Packs a complete sample set into an NPZ file: `arr_0`, uint8, of shape `(N, H, W, 3)`, in the samples' order. It
-    takes the disk space of the pixels, and the memory of one image.
+    Packs a complete sample set into an NPZ file: `arr_0`, uint8, of shape `(N, H, W, 3)`, in sample order. The file is
+    not compressed, and only one image is in memory at a time.
 
     Args:
-        folder (`str` or `Path`): The sample set's.
+        folder (`str` or `Path`): The sample set's folder.
         path (`str` or `Path`): The file to write.
         show_progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
     Raises:
         OSError: The file cannot be written.
-        ValueError: Samples are missing, or the folder is no sample set, or one of mixed images.
+        ValueError: Samples are missing, or the folder is not a sample set, or holds other images.
     """
     num_samples = read_sample_set(folder)["settings"]["num_samples"]
     missing = missing_samples(folder)
     if missing:
         raise ValueError(
             f"{len(missing)} of the {num_samples} samples of {folder} are missing, the first is"
-            f" {sample_path(folder, missing[0])}. Complete the set: run the sampling again."
+            f" {sample_path(folder, missing[0])}. Rerun the sampling to complete the set."
         )
     with Image.open(sample_path(folder, 0)) as image:
         width, height = image.size
     header = {"descr": "|u1", "fortran_order": False, "shape": (num_samples, height, width, 3)}
     with write_whole(path) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
-        # A `ZipInfo` of its own has a constant date: the same samples make the same file.
+        # A new `ZipInfo` has a constant date, so the same samples make the same file.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
             for index in tqdm(range(num_samples), desc="packing", unit="image", disable=not show_progress):

@@ -1,4 +1,4 @@
-"""What a set of samples is drawn with, and each sample's class and noise, which follow from it."""
+"""The settings of a sample set, and each sample's class and noise, which they determine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 
 CLASS_RULES = ("balanced", "uniform")
-# The settings that are arguments of a pipeline's call.
+# The settings that are arguments of a pipeline's `__call__`.
 CALL_ARGUMENTS = (
     "num_inference_steps",
     "guidance_scale",
@@ -23,9 +23,9 @@ CALL_ARGUMENTS = (
     "relay_strength",
 )
 NEEDED_ARGUMENTS = ("class_labels", "generator", "output_type")
-# PIS-DM's, DiT's and the U-Net's name for the number of classes, none of which counts the null class of guidance.
+# PIS-DM's, DiT's and the U-Net's names for the number of classes; none counts the null class of guidance.
 NUM_CLASSES = ("num_classes", "num_embeds_ada_norm", "num_class_embeds")
-# What numbers are for: those of one purpose have nothing to do with those of another.
+# Purposes of random numbers: each has its own independent stream.
 NOISE, CLASSES = 1, 2
 MAX_SAMPLES = 2**32
 
@@ -33,22 +33,22 @@ MAX_SAMPLES = 2**32
 @dataclass(frozen=True)
 class SampleSettings:
     """
-    What, with a model, makes a set of samples: equal settings give equal images.
+    The settings that determine a set of samples: with the same model, equal settings give equal images.
 
     Args:
-        num_samples (`int`, defaults to 50,000): From 1; evaluations of ImageNet models take 50,000.
-        seed (`int`, defaults to 0): Not negative. Sample i's noise and class follow from it and i alone.
+        num_samples (`int`, defaults to 50,000): At least 1; ImageNet models are usually evaluated on 50,000.
+        seed (`int`, defaults to 0): Not negative. Sample i's noise and class depend only on `seed`, i and `classes`.
         classes (`str` or `list[int]`, defaults to `"balanced"`):
-            `"balanced"` gives every class the same number of samples, up to one, in any first part of the set, too;
-            `"uniform"` draws each sample's class anew, as ADM and DiT do; a list of ids balances over these,
-            where one that is given twice gets twice as many samples.
+            `"balanced"` gives every class the same number of samples, within one, even if the set is cut short;
+            `"uniform"` draws each sample's class independently, as ADM and DiT do; a list of ids balances over these
+            ids, and an id listed twice gets twice as many samples.
         num_inference_steps, guidance_scale, guidance_start, guidance_stop, noise_level, relay_strength (*optional*):
-            See [`PISDMCascadePipeline.__call__`]. `None` is the pipeline's default, or that it has no such argument.
+            See [`PISDMCascadePipeline.__call__`]. `None` uses the pipeline's default, if it has such an argument.
         scheduler (`str`, *optional*):
-            A scheduler class of diffusers to sample with instead of the pipeline's own, e.g. `"DDIMScheduler"`.
+            A diffusers scheduler class to sample with instead of the pipeline's own, e.g. `"DDIMScheduler"`.
 
     Raises:
-        TypeError: A number or class id is no integer.
+        TypeError: A number or class id is not an integer.
         ValueError: A value is out of range.
     """
 
@@ -87,10 +87,10 @@ class SampleSettings:
         Fills in the pipeline's defaults.
 
         Args:
-            pipe ([`DiffusionPipeline`]): What is to draw the samples.
+            pipe ([`DiffusionPipeline`]): The pipeline that will draw the samples.
 
         Returns:
-            [`SampleSettings`]: With a value wherever the pipeline takes one.
+            [`SampleSettings`]: With a value for every argument that the pipeline takes.
 
         Raises:
             ValueError: The pipeline does not take an argument that is set, or is not class-conditional.
@@ -107,7 +107,7 @@ class SampleSettings:
         refused = [f"`{argument}`" for argument in absent if getattr(self, argument) is not None]
         if refused:
             raise ValueError(f"{name} does not take {', '.join(refused)}. Leave it out (None).")
-        # What the call itself leaves open is in the configuration.
+        # Defaults that the call leaves open are in the configuration.
         defaults = {
             argument: pipe.config.get(f"default_{argument}", parameters[argument].default)
             for argument in CALL_ARGUMENTS
@@ -117,27 +117,27 @@ class SampleSettings:
 
 
 def _integer(name: str, value: int) -> int:
-    """NumPy's integers, which JSON does not know, become Python's."""
+    """Converts NumPy integers, which JSON does not support, to Python's."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} has to be an integer but is {value!r} of type {type(value)}.")
     return int(value)
 
 
 def count_classes(pipe: DiffusionPipeline) -> int | None:
-    """The number of classes that a pipeline's model knows; `None` if it does not say."""
+    """The number of classes of a pipeline's model; `None` if it does not say."""
     configs = [model.config for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
     return next((config[name] for config in configs for name in NUM_CLASSES if config.get(name) is not None), None)
 
 
 def sample_classes(settings: SampleSettings, num_classes: int | None) -> list[int]:
     """
-    The class of every sample: sample i's follows from the settings' `classes` and `seed` and i, not from the number of
-    samples. Balanced ones come in rounds: each is a random order of all classes.
+    The class of every sample. Sample i's depends on i and the settings' `classes` and `seed`, not on the number of
+    samples. Balanced classes come in rounds, each a random order of all classes.
 
     Args:
-        settings ([`SampleSettings`]): `num_samples`, `seed` and `classes` are used.
+        settings ([`SampleSettings`]): Only `num_samples`, `seed` and `classes` are used.
         num_classes (`int`, *optional*):
-            The model's. Of a set on disk, it is `read_sample_set(folder)["num_classes"]`.
+            The model's number of classes. For a set on disk, it is `read_sample_set(folder)["num_classes"]`.
 
     Returns:
         `list[int]`: `num_samples` class ids.
@@ -146,10 +146,10 @@ def sample_classes(settings: SampleSettings, num_classes: int | None) -> list[in
         ValueError: A class id is out of range, or `num_classes` is unknown but needed.
     """
     if num_classes is None and isinstance(settings.classes, str):
-        raise ValueError(f"The model does not say how many classes it has, as {settings.classes!r} needs: list them.")
+        raise ValueError(f"{settings.classes!r} needs the number of classes, which the model does not say: list them.")
     if settings.classes == "uniform":
         words = random_words(settings.seed, CLASSES, settings.num_samples)  # (num_samples,)
-        return (words % np.uint64(num_classes)).tolist()  # of 2^64 values: uneven by one part in 2^64 / num_classes
+        return (words % np.uint64(num_classes)).tolist()  # biased by one part in 2^64 / num_classes
     ids = np.array(range(num_classes) if settings.classes == "balanced" else settings.classes)
     wrong = ids[(ids < 0) if num_classes is None else (ids < 0) | (ids >= num_classes)]
     if len(wrong) > 0:
@@ -157,32 +157,32 @@ def sample_classes(settings: SampleSettings, num_classes: int | None) -> list[in
         raise ValueError(f"`classes` contains {wrong[0]}, but this model's classes {known}.")
     rounds = -(-settings.num_samples // len(ids))
     words = random_words(settings.seed, CLASSES, rounds * len(ids)).reshape(rounds, len(ids))
-    orders = words.argsort(axis=1, kind="stable")  # (rounds, len(ids)): a random permutation a row
+    orders = words.argsort(axis=1, kind="stable")  # (rounds, len(ids)): a random permutation per row
     return ids[orders].reshape(-1)[: settings.num_samples].tolist()
 
 
 def random_words(seed: int, purpose: int, count: int) -> np.ndarray:
-    """Random numbers (count,), uint64; the first of them are the same for any `count`. `purpose` is positive."""
-    # NumPy promises that `SeedSequence` stays as it is, unlike its generators.
+    """Random numbers (count,), uint64; a larger `count` only appends to them. `purpose` is positive."""
+    # NumPy guarantees that `SeedSequence` will not change, unlike its generators.
     return split_mix(np.random.SeedSequence((seed, purpose)).generate_state(1, np.uint64)[0], count)
 
 
 def noise_seeds(seed: int, indices: Iterable[int]) -> np.ndarray:
     """
-    A seed of 32 bits for each sample's noise, no two the same: (B,), uint32. torch's CPU generator does not look at
-    the other bits of a seed, and of 50,000 random ones two or more would be the same in a quarter of all sample sets.
+    A distinct 32-bit seed for each sample's noise: (B,), uint32. torch's CPU generator ignores the other bits of a
+    seed, and 50,000 random 32-bit seeds would contain a duplicate in a quarter of all sample sets.
     """
     start = np.random.SeedSequence((seed, NOISE)).generate_state(1, np.uint32)  # (1,)
     return murmur_finalizer(start + np.fromiter(indices, dtype=np.uint32))
 
 
 def sample_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
-    """The generators that all noise of the samples comes from; on the CPU, for it to be the same on every device."""
+    """Each sample's noise generator, on the CPU so that the noise is the same on every device."""
     return [torch.Generator().manual_seed(word) for word in noise_seeds(seed, indices).tolist()]
 
 
 def split_mix(start: np.uint64, count: int) -> np.ndarray:
-    """The first `count` numbers, uint64, of SplitMix64 (Steele, Lea and Flood, 2014) from a state."""
+    """The first `count` numbers, uint64, of SplitMix64 (Steele, Lea and Flood, 2014) from state `start`."""
     words = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -190,7 +190,7 @@ def split_mix(start: np.uint64, count: int) -> np.ndarray:
 
 
 def murmur_finalizer(words: np.ndarray) -> np.ndarray:
-    """Scrambles 32-bit integers one to one: the last step of MurmurHash3 (Appleby, 2011)."""
+    """Scrambles 32-bit integers one to one, with the last step of MurmurHash3 (Appleby, 2011)."""
     words = (words ^ (words >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     words = (words ^ (words >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return words ^ (words >> np.uint32(16))

@@ -61,7 +61,7 @@ def test_what_is_missing_has_a_reason(pictures):
     assert found.spatial is None and found.missing == {"spatial": "pixels gives no spatial features"}
     one = collect_statistics(ListImages(pictures[:1]), PixelFeatures(), show_progress=False)
     assert one.pooled is None and one.spatial is None and one.features.shape == (1, 48)
-    assert "two images or more, and images in memory has one" in one.missing["pooled"]
+    assert "at least two images, but images in memory has one" in one.missing["pooled"]
 
 
 class NoiseImages(ImageSource):

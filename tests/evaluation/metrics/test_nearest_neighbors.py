@@ -30,5 +30,5 @@ def test_copies_are_counted_and_new_images_are_not(real_images):
 
 
 def test_images_of_different_size_are_refused(real_images):
-    with pytest.raises(ValueError, match="bring them to one size"):
+    with pytest.raises(ValueError, match="resize them"):
         nearest_neighbors(real_images[..., ::2], real_images)

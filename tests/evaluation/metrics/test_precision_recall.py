@@ -74,7 +74,7 @@ def test_distances_of_equal_points_are_zero():
 
 
 def test_too_few_points_or_other_features():
-    with pytest.raises(ValueError, match="3 neighbours need 4 points or more: `samples` has 3"):
+    with pytest.raises(ValueError, match="at least 4 points: `samples` has 3"):
         precision_recall(line(1, 2, 3, 4), line(1, 2, 3))
-    with pytest.raises(ValueError, match="have 1 dimensions, the samples' 2"):
+    with pytest.raises(ValueError, match="have 1 dimensions, the samples' have 2"):
         precision_recall(line(1, 2, 3, 4), torch.zeros(4, 2))

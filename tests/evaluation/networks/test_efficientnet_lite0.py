@@ -96,7 +96,7 @@ def test_its_scores_are_not_called_fid(extractor):
 def test_other_weights_are_refused(tmp_path):
     file = tmp_path / "weights.pth"
     torch.save({"weight": torch.zeros(3)}, file)
-    with pytest.raises(ValueError, match=r"weights.pth is not a file of EfficientNetLite0's weights"):
+    with pytest.raises(ValueError, match=r"weights.pth does not hold EfficientNetLite0's weights"):
         EfficientNetLite0(file)
 
 

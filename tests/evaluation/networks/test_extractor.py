@@ -50,7 +50,7 @@ def test_a_network_that_is_unknown_or_given_two_weights(pixels):
 
 
 def test_names_are_taken_once_and_have_no_colon(pixels):
-    with pytest.raises(ValueError, match="'pixels' is registered already"):
+    with pytest.raises(ValueError, match="'pixels' is already registered"):
         register_feature_extractor("pixels", PixelFeatures)
     with pytest.raises(ValueError, match="has a colon"):
         register_feature_extractor("pixels:large", PixelFeatures)
@@ -109,7 +109,7 @@ def test_files_that_hold_no_weights(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_weights(file)
     torch.save([torch.zeros(2)], file)
-    with pytest.raises(ValueError, match=r"holds no state dict, .* but list"):
+    with pytest.raises(ValueError, match=r"state dict .*, but holds list"):
         read_weights(file)
 
 
@@ -127,5 +127,5 @@ def test_weights_fit_all_of_a_network_or_are_refused(tmp_path):
     ]
     for wrong, name in zip(wrong_ones, ("bias", "extra", "weight")):
         torch.save(wrong, file)
-        with pytest.raises(ValueError, match=f"not a file of Linear's weights: 1 of .* first is {name}"):
+        with pytest.raises(ValueError, match=f"not hold Linear's weights: 1 .* first is {name}"):
             fill_weights(target, file)

@@ -152,7 +152,7 @@ def test_a_weights_file_that_would_run_something_is_refused(torch_fidelity, tmp_
 
 def test_other_weights_are_refused(torch_fidelity, tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="not a file of torch-fidelity's Inception v3"):
+    with pytest.raises(ValueError, match="not hold torch-fidelity's Inception v3"):
         load_feature_extractor("inception_v3", tmp_path / "weights.pth")
 
 

@@ -70,7 +70,7 @@ def test_weights_that_are_not_in_the_file_are_not_drawn_at_random(tmp_path):
 def test_a_model_of_words_is_refused(tmp_path):
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     transformers.BertModel(transformers.BertConfig(**size, vocab_size=50)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no vision model: it takes input_ids"):
+    with pytest.raises(ValueError, match="not a vision model: it takes input_ids"):
         load_feature_extractor(f"transformers:{tmp_path}")
 
 

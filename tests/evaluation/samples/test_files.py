@@ -58,7 +58,7 @@ def test_foreign_images_are_told(folder):
     check_no_foreign_images(folder, 5)
     (folder / "notes.txt").touch()
     check_no_foreign_images(folder, 5)
-    with pytest.raises(ValueError, match=r"none of its 4 samples: .*000004.png\. Move"):
+    with pytest.raises(ValueError, match=r"not among its 4 samples: .*000004.png\. Move"):
         check_no_foreign_images(folder, 4)
     (folder / "deeper").mkdir()
     for name in ("deeper/a.PNG", "b.png", "c.png", "d.png"):

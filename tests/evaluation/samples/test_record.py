@@ -55,11 +55,11 @@ def test_a_model_of_the_hub_is_recorded_with_its_commit(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "is no sample set: there is no .*sample_set.json"),
+        (None, "not a sample set: .*sample_set.json"),
         (b"", "sample_set.json is damaged: "),
         (b'{"settings": {', "sample_set.json is damaged: "),
         (b"\xff\xfe", "sample_set.json is damaged: "),
-        (b"[]", "no record of a sample set: it lacks settings, num_classes"),
+        (b"[]", "not a sample set's record: it lacks settings, num_classes"),
         (b'{"settings": {}, "num_classes": 2, "model": {}}', "it lacks schedulers, packages"),
     ],
 )
@@ -73,7 +73,7 @@ def test_what_is_no_sample_set_is_told(tmp_path, content, message):
 def test_neither_is_a_folder_that_is_not_there_or_a_file(tmp_path):
     (tmp_path / "file").touch()
     for name in ("nowhere", "file"):
-        with pytest.raises(ValueError, match=f"{name} is no sample set"):
+        with pytest.raises(ValueError, match=f"{name} is not a sample set"):
             read_sample_set(tmp_path / name)
 
 
@@ -83,7 +83,7 @@ def test_other_versions_are_told_once(tmp_path):
     (tmp_path / "000").mkdir()
     (tmp_path / "000" / "000000.png").touch()
     newer = {**record, "packages": {**record["packages"], "torch": "9.9"}}
-    with pytest.warns(UserWarning, match="begun with other versions: packages.torch was '.*', is '9.9'") as warned:
+    with pytest.warns(UserWarning, match="other package versions: packages.torch was '.*', is '9.9'") as warned:
         for process_index in range(3):
             claim_folder(tmp_path, newer, process_index)
     assert len(warned) == 1

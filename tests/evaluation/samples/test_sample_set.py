@@ -142,7 +142,7 @@ def test_a_complete_set_is_not_drawn_again(pipe, whole, monkeypatch):
 def test_a_folder_of_other_settings_is_refused(pipe, whole, changes, message):
     before = contents(whole)
     settings = SampleSettings(**{"num_samples": 7, "seed": 3, "num_inference_steps": 2, **changes})
-    with pytest.raises(ValueError, match=f"made otherwise: .*{message}.*Name another folder"):
+    with pytest.raises(ValueError, match=f"made differently: .*{message}.*Use another folder"):
         write_sample_set(pipe, whole, settings, 2)
     assert contents(whole) == before
 
@@ -214,7 +214,7 @@ def test_foreign_images_are_refused(pipe, whole, name):
     foreign.write_bytes(sample_path(whole, 0).read_bytes())
     try:
         for check in (lambda: write_sample_set(pipe, whole, SETTINGS, 2), lambda: missing_samples(whole)):
-            with pytest.raises(ValueError, match=f"none of its 7 samples: {foreign}"):
+            with pytest.raises(ValueError, match=f"not among its 7 samples: {foreign}"):
                 check()
     finally:
         foreign.unlink()
@@ -251,7 +251,7 @@ def test_a_full_disk_is_told_and_what_was_drawn_stays(pipe, whole, tmp_path):
             write_sample_set(pipe, tmp_path, SETTINGS, 2, 1, 4)  # samples 2 and 3
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(OSError, match=f"Cannot write .*{file}: .*Make room"):
+            with pytest.raises(OSError, match=f"Cannot write .*{file}: .*Free up space"):
                 write_sample_set(pipe, tmp_path, SETTINGS, 2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -270,7 +270,7 @@ def test_pixels_that_are_no_numbers_are_told(tmp_path):
     pipe = make_cascade(1)
     with torch.no_grad():
         pipe.transformer.class_embedding.weight[4] = torch.nan
-    with pytest.raises(ValueError, match=r"Sample 1 has pixels that are no numbers.*bfloat16"):
+    with pytest.raises(ValueError, match=r"Sample 1 .*not finite.*bfloat16"):
         write_sample_set(pipe, tmp_path, SampleSettings(3, classes=[4], num_inference_steps=1), 1, 1, 2)
     assert missing_samples(tmp_path) == [0, 1, 2]
 
@@ -346,7 +346,7 @@ def test_a_full_disk_leaves_the_old_file(folder, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
     try:
-        with pytest.raises(OSError, match=f"Cannot write {path}: .*Make room"):
+        with pytest.raises(OSError, match=f"Cannot write {path}: .*Free up space"):
             write_sample_archive(folder, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
