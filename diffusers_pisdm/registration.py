@@ -1,4 +1,4 @@
-"""Makes diffusers' own loaders (`DiffusionPipeline`, `AutoModel`) find this package's classes."""
+"""Lets diffusers' own loaders (`DiffusionPipeline`, `AutoModel`) find this package's classes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from diffusers.pipelines import pipeline_loading_utils
 
 def register_with_diffusers(*classes: type) -> None:
     """
-    Registers pipelines and models with diffusers, which looks for third-party classes nowhere else.
+    Registers pipelines and models in the two places where diffusers looks for classes.
 
-    A saved pipeline names each component's library and class. diffusers takes components from the libraries in
-    `LOADABLE_CLASSES` only, and there from classes whose base class the library exposes by name, so that this package
-    has `ModelMixin` in its top-level namespace. A saved pipeline's or model's own class (`_class_name`) carries no
-    library: diffusers takes it from its own namespace.
+    A saved pipeline names each component's library and class. diffusers loads components only from libraries in
+    `LOADABLE_CLASSES`, and only if the library exposes the component's base class by name, which is why this package
+    has `ModelMixin` in its top-level namespace. The class of a saved pipeline or model itself (`_class_name`) comes
+    without a library: diffusers looks it up in its own namespace.
     """
     library = __name__.split(".")[0]
     pipeline_loading_utils.LOADABLE_CLASSES[library] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}

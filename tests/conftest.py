@@ -5,14 +5,14 @@ import pytest
 import torch
 
 
-# Triton reads this when it is imported: from then on, its kernels run on the CPU.
+# Triton reads this at import and then runs its kernels on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Test processes share the cores: threads of one would wait for those of another. Tests of threads set the number.
+    # Test processes share the cores: more threads would only wait for each other. Thread tests set their own number.
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
 
 REAL_IMAGES = Path(__file__).parent / "data" / "fluent3d"
@@ -20,7 +20,7 @@ REAL_IMAGES = Path(__file__).parent / "data" / "fluent3d"
 
 @pytest.fixture(scope="session")
 def real_image_dir() -> Path:
-    """Real 64x64 pictures (Fluent 3D emoji), one folder a class."""
+    """Real 64x64 pictures (Fluent 3D emoji), one folder per class."""
     return REAL_IMAGES
 
 

@@ -1,4 +1,4 @@
-"""What the tests' Hub holds: model repositories with branches and commits, and who may write to them."""
+"""The content of the tests' Hub: model repositories with branches and commits, and who may write to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Refused(Exception):
-    """An answer other than success: a status, the Hub's own code for it where it has one, and a message."""
+    """A response other than success: a status, a message and, if there is one, the Hub's own error code."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
@@ -19,7 +19,7 @@ class Refused(Exception):
 
 @dataclass
 class Repository:
-    """Every commit's files by path, and the newest commit of each branch."""
+    """Each commit's files by path, and the latest commit of each branch."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Repository:
         return sha
 
     def find(self, revision: str) -> str:
-        """The commit that a branch or a commit's own name stands for."""
+        """The commit that a branch or commit hash refers to."""
         sha = self.branches.get(revision, revision)
         if sha not in self.commits:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -45,8 +45,8 @@ class Hub:
     The repositories, and the contents of large files (git LFS) by their SHA-256.
 
     Args:
-        folders (`dict[str, Path]`): What each repository (`owner/name`) holds at first.
-        tokens (`dict[str, str]`): The user whom each token stands for; a user owns what lies under their name.
+        folders (`dict[str, Path]`): The initial content of each repository (`owner/name`).
+        tokens (`dict[str, str]`): The user each token belongs to; users own the repositories under their name.
     """
 
     def __init__(self, folders: dict[str, Path], tokens: dict[str, str]):
@@ -63,7 +63,7 @@ class Hub:
         return repository.commits[repository.find(revision)]
 
     def create(self, name: str, private: bool, token: str | None) -> bool:
-        """Makes an empty repository; `False` where there is one of that name."""
+        """Creates an empty repository; returns `False` if it already exists."""
         self._check_owner(name, token)
         if name in self.repositories:
             return False
@@ -92,7 +92,7 @@ class Hub:
             )
 
     def apply(self, repository: Repository, branch: str, operations: list[dict]) -> str:
-        """Makes a commit of what `POST /commit` sends, line by line."""
+        """Commits the operations sent by `POST /commit`, one per line."""
         files = dict(repository.commits[repository.find(branch)])
         for key, value in ((operation["key"], operation["value"]) for operation in operations):
             if key == "file":
@@ -118,5 +118,5 @@ def git_hash(body: bytes) -> str:
 
 
 def file_hash(path: str, body: bytes) -> str:
-    """What the Hub identifies a file by."""
+    """The hash by which the Hub identifies a file."""
     return hashlib.sha256(body).hexdigest() if is_large(path) else git_hash(body)

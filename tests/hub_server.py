@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1, in as much of the protocol as `huggingface_hub` needs to read from it and to push to it."""
+"""A Hub on 127.0.0.1, with just enough of the protocol for `huggingface_hub` to read from it and push to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.hub_repositories import Hub, Refused, file_hash, git_hash, is_large
 
 
 NAME, REVISION = "(?P<name>[^/]+/[^/]+)", "(?P<revision>[^/]+)"
-# What is asked of the Hub: method, path and the method of `HubHandler` that answers.
+# The requests we handle: HTTP method, path, and the method of `HubHandler` that answers.
 ROUTES = [
     ("GET", "/api/whoami-v2", "whoami"),
     ("GET", f"/api/models/{NAME}(?:/revision/{REVISION})?", "info"),
@@ -37,7 +37,7 @@ ROUTES = [
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """Answers a request. The methods in `ROUTES` return what is sent as JSON, or send their answer themselves."""
+    """Answers requests. The methods in `ROUTES` return a value to send as JSON, or send their own response."""
 
     def answer(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -74,7 +74,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.reply(refused.status, json.dumps({"error": refused.message, **more}).encode(), headers)
 
     def log_message(self, *args) -> None:
-        """Requests are kept in `server.requests` instead of printed."""
+        """Prints nothing: requests are recorded in `server.requests` instead."""
 
     # Reading
 
@@ -172,15 +172,15 @@ def serve_hub(
     repositories: dict[str, Path] | None = None, tokens: dict[str, str] | None = None
 ) -> Iterator[ThreadingHTTPServer]:
     """
-    Serves model repositories while the context lasts.
+    Serves model repositories within the context.
 
     Args:
-        repositories (`dict[str, Path]`, *optional*): Folders by `owner/name`, which become their only commits.
-        tokens (`dict[str, str]`, *optional*): The user whom each token stands for; without any, nothing can be pushed.
+        repositories (`dict[str, Path]`, *optional*): Folders by `owner/name`, each served as a single commit.
+        tokens (`dict[str, str]`, *optional*): The user each token belongs to; without any, nothing can be pushed.
 
     Yields:
-        The server: `server.url` is the value for `HF_ENDPOINT`, `server.requests` what was asked, as
-        `(status, method, path)`, and `server.hub` what the repositories hold.
+        The server: `server.url` is the value for `HF_ENDPOINT`, `server.requests` the requests so far as
+        `(status, method, path)`, and `server.hub` the content of the repositories.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.hub = Hub(repositories or {}, tokens or {})
@@ -198,14 +198,14 @@ def serve_hub(
 
 def connect(monkeypatch: pytest.MonkeyPatch, server: ThreadingHTTPServer, token: str | None, home: Path) -> None:
     """
-    Makes `huggingface_hub` in this process talk to a server of [`serve_hub`]. It reads its environment at import, so
-    that setting variables would come too late.
+    Points `huggingface_hub` in this process to a server from [`serve_hub`]. It reads its environment at import, so
+    setting variables now would be too late.
 
     Args:
-        monkeypatch (`pytest.MonkeyPatch`): Undoes it.
+        monkeypatch (`pytest.MonkeyPatch`): Undoes the changes after the test.
         server (`ThreadingHTTPServer`): The server.
-        token (`str`, *optional*): The token of who is logged in, if anyone is.
-        home (`Path`): An empty folder, for a login of whoever runs the tests not to be found.
+        token (`str`, *optional*): The token of the logged-in user, if any.
+        home (`Path`): An empty folder, so that the real user's login is not found.
     """
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

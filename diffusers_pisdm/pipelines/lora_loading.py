@@ -1,4 +1,4 @@
-"""LoRA adapters of a cascade: one file for all of its stages, with the classes that the adapter was trained for."""
+"""LoRA adapters for a cascade (CN): one file for all stages, with the classes that the adapter was trained for."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..models.transformer_pisdm import PISDMTransformer2DModel, get_class_embedd
 
 
 CLASS_EMBEDDING = "class_embedding.weight"
-_REMEDY = "Load it into the cascade that it was trained for, with all of its stages."
+_REMEDY = "Load it into the cascade that it was trained for, with all stages."
 
 
 @dataclass
 class FormerClasses:
-    """What the pipeline knew before an adapter brought classes of its own."""
+    """The pipeline's classes before an adapter replaced them with its own."""
 
     adapter_name: str
     embeddings: dict[str, torch.Tensor]
@@ -34,12 +34,12 @@ class FormerClasses:
 
 class PISDMLoraLoaderMixin(LoraBaseMixin):
     r"""
-    Loads, saves, combines and fuses LoRA adapters of a cascade. Adapters are trained with
+    Loads, saves, combines and fuses LoRA adapters for a cascade. Adapters are trained with
     [`~training.fine_tuning.add_lora`]; all methods need PEFT.
 
-    An adapter may bring classes of its own: then its file holds each stage's class embedding and the class names, and
-    loading exchanges the pipeline's. The former ones come back with `unload_lora_weights` and `delete_adapters` of the
-    same pipeline object, but not where the adapter is merely scaled, disabled or not among the active ones.
+    An adapter may bring its own classes: then its file holds each stage's class embedding and the class names, and
+    loading it replaces the pipeline's. `unload_lora_weights` and `delete_adapters` on the same pipeline object restore
+    the former classes; scaling, disabling or deactivating the adapter does not.
     """
 
     _former_classes: FormerClasses | None = None
@@ -62,30 +62,31 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
-                A repository on the Hub, a folder, a file, or the weights themselves, which are returned as they are.
-            weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`): The file in repository or folder.
-            subfolder (`str`, *optional*): The file's folder in repository or folder.
+                A repository on the Hub, a folder, a file, or the weights themselves, which are returned unchanged.
+            weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`):
+                The file's name in the repository or folder.
+            subfolder (`str`, *optional*): The file's subfolder in the repository or folder.
             revision (`str`, *optional*): Branch, tag or commit of the repository.
-            token (`str` or `bool`, *optional*): The Hub's token; `True` takes the one that is stored.
-            cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are kept.
-            force_download (`bool`, defaults to `False`): Whether to download what is kept already.
-            local_files_only (`bool`, defaults to `False`): Whether to download nothing.
-            return_lora_metadata (`bool`, defaults to `False`): Whether to return the adapter's configuration, too.
+            token (`str` or `bool`, *optional*): The Hub token; `True` uses the stored one.
+            cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are cached.
+            force_download (`bool`, defaults to `False`): Whether to download even if the file is cached.
+            local_files_only (`bool`, defaults to `False`): Whether to use only local files, without downloading.
+            return_lora_metadata (`bool`, defaults to `False`): Whether to also return the adapter's configuration.
 
         Returns:
-            `dict[str, torch.Tensor]`: Weights by `<stage>.<layer>.lora_A.weight` and so on; with
-            `return_lora_metadata`, a tuple of them and the configuration (`None` if there is none).
+            `dict[str, torch.Tensor]`: Weights keyed by `<stage>.<layer>.lora_A.weight` and so on; with
+            `return_lora_metadata`, a tuple of the weights and the configuration (`None` if there is none).
 
         Raises:
             OSError: The file is missing or damaged.
-            ValueError: The file is no safetensors file.
+            ValueError: The file is not a safetensors file.
         """
         if isinstance(pretrained_model_name_or_path_or_dict, dict):
             state_dict, metadata = pretrained_model_name_or_path_or_dict, None
         else:
             source = os.fspath(pretrained_model_name_or_path_or_dict)
             if os.path.isdir(source) and subfolder is not None:
-                source, subfolder = os.path.join(source, subfolder), None  # diffusers would look beside it first
+                source, subfolder = os.path.join(source, subfolder), None  # diffusers would look outside it first
             _check_is_safetensors(source if os.path.isfile(source) else weight_name)
             try:
                 file = _get_model_file(
@@ -100,8 +101,8 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
                 )
             except OSError as error:
                 raise OSError(
-                    f"{error} Pass the file, folder or repository of an adapter, and `weight_name` and `subfolder`"
-                    " where its file is called or lies elsewhere. Pickled weights are not read, as they can run code."
+                    f"{error} Pass the file, folder or repository of an adapter, with `weight_name` and `subfolder` if"
+                    " its file has another name or location. Pickled weights are not read, as they can run code."
                 ) from error
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -129,23 +130,24 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         local_files_only: bool = False,
     ) -> None:
         r"""
-        Loads an adapter into the stages that it was trained for and makes it the active one; `set_adapters` combines
-        several. An adapter that does not fit is refused before anything is changed.
+        Loads an adapter into the stages it was trained for and activates it alone; `set_adapters` combines several. An
+        adapter that does not fit raises an error before anything is changed.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
-                A repository on the Hub, a folder or file that [`~save_lora_weights`] wrote, or weights by key. Weights
-                come without the adapter's configuration: its alpha is then its rank, and its classes have no names.
-            adapter_name (`str`, *optional*): How to call the adapter; `"default_0"` and so on if not given.
+                A repository on the Hub, a folder or file written by [`~save_lora_weights`], or weights by key. Weights
+                have no adapter configuration: alpha then equals the rank, and the classes have no names.
+            adapter_name (`str`, *optional*): The adapter's name; by default `"default_0"` and so on.
             hotswap (`bool`, defaults to `False`):
-                Whether to put the weights in the place of the adapter of this name, without compiling anew.
+                Whether to replace the weights of the adapter with this name in place, without recompiling.
             weight_name, subfolder, revision, token, cache_dir, force_download, local_files_only:
-                As in `lora_state_dict`.
+                See `lora_state_dict`.
 
         Raises:
             ImportError: PEFT is not installed.
             OSError: The file is missing or damaged.
-            ValueError: The file is no safetensors file, the adapter does not fit the pipeline, or its name is taken.
+            ValueError: The file is not a safetensors file, the adapter does not fit the pipeline, or its name is
+                taken.
         """
         _require_peft()
         state_dict, metadata = self.lora_state_dict(
@@ -163,7 +165,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         adapter_name = adapter_name or self._make_adapter_name()
         transformers = self._get_lora_transformers()
 
-        # Everything is checked before anything is changed
+        # Check everything before changing anything.
         _check_adapter_fits(weights, transformers)
         embeddings = {
             name: layers.pop(CLASS_EMBEDDING) for name, layers in weights.items() if CLASS_EMBEDDING in layers
@@ -173,7 +175,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         replaced = self._former_classes.adapter_name if self._former_classes is not None else None
         if embeddings and replaced is not None and not (hotswap and replaced == adapter_name):
             raise ValueError(
-                f"The adapter brings classes of its own, but `{replaced}` has done so already. Call"
+                f"The adapter brings its own classes, but `{replaced}` already did. Call"
                 f" `delete_adapters({replaced!r})` first."
             )
 
@@ -185,7 +187,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             former_classes = FormerClasses(adapter_name, former, factors, self.config.id2label)
             id2label = metadata.get("pipeline", {}).get("id2label")
             if id2label is not None:
-                id2label = {int(i): name for i, name in id2label.items()}  # JSON made the ids strings
+                id2label = {int(i): name for i, name in id2label.items()}  # JSON turned the ids into strings
             self._set_classes(embeddings, dict.fromkeys(embeddings), id2label)
             self._former_classes = former_classes
         try:
@@ -199,10 +201,10 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
                     _pipeline=self,
                 )
         except Exception:
-            self.delete_adapters(adapter_name)  # of the stages before
+            self.delete_adapters(adapter_name)  # from the stages already loaded
             raise
         if not hotswap:
-            # PEFT activates it where it is; the stages that it leaves alone would keep the adapter before active.
+            # PEFT activates it only in its own stages; the others would keep the previous adapter active.
             self.set_adapters(adapter_name)
 
     def save_lora_weights(
@@ -213,20 +215,20 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         save_class_embeddings: bool = False,
     ) -> None:
         r"""
-        Saves an adapter of all stages that have it into one file, for [`~load_lora_weights`]. Unlike in diffusers'
-        pipelines, this is no class method: the pipeline has all that belongs into the file.
+        Saves an adapter from all of its stages into one file, for [`~load_lora_weights`]. Unlike in diffusers'
+        pipelines, this is not a class method: the pipeline has everything that goes into the file.
 
         Args:
-            save_directory (`str` or `os.PathLike`): A folder; made if it does not exist.
-            adapter_name (`str`, *optional*): The adapter's name; needed where there are several.
-            weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`): The file.
+            save_directory (`str` or `os.PathLike`): A folder, created if it does not exist.
+            adapter_name (`str`, *optional*): The adapter's name; required if there are several.
+            weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`): The file's name.
             save_class_embeddings (`bool`, defaults to `False`):
-                Whether the file also gets all stages' class embeddings and the class names. Needed where the adapter
-                was trained for other classes than the pipeline's that it will be loaded into.
+                Whether to also save all stages' class embeddings and the class names. Required if the adapter was
+                trained for other classes than those of the pipeline it will be loaded into.
 
         Raises:
             ImportError: PEFT is not installed.
-            ValueError: There is no such adapter, or the path or name is not one for a safetensors file in a folder.
+            ValueError: There is no such adapter, the path is not a folder, or the name does not end in `.safetensors`.
         """
         _require_peft()
         from peft import get_peft_model_state_dict
@@ -258,19 +260,19 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
 
     def unload_lora_weights(self) -> None:
         r"""
-        Removes all adapters, and brings back the classes that one of them replaced. A fused adapter stays fused into
-        the weights, and its classes stay, too: `fuse_lora`, `unload_lora_weights` and `save_pretrained` make a
-        pipeline of its own from an adapter.
+        Removes all adapters and restores the classes that one of them replaced. A fused adapter stays fused into the
+        weights and keeps its classes: `fuse_lora`, `unload_lora_weights` and `save_pretrained` turn an adapter into a
+        standalone pipeline.
         """
         self._restore_classes(self._get_adapter_names())
         super().unload_lora_weights()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         r"""
-        Removes adapters, and brings back the classes that one of them replaced, unless it is fused.
+        Removes adapters and restores the classes that one of them replaced, unless it is fused.
 
         Args:
-            adapter_names (`list[str]` or `str`): Their names.
+            adapter_names (`list[str]` or `str`): The adapters' names.
         """
         self._restore_classes([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().delete_adapters(adapter_names)
@@ -283,14 +285,14 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         adapter_names: list[str] | None = None,
     ) -> None:
         r"""
-        Adds adapters to the weights that they adapt, so that they cost nothing.
+        Merges adapters into the weights they adapt, so that they cost nothing at inference.
 
         Args:
-            components (`list[str]`, *optional*): The stages by name, e.g. `"transformer_2"`; all if not given.
+            components (`list[str]`, *optional*): The stages' names, e.g. `"transformer_2"`; all by default.
             lora_scale (`float`, defaults to 1.0):
-                Factor on the adapters' weight; it lasts after `unfuse_lora`, until `set_adapters` is called.
-            safe_fusing (`bool`, defaults to `False`): Whether to refuse to fuse what is not finite.
-            adapter_names (`list[str]`, *optional*): The adapters; the active ones if not given.
+                Factor on the adapters' weights; it lasts beyond `unfuse_lora`, until `set_adapters` is called.
+            safe_fusing (`bool`, defaults to `False`): Whether to raise an error if fused weights are not finite.
+            adapter_names (`list[str]`, *optional*): The adapters to fuse; the active ones by default.
         """
         super().fuse_lora(
             components=self._lora_loadable_modules if components is None else components,
@@ -304,7 +306,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         Undoes `fuse_lora`.
 
         Args:
-            components (`list[str]`, *optional*): The stages by name; all if not given.
+            components (`list[str]`, *optional*): The stages' names; all by default.
         """
         super().unfuse_lora(self._lora_loadable_modules if components is None else components)
 
@@ -316,7 +318,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         return sorted({name for names in self.get_list_adapters().values() for name in names})
 
     def _make_adapter_name(self) -> str:
-        # One name for all stages: those that diffusers makes count the adapters of each.
+        # One name for all stages: diffusers would number the adapters separately in each.
         names = (f"default_{i}" for i in itertools.count())
         return next(name for name in names if name not in self._get_adapter_names())
 
@@ -325,7 +327,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         if adapter_name is None and len(names) == 1:
             return names[0]
         if adapter_name not in names:
-            problem = "is no adapter of this pipeline" if adapter_name else "does not say which adapter to save"
+            problem = "is not an adapter of this pipeline" if adapter_name else "does not say which adapter to save"
             remedy = f"Pass one of {', '.join(map(repr, names))}." if names else "Add or load one first."
             raise ValueError(f"`adapter_name={adapter_name!r}` {problem}. {remedy}")
         return adapter_name
@@ -334,13 +336,12 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         present = [stage for stage, names in self.get_list_adapters().items() if adapter_name in names]
         if hotswap and sorted(present) != sorted(stages):
             raise ValueError(
-                f"`hotswap=True` needs an adapter `{adapter_name}` on the new one's stages, {_quote(stages)}, but"
-                f" there is one on {_quote(present) or 'none'}. Load the new one under another name, without"
-                " `hotswap`."
+                f"`hotswap=True` needs an adapter `{adapter_name}` on the new one's stages, {_quote(stages)}, but it"
+                f" is on {_quote(present) or 'none'}. Load the new one under another name, without `hotswap`."
             )
         if present and not hotswap:
             raise ValueError(
-                f"The pipeline has an adapter `{adapter_name}` already. Pass another `adapter_name`, or call"
+                f"The pipeline already has an adapter `{adapter_name}`. Pass another `adapter_name`, or call"
                 f" `delete_adapters({adapter_name!r})` first."
             )
 
@@ -364,15 +365,15 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
 def _require_peft() -> None:
     if not USE_PEFT_BACKEND:
         raise ImportError(
-            "LoRA adapters need PEFT, which is not installed or too old. Run `pip install -U peft transformers`."
+            "LoRA adapters need PEFT, which is missing or too old. Run `pip install -U peft transformers`."
         )
 
 
 def _check_is_safetensors(name: str) -> None:
     if Path(name).suffix != ".safetensors":
         raise ValueError(
-            f"`{name}` is no safetensors file. LoRA weights are read and written in no other format, as pickles can"
-            " run code: pass a name that ends in `.safetensors`."
+            f"`{name}` is not a safetensors file. LoRA weights are only read and written as safetensors, as pickles"
+            " can run code: pass a name that ends in `.safetensors`."
         )
 
 
@@ -388,7 +389,7 @@ def _split_by_component(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _check_adapter_fits(
     weights: dict[str, dict[str, torch.Tensor]], transformers: dict[str, PISDMTransformer2DModel]
 ) -> None:
-    # PEFT would find out when the adapter is half loaded, or only warn.
+    # PEFT would only notice with the adapter half loaded, or merely warn.
     absent = [name for name in weights if name not in transformers]
     if absent:
         raise ValueError(
@@ -396,7 +397,7 @@ def _check_adapter_fits(
             f" {_REMEDY}"
         )
     if not any(".lora_" in key for layers in weights.values() for key in layers):
-        raise ValueError("The adapter holds no LoRA weights. Pass one that `save_lora_weights` wrote.")
+        raise ValueError("The adapter has no LoRA weights. Pass one written by `save_lora_weights`.")
     for name, layers in weights.items():
         for key, weight in layers.items():
             if key == CLASS_EMBEDDING:
@@ -407,8 +408,8 @@ def _check_adapter_fits(
     without = [name for name in transformers if name not in with_classes]
     if with_classes and without:
         raise ValueError(
-            f"The adapter brings classes of its own, but not for {_quote(without)}, and all stages need the same. Load"
-            f" the pipeline without this stage (`{without[0]}=None`), or an adapter that was saved with it."
+            f"The adapter brings its own classes, but not for {_quote(without)}, and all stages need the same classes."
+            f" Load the pipeline without this stage (`{without[0]}=None`), or an adapter that was saved with it."
         )
 
 
@@ -420,7 +421,7 @@ def _check_embedding(name: str, transformer: PISDMTransformer2DModel, weight: to
     width = transformer.config.hidden_size
     if weight.ndim != 2 or weight.shape[1] != width:
         raise ValueError(
-            f"The adapter's `{name}.{CLASS_EMBEDDING}` has shape {tuple(weight.shape)}, but `{name}` has rows of"
+            f"The adapter's `{name}.{CLASS_EMBEDDING}` has shape {tuple(weight.shape)}, but `{name}` needs rows of"
             f" {width} (`hidden_size`). {_REMEDY}"
         )
 
@@ -429,15 +430,15 @@ def _check_layer(name: str, transformer: PISDMTransformer2DModel, key: str, weig
     path, lora, matrix = key.partition(".lora_")
     if not lora:
         raise ValueError(
-            f"`{name}.{key}` is no LoRA weight. Keys have to be like `{name}.<layer>.lora_A.weight`: convert other"
-            " formats first."
+            f"`{name}.{key}` is not a LoRA weight. Keys have to look like `{name}.<layer>.lora_A.weight`: convert"
+            " other formats first."
         )
     try:
         layer = transformer.get_submodule(path)
     except AttributeError as error:
         raise ValueError(f"The adapter adapts `{path}` of `{name}`, which has no such layer. {_REMEDY}") from error
     dim, size = {"A.weight": (1, "in_features"), "B.weight": (0, "out_features")}.get(matrix, (None, ""))
-    expected = getattr(layer, size, None)  # layers other than linear ones are left to PEFT
+    expected = getattr(layer, size, None)  # PEFT checks layers other than linear ones
     if expected is not None and weight.shape[dim] != expected:
         raise ValueError(
             f"The adapter's `{name}.{key}` has shape {tuple(weight.shape)}, but `{path}` has"

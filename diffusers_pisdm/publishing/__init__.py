@@ -1,1 +1,1 @@
-"""A trained cascade on the Hub: what is uploaded, and its model card."""
+"""Publishes a trained cascade on the Hub, with its model card."""

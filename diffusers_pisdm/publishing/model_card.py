@@ -1,4 +1,4 @@
-"""The model card of a training run: a Markdown file whose marked sections are filled from the run's folder."""
+"""The model card of a training run: a Markdown file with marked sections that are filled from the run's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SKELETON = Path(__file__).with_name("model_card.md")
 PIPELINE_TAG = "unconditional-image-generation"  # the Hub has no task for class-conditional generation
 TAGS = ("diffusers", "diffusers_pisdm", "class-conditional-image-generation", "mamba")
 
-# What `training_config.json` holds beside arguments and versions, with its title in the card.
+# Entries of `training_config.json` other than arguments and versions, with their titles in the card.
 FACTS = {"images": "training images", "hardware": "hardware", "num_processes": "processes"}
 PRIVATE_ARGUMENT = re.compile("^hub_|^push_to_hub|token$")
 PICTURE = re.compile(r'!\[[^\]]*\]\(([^)\s]+)|<img\b[^>]*?\bsrc="([^"]+)"')
@@ -31,30 +31,32 @@ def make_model_card(
     datasets: list[str] | None = None,
 ) -> ModelCard:
     """
-    Fills a model card with what a run's folder holds. A section stands between `<!-- NAME:begin -->` and
-    `<!-- NAME:end -->`, where `NAME` is one of:
+    Fills a model card from a run's folder. A section is delimited by `<!-- NAME:begin -->` and `<!-- NAME:end -->`,
+    where `NAME` is one of:
 
     - `samples`: the newest of `samples/step-*.png`;
     - `usage`: how to load the repository;
     - `metrics`: `evaluation*.json` (metric names and values), the last losses of `metrics.jsonl`, `loss_curves.png`;
     - `training`: `training_config.json`, and steps and speed from `metrics.jsonl`.
 
-    A section without markers is appended. One whose files are missing stays as the card has it. Of the evaluations,
-    fractional numbers also become results in the metadata, where the card names a data set. Arguments about the Hub
-    and tokens are left out, and absolute paths are cut to their last part.
+    A section without markers is appended; one without files is left unchanged. If the card names a data set, the
+    evaluations' fractional numbers also become results in the metadata. Arguments about the Hub and tokens are left
+    out, and absolute paths are shortened to their last component.
 
     Args:
         run_dir (`str` or `Path`): The output folder of the training script.
         repo_id (`str`): The repository, as `owner/name`.
-        model_card (`str` or `Path`, *optional*): A Markdown file with YAML front matter; else a skeleton.
-        license (`str`, *optional*): The weights' licence by the Hub's name, e.g. `"apache-2.0"`; else the card's own.
-        datasets (`list[str]`, *optional*): Data sets on the Hub that the cascade was trained on; else the card's own.
+        model_card (`str` or `Path`, *optional*): A Markdown file with YAML front matter; by default, our template.
+        license (`str`, *optional*):
+            The Hub's identifier for the weights' licence, e.g. `"apache-2.0"`; defaults to the card's own.
+        datasets (`list[str]`, *optional*):
+            Data sets on the Hub that the cascade was trained on; defaults to the card's own.
 
     Returns:
-        [`~huggingface_hub.ModelCard`]: The card; `str(card)` is the README.md.
+        [`~huggingface_hub.ModelCard`]: The card; `str(card)` is the content of README.md.
 
     Raises:
-        ValueError: There is no card at `model_card`, its markers do not pair up, or a file of the run is not JSON.
+        ValueError: There is no card at `model_card`, its markers are not paired, or a file of the run is not JSON.
     """
     run_dir = Path(run_dir)
     card = ModelCard.load(Path(model_card or SKELETON))
@@ -67,7 +69,7 @@ def make_model_card(
 
     metrics = _read_metrics(run_dir / "metrics.jsonl")
     results = _read_results(run_dir)
-    if results and data.datasets:  # the Hub takes no result without a data set
+    if results and data.datasets:  # the Hub requires a data set for each result
         dataset = data.datasets if isinstance(data.datasets, str) else data.datasets[0]
         data.model_name = data.model_name or repo_id.split("/")[-1]
         data.eval_results = [
@@ -90,17 +92,17 @@ def make_model_card(
 
 def find_pictures(card: ModelCard, folders: Iterable[str | Path]) -> dict[str, Path]:
     """
-    The files that a card shows by relative links.
+    The pictures that a card shows through relative links.
 
     Args:
         card ([`~huggingface_hub.ModelCard`]): The card.
-        folders (`Iterable[str | Path]`): Where to look, in this order.
+        folders (`Iterable[str | Path]`): The folders to search, in order.
 
     Returns:
         `dict[str, Path]`: Files by link.
 
     Raises:
-        ValueError: A picture is in none of the folders.
+        ValueError: A picture is not in any of the folders.
     """
     pictures = {}
     folders = [Path(folder).resolve() for folder in folders]
@@ -113,7 +115,7 @@ def find_pictures(card: ModelCard, folders: Iterable[str | Path]) -> dict[str, P
         if not found:
             raise ValueError(
                 f"The model card shows the picture `{link}`, which is not in {' or '.join(map(str, folders))}. Put it"
-                " there, or take it out of the card; a picture has to lie in the card's folder or below."
+                " there or in a subfolder, or remove it from the card."
             )
         pictures[link] = found[0]
     return pictures
@@ -127,13 +129,13 @@ def _fill(text: str, name: str, body: str) -> str:
     if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
         raise ValueError(
             f"The model card has {text.count(begin)} times `{begin}` and {text.count(end)} times `{end}`; it needs"
-            " each once, in this order, or neither. Mend the card."
+            " each once, in this order, or neither. Fix the card."
         )
     return text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
 
 
 def _samples(run_dir: Path) -> str | None:
-    pictures = sorted(run_dir.glob("samples/step-*.png"))  # steps are padded with zeros
+    pictures = sorted(run_dir.glob("samples/step-*.png"))  # step numbers are zero-padded
     if not pictures:
         return None
     return f"## Samples\n\n![Samples of the last stage](samples/{pictures[-1].name})"
@@ -159,7 +161,7 @@ def _metrics(run_dir: Path, metrics: list[dict], results: list[tuple[str, str, A
     if losses:
         parts.append(_table(["loss", "step", "value"], losses))
     if (run_dir / "loss_curves.png").exists():
-        parts.append("![Losses over the steps](loss_curves.png)")
+        parts.append("![Losses over training steps](loss_curves.png)")
     return "\n\n".join(["## Metrics", *parts]) if parts else None
 
 
@@ -192,7 +194,7 @@ def _training(run_dir: Path, metrics: list[dict]) -> str | None:
 
 
 def _public(value: Any) -> str:
-    # An absolute path tells about the machine, its last part about the run.
+    # An absolute path reveals the machine; its last component is all that describes the run.
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
 
 
@@ -210,7 +212,7 @@ def _cell(value: Any) -> str:
 
 
 def _read_results(run_dir: Path) -> list[tuple[str, str, Any]]:
-    # Metric, its name in the card, value. The name says from which file, where there are several.
+    # Metric, its name in the card (with the file's name if there are several), and value.
     paths = sorted(run_dir.glob("evaluation*.json"))
     return [
         (metric, metric if len(paths) == 1 else f"{metric} ({path.stem})", value)
@@ -229,4 +231,4 @@ def _read_json(text: str, path: Path) -> dict:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} does not hold the JSON that it should: {error}. Mend or remove it.") from error
+        raise ValueError(f"{path} is not valid JSON: {error}. Fix or remove it.") from error

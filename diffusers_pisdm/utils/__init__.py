@@ -1,1 +1,1 @@
-"""Files, machines and grids of images: what all parts of the package use and none owns."""
+"""Helpers for files, machines and image grids, shared by all parts of the package."""

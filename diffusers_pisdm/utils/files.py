@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 @contextmanager
 def write_whole(path: str | Path, unfinished_suffix: str = ".unfinished") -> Iterator[Path]:
     """
-    Lets the caller write a file beside `path`, then moves it there, unless there was an error. Processes that may
-    write one file at a time need different suffixes.
+    Lets the caller write a temporary file next to `path`, then moves it to `path` unless there was an error. Processes
+    that may write the same file at the same time need different suffixes.
     """
     path = Path(path)
     unfinished = path.with_name(path.name + unfinished_suffix)
@@ -24,8 +24,8 @@ def write_whole(path: str | Path, unfinished_suffix: str = ".unfinished") -> Ite
         os.replace(unfinished, path)
     except OSError as error:
         raise OSError(
-            f"Cannot write {path}: {error}. Make room or name another place, and run it again: what is written"
-            " already is kept."
+            f"Cannot write {path}: {error}. Free up space or choose another location, then rerun: files already"
+            " written are kept."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -34,8 +34,8 @@ def write_whole(path: str | Path, unfinished_suffix: str = ".unfinished") -> Ite
 
 def save_in_place(write: Callable[[Path], None], folder: str | Path) -> None:
     """
-    Lets `write` fill a folder beside `folder`, then moves each of its files to its place: at any moment every file in
-    `folder` is whole. Other files there stay.
+    Lets `write` fill a temporary folder inside `folder`, then moves each file into place, so every file in `folder` is
+    complete at all times. Other files there stay.
     """
     folder = Path(folder)
     partial = folder / "partial-save"

@@ -1,4 +1,4 @@
-"""Labelled grids of small images: what the demo, the training script's sample grids and the docs are drawn with."""
+"""Labelled grids of small images, for the demo, the training script's sample grids and the docs."""
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,29 +20,29 @@ def make_image_grid(
     title: str | None = None,
 ) -> Image.Image:
     """
-    Draw images into one picture, row by row, each in a square cell with its label under it.
+    Draws images into one picture, row by row, each in a square cell with its label below.
 
     Args:
         images (`list[PIL.Image.Image]`):
-            At least one image, of any sizes and modes. One smaller than `cell_size` is scaled up by the largest whole
-            factor that fits, with nearest neighbour, so that its pixels stay visible as they are; one that is larger
-            is scaled down. Images with transparency are laid on white.
+            At least one image, of any size and mode. Images smaller than `cell_size` are scaled up by the largest
+            integer factor that fits, with nearest neighbour, so their pixels stay visible; larger ones are scaled
+            down. Transparent images are drawn on white.
         labels (`list[str]`, *optional*):
-            One label an image. Of a label that is wider than its cell the end is kept, after an ellipsis: class names
-            such as `fluent3d/animal-mammal` differ there. `None` draws no labels and leaves no room for them.
+            One label per image. If a label is wider than its cell, only its end is kept, after an ellipsis, since
+            class names such as `fluent3d/animal-mammal` differ there. `None` draws no labels and reserves no space.
         columns (`int`):
-            Images a row, at least 1. The last row may be shorter.
+            Images per row, at least 1. The last row may be shorter.
         cell_size (`int`, defaults to `64`):
             Side of a cell in pixels, at least 1.
         title (`str`, *optional*):
-            A line over the whole grid.
+            A line above the grid.
 
     Returns:
-        `PIL.Image.Image`: an RGB picture.
+        `PIL.Image.Image`: An RGB picture.
 
     Raises:
-        ValueError: if there are no images, `columns` or `cell_size` is below 1, or there are more or fewer labels than
-            images.
+        ValueError: There are no images, `columns` or `cell_size` is below 1, or the number of labels differs from the
+            number of images.
     """
     if not images:
         raise ValueError("`images` is empty: a grid needs at least one image.")
@@ -51,7 +51,7 @@ def make_image_grid(
     if cell_size < 1:
         raise ValueError(f"`cell_size` has to be at least 1 pixel but is {cell_size}.")
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"`labels` has {len(labels)} entries for {len(images)} images; pass one label an image.")
+        raise ValueError(f"`labels` has {len(labels)} entries for {len(images)} images: pass one label per image.")
 
     label_font = ImageFont.load_default(size=LABEL_FONT_SIZE)
     title_font = ImageFont.load_default(size=TITLE_FONT_SIZE)
@@ -82,8 +82,8 @@ def make_image_grid(
 
 def fit_into_cell(image: Image.Image, cell_size: int) -> Image.Image:
     """
-    Scales an image to the largest size that fits a square cell and keeps its shape, as RGB on white: enlarged by a
-    whole factor with nearest neighbour, or reduced with an area filter.
+    Scales an image to fit a square cell, keeping its aspect ratio, as RGB on white: enlarged by an integer factor with
+    nearest neighbour, or reduced with an area filter.
     """
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -99,8 +99,8 @@ def fit_into_cell(image: Image.Image, cell_size: int) -> Image.Image:
 
 def shorten_to_width(text: str, font: ImageFont.FreeTypeFont, width: int, keep: str = "end") -> str:
     """
-    Shortens a line of text until it is at most `width` pixels wide: the longest part of its start or end (`keep`) that
-    fits together with an ellipsis; empty where not even that fits.
+    Shortens a line of text to at most `width` pixels: the longest part of its start or end (`keep`) that fits with an
+    ellipsis, or nothing if not even the ellipsis fits.
     """
     if font.getlength(text) <= width:
         return text

@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""The machine a run uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def describe_machine(device: torch.device) -> str:
-    """A line about the device, for logs and model cards: its name, and of a CPU the number of threads."""
+    """One line about the device, for logs and model cards: its name, and the number of threads for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -22,10 +22,10 @@ def describe_machine(device: torch.device) -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held so far, in GiB: on the GPU, or else in main memory."""
+    """This process's peak memory so far, in GiB: on the GPU if `device` is one, otherwise in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":  # has no getrusage
+    if sys.platform == "win32":  # Windows has no getrusage
         return 0.0
     import resource
 

@@ -65,7 +65,7 @@ def test_a_dry_run_shows_files_and_card_and_sends_nothing(hub, run_dir, capsys):
 @pytest.mark.parametrize(
     ("token", "folder", "message"),
     [
-        ("token", "nowhere", "error: .*nowhere is no saved pipeline"),
+        ("token", "nowhere", "error: .*nowhere is not a saved pipeline"),
         ("", "", "error: Token is required .*hf auth login"),
         ("wrong", "", "error: .*401"),
     ],

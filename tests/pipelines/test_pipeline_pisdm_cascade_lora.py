@@ -309,7 +309,7 @@ def test_hotswap(pipe, trained, base, tmp_path):
 def test_hotswap_needs_an_adapter_on_the_same_stages(pipe, trained, upper):
     pipe.load_lora_weights(trained[0], adapter_name="a")
     for name, stages in (("a", "`transformer`, `transformer_2`"), (None, "none")):
-        with pytest.raises(ValueError, match=f"new one's stages, `transformer_2`, but there is one on {stages}. Load"):
+        with pytest.raises(ValueError, match=f"new one's stages, `transformer_2`, but it is on {stages}. Load"):
             pipe.load_lora_weights(upper[0], adapter_name=name, hotswap=True)
 
 
@@ -370,7 +370,7 @@ def test_fused_adapters_keep_their_classes(pipe, with_classes, tmp_path):
 
 def test_classes_of_two_adapters_are_refused(pipe, with_classes):
     pipe.load_lora_weights(with_classes[0], adapter_name="a")
-    with pytest.raises(ValueError, match=r"but `a` has done so already\. Call `delete_adapters\('a'\)` first"):
+    with pytest.raises(ValueError, match=r"`a` already did\. Call `delete_adapters\('a'\)` first"):
         pipe.load_lora_weights(with_classes[0], adapter_name="b")
     assert pipe.get_list_adapters()["transformer"] == ["a"]
     pipe.load_lora_weights(with_classes[0], adapter_name="a", hotswap=True)
@@ -424,16 +424,16 @@ UNFIT = {
     ),
     "other format": (
         lambda w: changed(w, "transformer.transformer_blocks.0.mixer.in_proj.hada_w1_a", w[PROJECTION]),
-        r"`transformer\.transformer_blocks\.0\.mixer\.in_proj\.hada_w1_a` is no LoRA weight\. Keys have to be like",
+        r"`transformer\.transformer_blocks\.0\.mixer\.in_proj\.hada_w1_a` is not a LoRA weight\. .*lora_A\.weight",
     ),
-    "no weights": (lambda w: {}, r"holds no LoRA weights\. Pass one that `save_lora_weights` wrote"),
+    "no weights": (lambda w: {}, r"no LoRA weights\. .*`save_lora_weights`"),
     "classes of one stage": (
         lambda w: changed(w, "transformer.class_embedding.weight", torch.zeros(4, 16)),
-        r"classes of its own, but not for `transformer_2`.*`transformer_2=None`",
+        r"its own classes, but not for `transformer_2`.*`transformer_2=None`",
     ),
     "width of classes": (
         lambda w: changed(w, "transformer.class_embedding.weight", torch.zeros(4, 24)),
-        r"`transformer\.class_embedding\.weight` has shape \(4, 24\), but `transformer` has rows of 16 ",
+        r"`transformer\.class_embedding\.weight` has shape \(4, 24\), but `transformer` needs rows of 16 ",
     ),
 }
 
@@ -471,7 +471,7 @@ def test_a_cascade_of_more_stages(trained, with_classes):
 
 def test_name_in_use(pipe, trained, upper):
     pipe.load_lora_weights(upper[0], adapter_name="a")
-    with pytest.raises(ValueError, match=r"has an adapter `a` already\. Pass another `adapter_name`, or call"):
+    with pytest.raises(ValueError, match=r"already has an adapter `a`\. Pass another `adapter_name`, or call"):
         pipe.load_lora_weights(trained[0], adapter_name="a")
     assert pipe.get_list_adapters() == {"transformer_2": ["a"]}
 
@@ -488,7 +488,9 @@ def test_missing_file(pipe, tmp_path, source):
 def test_pickles_are_refused(pipe, tmp_path):
     torch.save({}, tmp_path / "adapter.bin")
     for source, name in [(tmp_path, "adapter.bin"), (tmp_path / "adapter.bin", FILE)]:
-        with pytest.raises(ValueError, match=r"adapter\.bin` is no safetensors file\. .*pickles can run code: pass"):
+        with pytest.raises(
+            ValueError, match=r"adapter\.bin` is not a safetensors file\. .*pickles can run code: pass"
+        ):
             pipe.load_lora_weights(source, weight_name=name)
 
 
@@ -513,9 +515,11 @@ def test_saving_what_there_is_not(pipe, trained, upper, tmp_path):
     pipe.load_lora_weights(upper[0], adapter_name="b")
     with pytest.raises(ValueError, match=r"None` does not say which adapter to save\. Pass one of 'a', 'b'\."):
         pipe.save_lora_weights(tmp_path)
-    with pytest.raises(ValueError, match=r"`adapter_name='c'` is no adapter of this pipeline\. Pass one of 'a', 'b'"):
+    with pytest.raises(
+        ValueError, match=r"`adapter_name='c'` is not an adapter of this pipeline\. Pass one of 'a', 'b'"
+    ):
         pipe.save_lora_weights(tmp_path, adapter_name="c")
-    with pytest.raises(ValueError, match=r"`adapter\.bin` is no safetensors file"):
+    with pytest.raises(ValueError, match=r"`adapter\.bin` is not a safetensors file"):
         pipe.save_lora_weights(tmp_path, adapter_name="a", weight_name="adapter.bin")
     with pytest.raises(ValueError, match=r"`save_directory` is a file: .* Pass a folder"):
         pipe.save_lora_weights(trained[0] / FILE, adapter_name="a")

@@ -108,7 +108,7 @@ def test_text_between_markers_stays_where_the_run_has_nothing(tmp_path, own_card
 )
 def test_unpaired_markers(tmp_path, own_card, markers):
     own_card.write_text(own_card.read_text() + markers)
-    with pytest.raises(ValueError, match=r"times `<!-- usage:begin -->` and .* Mend the card"):
+    with pytest.raises(ValueError, match=r"times `<!-- usage:begin -->` and .* Fix the card"):
         make_model_card(tmp_path, "someone/name", own_card)
 
 
@@ -120,9 +120,7 @@ def test_a_card_that_is_not_there(tmp_path):
 def test_a_torn_file(run_dir):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 15')
-    with pytest.raises(
-        ValueError, match=r"metrics\.jsonl does not hold the JSON that it should: .* Mend or remove it"
-    ):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not valid JSON: .* Fix or remove it"):
         make_model_card(run_dir, "someone/name")
 
 

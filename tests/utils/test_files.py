@@ -31,7 +31,7 @@ def test_a_full_disk_is_told(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(OSError, match=f"Cannot write {path}: .*Make room"), write_whole(path) as unfinished:
+        with pytest.raises(OSError, match=f"Cannot write {path}: .*Free up space"), write_whole(path) as unfinished:
             unfinished.write_bytes(bytes(2000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
