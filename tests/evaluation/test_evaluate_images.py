@@ -113,8 +113,8 @@ def test_what_the_scores_are_of_is_recorded(pixels, pictures):
     assert (found["sample_size"], found["reference_size"]) == ([64, 64], [128, 128])
     assert (found["extractor"], found["seed"], found["num_neighbors"]) == ("pixels", 5, 3)
     network, count, size = found["notes"]
-    assert "of Inception v3, these of pixels" in network
-    assert "50,000 samples, these of 20" in count
+    assert "Inception v3, these use pixels" in network
+    assert "50,000 samples, these use 20" in count
     assert "Samples have 64x64 pixels, the reference has 128x128" in size
 
 
