@@ -1,4 +1,4 @@
-"""What samples are compared with: the statistics of a data set's images at the models' size, computed once."""
+"""The reference for samples: statistics of a data set's images at the models' size, computed once."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from diffusers_pisdm.evaluation import (
 def reference_statistics(
     data_dir: str, split: str, size: int, extractor: FeatureExtractor, folder: Path
 ) -> FeatureStatistics:
-    """Of a data set's split at `size` pixels, kept in a file of `folder` named after the network."""
+    """The statistics of a data set's split at `size` pixels, cached in a file in `folder` named after the network."""
     file = folder / f"reference_{extractor.name.replace('/', '-').replace(':', '-')}.npz"
     if not file.exists():
-        crop = partial(ImageTransform(size), random=np.random.default_rng(0))  # nothing in it is random
+        crop = partial(ImageTransform(size), random=np.random.default_rng(0))  # uses no randomness
         source = DatasetImages(f"{data_dir}, {split}", load_image_data(data_dir, split), decode_image, crop)
         write_reference_file(file, collect_statistics(source, extractor))
     return read_reference_file(file, extractor)

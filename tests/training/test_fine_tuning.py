@@ -172,7 +172,7 @@ def test_another_configuration_is_refused(changes, message):
 @pytest.mark.parametrize("id2label", [None, {0: "a"}])
 def test_classes_without_names_are_refused(id2label):
     pretrained = make_cascade(1, id2label=id2label)
-    with pytest.raises(ValueError, match=r"10 classes and [01] class names .*Pass their names to `from_pretrained`"):
+    with pytest.raises(ValueError, match=r"10 classes but [01] class names .*Pass their names to `from_pretrained`"):
         start_cascade(pretrained, [stage_config(1)], NEW_NAMES)
 
 
