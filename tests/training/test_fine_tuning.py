@@ -229,7 +229,7 @@ def test_what_trains_is_float32():
 
 
 def test_unknown_targets_are_named():
-    with pytest.raises(ValueError, match=r"contains 'to_q', but the model has no layer of that name\. Pass names of"):
+    with pytest.raises(ValueError, match=r"contains 'to_q', .* no such layer\. Pass names of .*'in_proj'"):
         add_lora(make_model(), rank=2, alpha=2, target_modules=["in_proj", "to_q"])
 
 
