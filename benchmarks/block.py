@@ -1,21 +1,21 @@
 """
-Time and memory of a PIS-DM block against those of DiT and U-ViT, over numbers of tokens.
+Time and memory of a PIS-DM block compared with blocks of DiT and U-ViT, by number of tokens.
 
     python -m benchmarks.block
     python -m benchmarks.block --width 384 --image-sizes 128 256 512
     python -m benchmarks.block --dtype bfloat16
     python -m benchmarks.block --training
 
-What is timed is first checked against float64. A block here is a layer of each half of the model, with what reorders
-its tokens and takes in a long skip; they take turns, and medians count. Blocks differ in size, so that ratios are of
-seconds per parameter: how many times as fast PIS-DM is where both have as many parameters. DiT's blocks each compute a
-modulation, once an image, with a third of their parameters; the second ratio leaves these out. `products` is the share
-of matrix products in PIS-DM's time, and `growth` how much time grows as tokens do by four.
+All candidates are first checked against float64. A block here is one layer from each half of the model, including the
+reordering of its tokens and the long skip; blocks are timed in turns, and medians reported. Blocks differ in size, so
+ratios are of seconds per parameter: how many times as fast PIS-DM is for equally many parameters. Each of DiT's blocks
+computes a modulation once per image with a third of its parameters; the second ratio excludes these. `products` is the
+share of matrix products in PIS-DM's time, and `growth` is by how much time grows with four times as many tokens.
 
 `--training` times forward and backward of one block, without and with gradient checkpointing, against the same block
-on the slow path of transformers' Mamba, and says what is kept for the backward.
+on the slow path of transformers' Mamba, and reports what is kept for the backward.
 
-Written are a table, and `block.json` and `.png`, or `block_training.json`.
+Prints a table and writes `block.json` and `.png`, or `block_training.json`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from benchmarks.speed.candidates import PISDM, check_candidates, make_candidates
 
 
 PRODUCTS = next(iter(PARTS))
-DEPTH = 40  # layers of the models whose blocks these are, whose depths only have to come out even
+DEPTH = 40  # layers of the models whose blocks are timed; any even depth will do
 
 
 def measure_times(pairs: dict[str, BlockPair], image_size: int, args: argparse.Namespace) -> list[dict]:
-    """All blocks for images of one size: a row each, PIS-DM's first."""
+    """Measures all blocks for images of one size: a row each, PIS-DM's first."""
     seconds = median_seconds(pairs, args.repeats)
     rows = [
         {
@@ -62,7 +62,7 @@ def measure_times(pairs: dict[str, BlockPair], image_size: int, args: argparse.N
 
 
 def add_growth(rows: list[dict]) -> None:
-    """To every row how much time it takes over that of a quarter of the tokens, where that was measured."""
+    """Adds to each row the ratio of its time to that for a quarter of the tokens, if measured."""
     seconds = {(row["model"], row["tokens"]): row["median_seconds"] for row in rows}
     for row in rows:
         quarter = seconds.get((row["model"], row["tokens"] / 4))
@@ -90,7 +90,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
-    """Seconds a parameter, memory, and the parts of PIS-DM's time, over the number of tokens."""
+    """Plots seconds per parameter, memory, and the parts of PIS-DM's time over the number of tokens."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -149,7 +149,7 @@ def run_blocks(args: argparse.Namespace, conditions: dict) -> None:
         for row in rows:
             row["load_average"] = os.getloadavg()[0]
         add_growth(report["rows"])
-        # Memory takes passes of its own, minutes at many tokens: what is timed should not be lost with them.
+        # Memory takes separate passes, minutes with many tokens; an interruption should not lose the times.
         write_report(args.output_dir, "block", report)
         for row in rows:
             row["memory_bytes"] = pairs[row["model"]].peak_bytes()

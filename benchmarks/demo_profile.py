@@ -1,15 +1,14 @@
 #!/usr/bin/env python
 """
-Where the time of `make demo` goes: the share of its sampling that lies inside the transformers' forwards, beside the
-schedulers' steps and the rest, stage by stage; and what guidance slicing does to time and memory.
+Where the time of `make demo` goes: the shares of sampling spent in the transformers' forwards, the schedulers' steps
+and the rest, by stage; and the effect of guidance slicing on time and memory.
 
     python -m benchmarks.demo_profile
     python -m benchmarks.demo_profile --steps 50 20 20 20 --repeats 5 --threads 1 --output-dir results
 
-`examples/generate.py` is run up to its call of the pipeline. That call is repeated, with guidance in one forward and
-in two, in turns, after one call that warms up, and the run of the median time counts. Writing the pictures is no part
-of it. Memory is what a call needs at its worst moment beyond the weights. Written are tables, `demo_profile.json` and
-`demo_profile.png`.
+`examples/generate.py` runs up to its call of the pipeline. After a warm-up, that call is repeated with guidance in one
+forward and in two, in turns, and the run with the median time is reported. Writing the pictures is not included.
+Memory is the peak of a call beyond the weights. Prints tables and writes `demo_profile.json` and `demo_profile.png`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from diffusers_pisdm.utils.machine import describe_machine
 
 
 GENERATE = Path(__file__).parents[1] / "examples" / "generate.py"
-WAYS = {"one forward": False, "two forwards": True}  # a guided step, and whether guidance is sliced for it
+WAYS = {"one forward": False, "two forwards": True}  # how a guided step runs, and whether that takes guidance slicing
 PARTS = ("forwards", "scheduler", "rest")
 OUTSIDE = "outside"  # of the stages' loops over their steps
 
@@ -44,7 +43,7 @@ class _CallReached(Exception):
 
 
 def demo_call(arguments: list[str]) -> tuple[PISDMCascadePipeline, dict]:
-    """The pipeline that `examples/generate.py` makes of its arguments, and what it calls it with."""
+    """The pipeline that `examples/generate.py` builds from its arguments, and the arguments of its call."""
 
     def stop(pipe: PISDMCascadePipeline, **call_arguments) -> None:
         raise _CallReached(pipe, call_arguments)
@@ -58,14 +57,14 @@ def demo_call(arguments: list[str]) -> tuple[PISDMCascadePipeline, dict]:
 
 
 def repeat_call(pipe: PISDMCascadePipeline, call_arguments: dict) -> None:
-    """Calls the pipeline as the first time: with generators as they were."""
+    """Calls the pipeline as the first time, with the generators in their initial state."""
     pipe(**{**call_arguments, "generator": [generator.clone_state() for generator in call_arguments["generator"]]})
 
 
 @contextmanager
 def watch_stages(pipe: PISDMCascadePipeline) -> Iterator[list[dict]]:
     """
-    Yields a list that gets, for each stage that runs inside, its `seconds` in the loop over the steps, those of them
+    Yields a list that receives, for each stage that runs inside, the `seconds` in its loop over the steps, those spent
     in `forwards` and in the `scheduler`, the `rest`, and `num_forwards`.
     """
     device = pipe.device
@@ -119,8 +118,8 @@ def watch_stages(pipe: PISDMCascadePipeline) -> Iterator[list[dict]]:
 
 def profile_call(pipe: PISDMCascadePipeline, call_arguments: dict) -> dict:
     """
-    Calls the pipeline once: `seconds` in all, `stages` as in `watch_stages`, seconds `outside` of them (noise,
-    upsampling, images), and `forward_share` of all seconds.
+    Calls the pipeline once: total `seconds`, `stages` as in `watch_stages`, seconds `outside` them (noise, upsampling,
+    images), and `forward_share`, the forwards' share of all seconds.
     """
     with watch_stages(pipe) as stages:
         start = time.perf_counter()
@@ -135,7 +134,7 @@ def profile_call(pipe: PISDMCascadePipeline, call_arguments: dict) -> dict:
 
 
 def measure_ways(pipe: PISDMCascadePipeline, call_arguments: dict, repeats: int) -> list[dict]:
-    """For each way of guidance the run of the median time, all runs' times and shares, and its memory in bytes."""
+    """For each way of guidance, the run with the median time, all runs' times and shares, and its memory in bytes."""
     pipe.set_progress_bar_config(disable=True)
     repeat_call(pipe, call_arguments)
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}
@@ -164,7 +163,7 @@ def measure_ways(pipe: PISDMCascadePipeline, call_arguments: dict, repeats: int)
 
 
 def format_tables(rows: list[dict], sizes: list[int]) -> str:
-    """A Markdown table of the stages, of guidance in one forward, and one of the ways."""
+    """A Markdown table of the stages, with guidance in one forward, and one of the ways."""
     first = rows[0]
     lines = ["| stage | seconds | forwards | in forwards | in the scheduler | rest |", "|" + "---|" * 6]
     for size, stage in zip(sizes, first["stages"]):
@@ -184,7 +183,7 @@ def format_tables(rows: list[dict], sizes: list[int]) -> str:
 
 
 def draw(report: dict, path: Path) -> None:
-    """A bar for each stage, a segment for each part."""
+    """Draws a bar per stage with a segment per part."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -199,7 +198,7 @@ def draw(report: dict, path: Path) -> None:
         axis.barh(names, seconds, left=starts, label=part)
         starts = [start + length for start, length in zip(starts, seconds)]
     axis.invert_yaxis()
-    axis.set(xlabel="seconds", title=f"{row['forward_share']:.1%} of the sampling lies in forwards")
+    axis.set(xlabel="seconds", title=f"{row['forward_share']:.1%} of the sampling is in forwards")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -212,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", nargs="+", default=[], help="one number, or one per stage; default: the model's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each way")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the kernels")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for torch and the kernels")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""What people see before they see what a picture shows: the grid of a model's patches, and dirt on a white ground."""
+"""Defects that people notice first in a picture: the grid of the model's patches, and dirt on a white background."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 
 
-FLAT = 8  # of 255: an area is flat where three pixels further the colour has changed by less
-WHITE = 220  # of 255: the least channel of all pixels around
+FLAT = 8  # of 255: an area is flat if the colour changes by less over three pixels
+WHITE = 220  # of 255: the lowest channel value in a white neighbourhood
 
 
 def patch_border_ratio(images: torch.Tensor, patch_size: int) -> float:
     """
-    How much more neighbouring pixels of flat areas differ across patch borders than within patches, of images (N, 3,
-    H, W), uint8: about 1 without a grid, `nan` where nothing is flat.
+    How much more neighbouring pixels in flat areas differ across patch borders than within patches, for images (N, 3,
+    H, W), uint8: about 1 without a grid, `nan` if nothing is flat.
     """
     across, within = [], []
     for x in (images.float(), images.float().mT):
@@ -28,8 +28,8 @@ def patch_border_ratio(images: torch.Tensor, patch_size: int) -> float:
 
 def white_roughness(images: torch.Tensor) -> float:
     """
-    The mean difference of neighbouring pixels, in 1/255, where all 5x5 pixels around are nearly white, of images (N,
-    3, H, W), uint8: 0 for a clean ground, `nan` without one.
+    The mean difference of neighbouring pixels, in 1/255, where all surrounding 5x5 pixels are nearly white, for images
+    (N, 3, H, W), uint8: 0 for a clean background, `nan` without one.
     """
     x = images.float()
     is_white = -F.max_pool2d(-x.amin(dim=1, keepdim=True), 5, stride=1, padding=2) >= WHITE  # (N, 1, H, W)

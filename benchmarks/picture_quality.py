@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """
-Judges the pictures of a class-conditional cascade as a whole: Frechet distances to training and held-out images,
-precision and recall, share of pictures nearest to their own class, the grid of the patches, dirt on a white ground,
-repeated training images, and the time a picture takes.
+Evaluates the pictures of a class-conditional cascade: Fréchet distances to training and held-out images, precision and
+recall, the share of pictures nearest to their own class, the patch grid, dirt on a white background, copied training
+images, and the time per picture.
 
     python -m benchmarks.picture_quality --model checkpoints/pisdm-emoji128 --data_dir data/emoji128 --output quality
-    python -m benchmarks.picture_quality ... --size 64 --styles fluent3d noto twemoji  # as a model of these is judged
+    python -m benchmarks.picture_quality ... --size 64 --styles fluent3d noto twemoji  # as for a model of these
 
-Samples have the classes of the training images, in their proportions. The same command again completes what was
-interrupted. Written are the samples, `picture_quality.json`, and a grid of the first 64 samples, as they come.
+Samples have the classes of the training images in the same proportions. If interrupted, rerun the same command to
+resume. Writes the samples, `picture_quality.json`, and an uncurated grid of the first 64 samples.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from diffusers_pisdm.utils.machine import describe_machine
 
 
 SHOWN = 64
-TIMED = 8  # images drawn once more for the time
+TIMED = 8  # images drawn again for timing
 NEIGHBOUR_SIZE = 64  # pixels at which training images are searched
 
 
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--held_out_split", default="validation")
     add("--styles", nargs="+", help="Only classes whose name begins with one of these and a slash.")
     add("--num_samples", type=int, default=2000)
-    add("--size", type=int, help="Bring all images to so many pixels first; the model's by default.")
+    add("--size", type=int, help="Resize all images to this many pixels first; default: the model's size.")
     add("--seed", type=int, default=0)
     add("--num_inference_steps", type=int, nargs="+", help="One number, or one per stage; default: the pipeline's.")
     add("--guidance_scale", type=float, nargs="+", help="Likewise.")
@@ -80,7 +80,7 @@ def read_all(source: ImageSource) -> torch.Tensor:
 
 
 def keep(statistics: FeatureStatistics, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and covariance of some of the kept features."""
+    """Mean and covariance of a subset of the stored features."""
     features = statistics.features[rows].double()
     return features.mean(dim=0), torch.cov(features.T)
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     model_size, patch_size = (pipe.stages[-1].config[name] for name in ("sample_size", "patch_size"))
     size = args.size or model_size
 
-    # Classes are told apart by their names: the model's ids may be others than the data set's.
+    # Match classes by name: the model's ids may differ from the data set's.
     ids = {name: i for i, name in pipe.config.id2label.items()}
     styles = args.styles and tuple(f"{style}/" for style in args.styles)
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = (time.perf_counter() - started) / TIMED
 
     extractor = load_feature_extractor(args.features)
-    crop = partial(ImageTransform(size), random=np.random.default_rng(0))  # nothing in it is random
+    crop = partial(ImageTransform(size), random=np.random.default_rng(0))  # uses no randomness
     sources = {
         "train": DatasetImages(f"{args.data_dir}, {args.train_split}", train, decode_image, crop),
         "held_out": DatasetImages(f"{args.data_dir}, {args.held_out_split}", held_out, decode_image, crop),
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         result[f"nearest_subject_{name}"] = sum(same) / len(same)
 
     for name in ("samples", "held_out"):
-        # At the model's own size: a reduced picture has no patches.
+        # At the model's own size: a downscaled picture has no patches.
         whole = partial(ImageTransform(model_size), random=np.random.default_rng(0))
         source = FolderImages(args.output / "samples", decode_image)
         if name == "held_out":

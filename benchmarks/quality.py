@@ -1,16 +1,16 @@
 #!/usr/bin/env python
 """
-How good the images are at equal budget: PIS-DM as a single stage and as a cascade against diffusers' DiT, with equal
-parameters, data, training FLOPs, optimizer and sampler; the Frechet distance to held-out images, over several seeds.
+Image quality at equal budget: PIS-DM as a single stage and as a cascade against diffusers' DiT, with equal parameters,
+data, training FLOPs, optimizer and sampler; the Fréchet distance to held-out images, over several seeds.
 
     python examples/datasets/fashion_mnist.py --output_dir data/fashion-mnist32
     python -m benchmarks.quality --data_dir data/fashion-mnist32 --held_out_split test --output outputs/quality/fashion
     python examples/datasets/emoji.py --output_dir data/emoji64
     python -m benchmarks.quality --data_dir data/emoji64 --held_out_split validation --output outputs/quality/emoji
 
-Every run (a contestant and a seed) leaves its checkpoint, samples and `result.json` in a folder of its own. Killed,
-the same command goes on; several of them, with other `--seeds`, may share an output folder. Written besides are a
-table, `quality.json`, `quality.png` and `samples.png`.
+Every run (a contestant and a seed) leaves its checkpoint, samples and `result.json` in its own folder. If interrupted,
+rerun the same command to resume; several commands with different `--seeds` may share an output folder. Also prints a
+table and writes `quality.json`, `quality.png` and `samples.png`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--held_out_split", default="validation", help="The reference of all scores; never trained on.")
     add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--training_tflop", type=float, default=20.0, help="10^12 floating point operations of training, each.")
+    add("--training_tflop", type=float, default=20.0, help="10^12 floating point operations per training run.")
     add("--num_samples", type=int, default=1000)
     add("--num_inference_steps", type=int, default=20)
     add("--guidance_scale", type=float, default=1.0)
@@ -80,7 +80,7 @@ def run(
     args: argparse.Namespace,
     folder: Path,
 ) -> dict:
-    """Trains, samples and evaluates; what is there already is not done again."""
+    """Trains, samples and evaluates, skipping what is already done."""
     steps = budget.steps(args.training_tflop, settings.batch_size)
     objective = train_contestant(contestant, data, steps, seed, folder, settings)
     sampling = SampleSettings(
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, budget in budgets.items():
         print(
             f"{contestants[name].label}: {budget.parameters / 1e6:.3f}M parameters,"
-            f" {budget.training_flops / 1e9:.2f} GFLOP an image and training step,"
+            f" {budget.training_flops / 1e9:.2f} GFLOP per image and training step,"
             f" {budget.steps(args.training_tflop, settings.batch_size)} steps of {settings.batch_size} images"
         )
     conditions = {
@@ -131,13 +131,13 @@ def main(argv: list[str] | None = None) -> None:
         "features": args.features,
         **asdict(settings),
     }
-    conditions = json.loads(json.dumps(conditions))  # as it is read again
+    conditions = json.loads(json.dumps(conditions))  # as they are read back
     for seed in args.seeds:
         for name, contestant in contestants.items():
             folder = args.output / name / f"seed-{seed}"
             if (folder / "result.json").exists():
                 if json.loads((folder / "result.json").read_text())["conditions"] != conditions:
-                    raise SystemExit(f"error: {folder} was made under other conditions: name another --output.")
+                    raise SystemExit(f"error: {folder} was made under other conditions. Choose another --output.")
                 continue
             result = run(contestant, seed, budgets[name], data, reference, extractor, settings, args, folder)
             result |= {

@@ -1,14 +1,14 @@
 """
-What sampling time buys: the Frechet distance of a cascade's samples against the seconds an image takes, for schedulers
-x steps and for guidance scales x guidance intervals. The pipeline's defaults were chosen by it.
+What sampling time buys: the Fréchet distance of a cascade's samples against the seconds per image, for schedulers x
+steps and for guidance scales x guidance intervals. The pipeline's defaults are based on it.
 
     python examples/datasets/emoji.py --edition 2 --output_dir data/emoji128
     python -m benchmarks.sampling_efficiency --data_dir data/emoji128 --output outputs/sampling_efficiency
 
-Samples are drawn first, the same classes and noise every way, and evaluated; then the ways take turns on the clock,
-`--repeats` times, and the medians count. Killed, the same command goes on. Several processes may share the drawing:
-`--part 0 2` and `--part 1 2` draw every second way each; the command without it then evaluates and times them all.
-Written are a table, `sampling_efficiency.json` and `.png`.
+Samples with the same classes and noise are drawn for every way and evaluated; then the ways are timed in turns,
+`--repeats` times, and medians reported. If interrupted, rerun the same command to resume. Several processes can share
+the sampling: `--part 0 2` and `--part 1 2` each draw every second way; the command without `--part` then evaluates and
+times them all. Prints a table and writes `sampling_efficiency.json` and `.png`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--features", default="efficientnet_lite0", help="See examples/evaluate.py.")
     add("--features_weights")
     add("--part", type=int, nargs=2, metavar=("I", "N"), help="Only draw every N-th way, from the I-th.")
-    add("--timed_images", type=int, default=8, help="Images a timed call.")
+    add("--timed_images", type=int, default=8, help="Images per timed call.")
     add("--repeats", type=int, default=3)
     add("--output", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def time_samplers(
     pipe: PISDMCascadePipeline, grid: list[SamplerSettings], num_images: int, repeats: int
 ) -> dict[SamplerSettings, list[float]]:
-    """Seconds an image of every way, `repeats` times, in turns; a call before the first warms up."""
+    """Seconds per image of every way, `repeats` times, in turns, after a warm-up."""
     pipe.set_progress_bar_config(disable=True)
     seconds = {settings: [] for settings in grid}
     classes = [index % pipe.transformer.config.num_classes for index in range(num_images)]
@@ -90,8 +90,8 @@ def time_samplers(
 
 
 def format_table(rows: list[dict]) -> str:
-    """The ways as a Markdown table, best Frechet distance first."""
-    lines = ["| scheduler | steps | guidance | Frechet distance | precision | recall | s/image |", "|" + "---|" * 7]
+    """The ways as a Markdown table, best Fréchet distance first."""
+    lines = ["| scheduler | steps | guidance | Fréchet distance | precision | recall | s/image |", "|" + "---|" * 7]
     for row in sorted(rows, key=lambda row: row["frechet_distance"]):
         settings = SamplerSettings(**row["settings"])
         lines.append(
@@ -103,7 +103,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def plot_rows(rows: list[dict], distance_name: str, picture: Path) -> None:
-    """Left schedulers over their steps, right guidance; both over seconds an image."""
+    """Plots schedulers by steps on the left, guidance on the right, both over seconds per image."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,9 +127,9 @@ def plot_rows(rows: list[dict], distance_name: str, picture: Path) -> None:
             right.annotate(
                 settings.guidance_label, (seconds, distance), textcoords="offset points", xytext=(4, 4), fontsize=7
             )
-    left.set(title=f"steps of each stage, {first.guidance_label}", xlabel="seconds an image", xscale="log")
+    left.set(title=f"steps per stage, {first.guidance_label}", xlabel="seconds per image", xscale="log")
     left.set_ylabel(distance_name)
-    right.set(title=f"guidance, {first.steps} steps of {first.scheduler}", xlabel="seconds an image")
+    right.set(title=f"guidance, {first.steps} steps of {first.scheduler}", xlabel="seconds per image")
     left.legend(fontsize=8)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
@@ -196,33 +196,33 @@ if __name__ == "__main__":
 class SamplerSettings:
     """How a sample set is drawn."""
 
-    scheduler: str = "DPMSolverMultistepScheduler"  # a scheduler class of diffusers
-    steps: int = 20  # of every stage
-    guidance_scale: float = 2.0  # w of classifier-free guidance; 1 is none
+    scheduler: str = "DPMSolverMultistepScheduler"  # a diffusers scheduler class
+    steps: int = 20  # per stage
+    guidance_scale: float = 2.0  # w of classifier-free guidance; 1 means none
     guidance_start: float = 0.0  # guidance begins here, a share of the steps from the noisy end,
     guidance_stop: float = 1.0  # and ends here
 
     @property
     def name(self) -> str:
-        """For folders."""
+        """The name for folders."""
         parts = (self.scheduler.removesuffix("Scheduler"), self.steps, self.guidance_scale)
         return "-".join(map(str, (*parts, self.guidance_start, self.guidance_stop)))
 
     @property
     def guidance_label(self) -> str:
-        """For plots and tables."""
+        """The label in plots and tables."""
         if self.guidance_scale <= 1 or (self.guidance_start, self.guidance_stop) == (0.0, 1.0):
             return f"w = {self.guidance_scale:g}"
         return f"w = {self.guidance_scale:g} in {self.guidance_start:g} to {self.guidance_stop:g}"
 
     def call_arguments(self) -> dict[str, float]:
-        """What the pipeline is called with; the scheduler is one of its components."""
+        """The arguments of the pipeline's call; the scheduler is a component instead."""
         arguments = asdict(self)
         del arguments["scheduler"]
         return {"num_inference_steps": arguments.pop("steps"), **arguments}
 
     def sample_settings(self, num_samples: int, seed: int) -> SampleSettings:
-        """Of a sample set drawn this way."""
+        """The settings of a sample set drawn this way."""
         return SampleSettings(num_samples, seed, scheduler=self.scheduler, **self.call_arguments())
 
 

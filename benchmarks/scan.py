@@ -1,21 +1,20 @@
 """
-Compares selective scans: this package's backends, and on the CPU mambapy (`pip install mambapy`) and the loop that
+Compares selective scans: this package's backends and, on the CPU, mambapy (`pip install mambapy`) and the loop that
 Mamba models fall back to without CUDA kernels.
 
     python -m benchmarks.scan
     python -m benchmarks.scan --shapes 2x1024x1024 --repeats 15 --threads 2 --output-dir results
     python -m benchmarks.scan --device cuda
 
-Every candidate is first checked against float64, outputs and gradients; one that is off by more than `--tolerance` of
-the largest value is not timed. Then the candidates take turns, so that a disturbance of the machine hits all alike,
-and the medians are reported with their ratio over mambapy. Written are a table, `scan.json` and `scan.png`.
+Every candidate's outputs and gradients are first checked against float64; one that is off by more than `--tolerance`
+of the largest value is not timed. The candidates are then timed in turns, so that disturbances of the machine affect
+all equally, and medians are reported with their ratio to mambapy. Prints a table; writes `scan.json` and `scan.png`.
 
-On CUDA the candidates are the blocked PyTorch, Triton and mamba_ssm, if it imports. Times are between two events on
-the GPU, of CUDA graphs: the launches are not in them. mamba_ssm is given sequences as its kernel wants them, time
-adjacent, and once more as a block of this package has them, which it copies. Ratios are over mamba_ssm, and beside
-them stands how many times the floor a time is: that in which the memory's measured bandwidth moves all inputs and
-outputs once, with their gradients where there is a backward. `--dtype` is that of the sequences, all but A, D and the
-bias.
+On CUDA, the candidates are the blocked PyTorch scan, Triton and, if it can be imported, mamba_ssm. Times are those of
+CUDA graphs between two GPU events, so they exclude launches. mamba_ssm is given sequences as its kernel needs them
+(time adjacent), and once more as a block of this package has them, which it copies. Ratios are to mamba_ssm and to the
+floor: the time in which the memory's measured bandwidth moves all inputs and outputs once, plus their gradients if
+there is a backward. `--dtype` applies to the sequences, i.e. all but A, D and the bias.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops.common.backends import missing_backend
 
 
-# Autograd gives every index `x[..., t]` a gradient of x's full size: the loop's backward is quadratic in the length,
-# and is not run above this one.
+# Autograd gives every index `x[..., t]` a gradient of x's full size, so the loop's backward is quadratic in the length
+# and is skipped above this one.
 MAX_LOOP_LENGTH_BACKWARD = 256
 MODES = ("forward", "forward + backward")
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}  # of a result's largest value
 SEQUENCES = ("u", "delta", "B", "C", "z")
 COPYING_MAMBA = "mamba_ssm, copying"
-PEERS = {"cpu": "mambapy", "cuda": "mamba_ssm"}  # that the ratios are over, by device
-COPY_ELEMENTS = 1 << 26  # float32, of the copy that shows the memory's bandwidth: more than any cache holds
+PEERS = {"cpu": "mambapy", "cuda": "mamba_ssm"}  # the reference of the ratios, by device
+COPY_ELEMENTS = 1 << 26  # float32, copied to measure the memory's bandwidth: more than any cache holds
 
 
 def make_inputs(batch: int, channels: int, length: int, state_size: int) -> dict[str, torch.Tensor]:
-    """Leaves as a Mamba block has them, time before channels: steps of about 0.01 to 0.3 and rates of -1 to -N."""
+    """Leaf tensors as in a Mamba block, time before channels: steps of about 0.01 to 0.3 and rates of -1 to -N."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -68,7 +67,7 @@ def make_inputs(batch: int, channels: int, length: int, state_size: int) -> dict
 
 
 def with_adjacent_steps(sequence: torch.Tensor) -> torch.Tensor:
-    """The same (B, L, D) with time side by side in memory: mamba_ssm would copy any other, as part of its time."""
+    """The same (B, L, D) with time adjacent in memory: mamba_ssm would copy any other layout within its time."""
     return sequence.mT.contiguous().mT
 
 
@@ -82,7 +81,7 @@ def package_scan(backend: str) -> Callable[..., torch.Tensor]:
 
 
 def loop_scan(u, delta, A, B, C, D, z, delta_bias):
-    """The fallback of Mamba implementations: all decays and inputs at once, then a loop over time."""
+    """Mamba implementations' fallback: all decays and inputs at once, then a loop over time."""
     u, delta, z = u.mT, F.softplus(delta.mT + delta_bias[:, None]), z.mT  # (B, D, L)
     decays = torch.exp(A[None, :, None] * delta[..., None])  # (B, D, L, N)
     inputs = delta[..., None] * B[:, None] * u[..., None]  # (B, D, L, N)
@@ -96,7 +95,7 @@ def loop_scan(u, delta, A, B, C, D, z, delta_bias):
 
 
 def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
-    """mambapy's parallel scan, which wants the decays and inputs of all steps."""
+    """mambapy's parallel scan, which needs the decays and inputs of all steps."""
     from mambapy.pscan import pscan
 
     delta = F.softplus(delta + delta_bias)  # (B, L, D)
@@ -107,7 +106,7 @@ def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
 
 
 def make_candidates(device_type: str = "cpu") -> dict[str, Callable[..., torch.Tensor]]:
-    """All scans that can run here; on the CPU, mambapy first."""
+    """All scans that can run here; on the CPU, mambapy comes first."""
     if device_type != "cpu":
         candidates = {"torch": package_scan("torch")}
         for name in ("triton", "mamba_ssm"):
@@ -128,7 +127,7 @@ def make_candidates(device_type: str = "cpu") -> dict[str, Callable[..., torch.T
     try:
         import mambapy.pscan  # noqa: F401
     except ImportError:
-        print("Skipping mambapy, and with it all ratios: pip install mambapy")
+        print("Skipping mambapy, and thus all ratios: pip install mambapy")
         del candidates["mambapy"]
     return candidates
 
@@ -147,12 +146,12 @@ def run_backward(
 
 
 def relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference over the largest value; NaN if there is one."""
+    """The largest difference as a share of the largest value; NaN if either contains a NaN."""
     return ((value.double() - wanted).abs().max() / wanted.abs().max()).item()
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds that one call takes, until its last kernel is done."""
+    """Milliseconds that one call takes, until its last kernel has finished."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -167,7 +166,7 @@ def time_call(call: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_bandwidth(device: torch.device, elements: int = COPY_ELEMENTS, repeats: int = 10) -> float:
-    """Bytes a millisecond that a copy reads and writes, at best."""
+    """Bytes per millisecond that a copy reads and writes, at best."""
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -175,19 +174,19 @@ def measure_bandwidth(device: torch.device, elements: int = COPY_ELEMENTS, repea
 
 
 def make_timed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The call itself, or on a GPU its CUDA graph."""
+    """The call itself or, on a GPU, its CUDA graph."""
     return record_graph(call, device) if device.type == "cuda" else call
 
 
 def bytes_moved(inputs: dict[str, torch.Tensor], mode: str) -> int:
-    """Bytes of all inputs and of the output once; with a backward, of all their gradients too."""
+    """Bytes of all inputs and the output once; with a backward, also of all their gradients."""
     once = sum(tensor.nbytes for tensor in inputs.values()) + inputs["u"].nbytes
-    # The backward reads the inputs again, and the output's gradient, and writes the gradients of the inputs.
+    # The backward reads the inputs again and the output's gradient, and writes the inputs' gradients.
     return once if mode == MODES[0] else once + once + sum(tensor.nbytes for tensor in inputs.values())
 
 
 def check_oracle(inputs: dict[str, torch.Tensor]) -> None:
-    """Checks float64's blocked scan, which fits in memory at any length, against the textbook loop on 64 steps."""
+    """Checks the blocked float64 scan, which fits in memory at any length, against the textbook loop on 64 steps."""
     short = {
         name: (tensor[:, :64] if tensor.ndim == 3 else tensor).double() for name, tensor in inputs.items()
     }  # (B, 64, ...)
@@ -196,11 +195,11 @@ def check_oracle(inputs: dict[str, torch.Tensor]) -> None:
     wanted, wanted_gradients = run_backward(package_scan("reference"), short, grad)
     for value, reference in zip((out, *gradients), (wanted, *wanted_gradients)):
         if not relative_error(value, reference) < 1e-12:
-            raise RuntimeError("The float64 oracle differs from the textbook loop: nothing can be compared with it.")
+            raise RuntimeError("The float64 oracle differs from the textbook loop, so it cannot serve as a reference.")
 
 
 def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict]:
-    """Errors and times of all candidates at one (batch, channels, length): a row for each candidate and mode."""
+    """Errors and times of all candidates at one (batch, channels, length): a row per candidate and mode."""
     dtype = DTYPES[args.dtype]
     inputs = {
         name: tensor.to(args.device, dtype if name in SEQUENCES else torch.float32)
@@ -238,7 +237,7 @@ def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> list
     timed = []
     for row, call in runs.values():
         errors = [error for error in (row["output_error"], row["gradient_error"]) if error is not None]
-        # Written so that a NaN is a failure too.
+        # Written so that NaN also fails.
         row["skipped"] = None if all(error <= args.tolerance for error in errors) else "wrong"
         row["milliseconds"] = []
         if row["skipped"] is None:
@@ -282,7 +281,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """One panel a shape and mode: a bar a candidate, on a logarithmic axis of milliseconds."""
+    """One panel per shape and mode with a bar per candidate, on a logarithmic axis of milliseconds."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -304,7 +303,7 @@ def draw(rows: list[dict], path: Path) -> None:
             axis.margins(x=0.3)
             axis.set_title(f"{mode}, {shape[0]} x {shape[1]:,} x {shape[2]:,}", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("milliseconds, median (less is better), of batch x channels x steps", fontsize=10)
+    figure.supxlabel("median milliseconds (less is better), batch x channels x steps", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -326,13 +325,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--state-size", type=int, default=16)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=7, help="timed turns of each candidate, after the check's one")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of the kernels")
+    parser.add_argument("--repeats", type=int, default=7, help="timed turns of each candidate, after the check")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for torch and the kernels")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the sequences")
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="largest relative error of what is timed; default: 1e-4, more in half precision",
+        help="largest relative error to be timed; default: 1e-4, more in half precision",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
@@ -355,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def cpu_name() -> str:
-    """The CPU's name as Linux gives it, else what Python knows."""
+    """The CPU's name from Linux, else from Python."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

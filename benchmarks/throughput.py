@@ -1,6 +1,6 @@
 """
-Throughput and memory of PIS-DM against U-ViT and DiT at equal width and parameters, over image sizes: the paper's
-table 5. Class-conditional models on 8x latents in 2x2 patches, so that 256 px are 256 tokens and 2048 px are 16,384.
+Throughput and memory of PIS-DM against U-ViT and DiT at equal width and parameters, by image size (the paper's table
+5). Models are class-conditional on 8x latents in 2x2 patches, so 256 px are 256 tokens and 2048 px are 16,384.
 
     python -m benchmarks.throughput
     python -m benchmarks.throughput --size H --layers 4
@@ -9,18 +9,17 @@ table 5. Class-conditional models on 8x latents in 2x2 patches, so that 256 px a
     python -m benchmarks.throughput --cascade
     python -m benchmarks.throughput --cascade examples/recipes/imagenet256.json --steps 10
 
-The peers are in `benchmarks/peers/`; what is timed is first checked against float64. Then the models take turns, so
-that a disturbance of the machine hits all alike, and the medians are reported, ratios first. With `--layers` a stack
-of so few layers is timed, layer by layer, and whole models are extrapolated from it: for sizes that a machine cannot
-run whole in a reasonable time. With `--cuda-graph` each model's pass is recorded once and replayed: a GPU then does
-not wait for the launches of many small kernels, as it does at few tokens. Memory is what a pass needs beyond the
-weights.
+The peers are in `benchmarks/peers/`. All models are first checked against float64, then timed in turns, so that
+disturbances of the machine affect all equally; medians are reported, ratios first. `--layers` times a stack of that
+many layers, layer by layer, and extrapolates to whole models, for sizes that a machine cannot run whole in a
+reasonable time. `--cuda-graph` records each model's pass once and replays it, so that a GPU does not wait for the
+launches of many small kernels, as it otherwise does with few tokens. Memory is what a pass needs beyond the weights.
 
-`--cascade` times something else: whole sampling with a cascade (by default four stages of size S on 256 px latents)
-against one stage at its final resolution.
+`--cascade` instead times sampling with a whole cascade (by default four stages of size S on 256 px latents) against
+one stage at its final resolution.
 
-Written are a table, `throughput.json` after every image size and `throughput.png`; or `cascade_throughput.json` and
-`.png`.
+Prints tables and writes `throughput.json` after every image size and `throughput.png`, or `cascade_throughput.json`
+and `.png`.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ from diffusers_pisdm import PISDM_SIZES
 from diffusers_pisdm.training.recipes import read_recipe
 
 
-# The paper's table 5 (images a second at 50 steps on an A100, 0.9B parameters), by image size.
+# The paper's table 5 (images per second at 50 steps on an A100, 0.9B parameters), by image size.
 PAPER_IMAGES_PER_SECOND = {
     PISDM: {256: 1.4, 512: 1.3, 1024: 1.1, 1280: 0.9, 1536: 0.7, 2048: 0.6},
     "U-ViT": {256: 1.9, 512: 1.7, 1024: 1.2, 1280: 0.9, 1536: 0.6, 2048: 0.2},
@@ -62,14 +61,14 @@ PAPER_IMAGES_PER_SECOND = {
 
 
 def paper_ratio(image_size: int) -> float | None:
-    """How many times as fast as U-ViT PIS-DM is in the paper, for the sizes it has."""
+    """How many times as fast as U-ViT PIS-DM is in the paper, for the paper's sizes."""
     if image_size not in PAPER_IMAGES_PER_SECOND[PISDM]:
         return None
     return PAPER_IMAGES_PER_SECOND[PISDM][image_size] / PAPER_IMAGES_PER_SECOND["U-ViT"][image_size]
 
 
 def measure_first_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, int | None]:
-    """Runs a model once; its output, and the memory that this needed."""
+    """Runs a model once; returns its output and the memory needed."""
     outputs = []
 
     def call() -> None:
@@ -83,7 +82,7 @@ def measure_first_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tu
 def make_timer(
     model: nn.Module, inputs: tuple[torch.Tensor, ...], num_layers: int, args: argparse.Namespace
 ) -> Callable[[], float]:
-    """What gives the seconds of one pass through a model of `num_layers` layers, of which `model` may have fewer."""
+    """A function that times a pass through a model of `num_layers` layers; `model` may have fewer."""
     device = inputs[0].device
     if args.cuda_graph:
 
@@ -105,7 +104,7 @@ def make_timer(
 
 
 def measure_image_size(candidates: list[Candidate], image_size: int, args: argparse.Namespace) -> list[dict]:
-    """Times and memory of all candidates for images of one size: a row each."""
+    """Times and memory of all candidates for images of one size, a row each."""
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     inputs = make_inputs(args.batch_size, image_size, device, dtype)
     tokens = num_tokens(image_size)
@@ -116,7 +115,7 @@ def measure_image_size(candidates: list[Candidate], image_size: int, args: argpa
             model = candidate.build(image_size, timed_layers, dtype)
         output, memory = measure_first_pass(model, inputs)
         if not torch.isfinite(output).all():
-            raise RuntimeError(f"{candidate.name} gives values that are not finite at {image_size} px.")
+            raise RuntimeError(f"{candidate.name} produces values that are not finite at {image_size} px.")
         if memory is not None:
             memory += candidate.missing_skip_bytes(timed_layers, args.batch_size, image_size, dtype)
         timers[candidate.name] = make_timer(model, inputs, candidate.num_layers, args)
@@ -139,14 +138,14 @@ def measure_image_size(candidates: list[Candidate], image_size: int, args: argpa
     own = rows[PISDM]["median_seconds"] = statistics.median(rows[PISDM]["seconds"])
     for row in rows.values():
         row["median_seconds"] = statistics.median(row["seconds"])
-        row["times_as_fast"] = row["median_seconds"] / own  # of PIS-DM, compared with this model
+        row["times_as_fast"] = row["median_seconds"] / own  # PIS-DM compared with this model
         row["evaluations_per_second"] = args.batch_size / row["median_seconds"]  # one pass over one image
         row["images_per_second"] = row["evaluations_per_second"] / args.steps
     return list(rows.values())
 
 
 def find_crossovers(rows: list[dict]) -> dict[str, dict]:
-    """From how many tokens on PIS-DM is faster, by peer."""
+    """The number of tokens from which PIS-DM is faster, by peer."""
 
     def seconds(name: str) -> list[float]:
         return [row["median_seconds"] for row in rows if row["model"] == name]
@@ -182,16 +181,16 @@ def print_table(rows: list[dict], steps: int) -> None:
     def gibibytes(row: dict) -> str:
         return "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**30:.2f}"
 
-    title = "How many times as fast as a peer PIS-DM is"
+    title = "How many times as fast PIS-DM is as a peer"
     columns(title, list(PEERS), lambda row: f"{row['times_as_fast']:.2f}", {"U-ViT": paper_ratio})
-    columns("Seconds a pass", names, lambda row: f"{row['median_seconds']:.3g}", {})
+    columns("Seconds per pass", names, lambda row: f"{row['median_seconds']:.3g}", {})
     in_paper = {name: of_sizes.get for name, of_sizes in PAPER_IMAGES_PER_SECOND.items()}
-    columns(f"Images a second at {steps} steps", names, lambda row: f"{row['images_per_second']:.3g}", in_paper)
+    columns(f"Images per second at {steps} steps", names, lambda row: f"{row['images_per_second']:.3g}", in_paper)
     columns("GiB beyond the weights", names, gibibytes, {})
 
 
 def plot(rows: list[dict], crossovers: dict[str, dict], title: str, path: Path) -> None:
-    """Seconds a pass, PIS-DM's speed-up, and memory, over the number of tokens."""
+    """Plots seconds per pass, PIS-DM's speed-up, and memory over the number of tokens."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -215,11 +214,11 @@ def plot(rows: list[dict], crossovers: dict[str, dict], title: str, path: Path) 
     if in_paper:
         axes[1].plot(*zip(*in_paper), "k:", label="U-ViT in the paper (A100)")
     axes[1].axhline(1, color="grey", linewidth=0.8)
-    titles = ("seconds a pass", "how many times as fast PIS-DM is", "GiB beyond the weights")
+    titles = ("seconds per pass", "how many times as fast PIS-DM is", "GiB beyond the weights")
     for axis, name in zip(axes, titles):
         axis.set(xscale="log", yscale="log", title=name)
         labels = [f"{num_tokens(size)}\n{size} px" for size in sizes]
-        axis.set_xticks([num_tokens(size) for size in sizes], labels, fontsize=6.5)  # 4,096 and 6,400 are neighbours
+        axis.set_xticks([num_tokens(size) for size in sizes], labels, fontsize=6.5)  # 4,096 and 6,400 are close
         axis.minorticks_off()
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter("{x:g}")
@@ -262,8 +261,8 @@ def run_table(args: argparse.Namespace, conditions: dict) -> None:
         gc.collect()
         report["rows"] += [{**row, "load_average": os.getloadavg()[0]} for row in rows]
         seconds = ", ".join(f"{row['model']} {row['median_seconds']:.3g} s" for row in rows)
-        print(f"{image_size} px: {seconds} a pass", flush=True)
-        write_report(args.output_dir, "throughput", report)  # what is measured so far, should the rest be cut off
+        print(f"{image_size} px: {seconds} per pass", flush=True)
+        write_report(args.output_dir, "throughput", report)  # the results so far, in case of interruption
 
     report["crossovers"] = find_crossovers(report["rows"])
     print_table(report["rows"], args.steps)
@@ -305,14 +304,14 @@ def parse_layers(text: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--size", choices=PISDM_SIZES, default="S", help="of PIS-DM, and of the peers; H is the paper's"
+        "--size", choices=PISDM_SIZES, default="S", help="size of PIS-DM and its peers; H is the paper's"
     )
-    parser.add_argument("--layers", type=parse_layers, help="time so many, and extrapolate; default: whole models")
+    parser.add_argument("--layers", type=parse_layers, help="time this many and extrapolate; default: whole models")
     parser.add_argument(
         "--image-sizes", type=parse_image_size, nargs="+", default=[256, 512, 1024, 1280, 1536, 2048], metavar="PIXELS"
     )
     parser.add_argument("--cascade", nargs="?", const="", metavar="RECIPE", help="time a cascade's sampling instead")
-    parser.add_argument("--steps", type=parse_positive, default=50, help="denoising steps of an image")
+    parser.add_argument("--steps", type=parse_positive, default=50, help="denoising steps per image")
     parser.add_argument("--batch-size", type=parse_positive, default=1)
     parser.add_argument("--repeats", type=parse_positive, default=5, help="timed turns of each model, after a warm-up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -322,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
     if args.cuda_graph and (torch.device(args.device).type != "cuda" or args.layers or args.cascade is not None):
-        parser.error("--cuda-graph replays whole models on CUDA: leave out --layers and --cascade")
+        parser.error("--cuda-graph replays whole models on CUDA: omit --layers and --cascade")
 
     torch.set_num_threads(args.threads)
     conditions = describe_conditions(args.device, args.dtype)

@@ -1,14 +1,14 @@
 """
-What training costs: images a second and memory of the sizes S, L and H, each as a single stage on latents of 64 and
-256 pixel images, or of all stages of a recipe. It runs a few training steps of each; see `stage_cost.py` and
-`stage_speed.py` in `diffusers_pisdm/training/cost/` for what is counted and what is measured; what is extrapolated
-stands below the table of a recipe.
+The cost of training: images per second and memory of the sizes S, L and H, each as a single stage on latents of 64 and
+256 pixel images, or of all stages of a recipe. Runs a few training steps of each. `stage_cost.py` and `stage_speed.py`
+in `diffusers_pisdm/training/cost/` explain what is counted and what is measured; the text below a recipe's table says
+what is extrapolated.
 
     python -m benchmarks.training_cost
     python -m benchmarks.training_cost --recipe examples/recipes/imagenet256.json --num-processes 8 \\
         --device cuda --fused-scan --count-only
 
-`--count-only` needs neither the device nor the memory. Written are a table and `training_cost.json`.
+`--count-only` needs neither the device nor the memory. Prints a table and writes `training_cost.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from diffusers_pisdm.training.recipes import read_recipe
 from diffusers_pisdm.utils.machine import describe_machine
 
 
-VAE_FACTOR = 8  # pixels a latent pixel of Stable Diffusion's VAE
+VAE_FACTOR = 8  # pixels per latent pixel of Stable Diffusion's VAE
 
 
 def describe_load(args: argparse.Namespace) -> str:
@@ -37,7 +37,7 @@ def describe_load(args: argparse.Namespace) -> str:
     machine = f"{describe_machine(torch.device(args.device))}, torch {torch.__version__}"
     load, cores = os.getloadavg()[0], os.cpu_count()
     if is_loaded(load, cores):
-        machine += f"; with a loaded machine (load average {load:.1f} on {cores} cores): times are pessimistic"
+        machine += f"; loaded machine (load average {load:.1f} on {cores} cores): times are pessimistic"
     return machine
 
 
@@ -59,7 +59,7 @@ def report_stages(
     args: argparse.Namespace,
     batch_shares: list[float] | None = None,
 ) -> dict:
-    """The cost report of stages that are trained together."""
+    """The cost report of stages trained together."""
     costs = estimate_cascade_cost(stages, args.num_classes, batch_size, settings, batch_shares)
     speeds: list[StageSpeed | None] | None = None
     if not args.count_only:
@@ -87,7 +87,7 @@ def report_recipe(args: argparse.Namespace) -> dict:
 
 
 def report_sizes(args: argparse.Namespace) -> list[dict]:
-    """One row for each size and image."""
+    """One row per model size and image size."""
     settings = make_settings(args, args.gradient_checkpointing, args.mixed_precision)
     rows = []
     for size in args.sizes:
@@ -124,14 +124,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pixels", type=int, nargs="+", default=[64, 256], help="multiples of 16")
     parser.add_argument("--recipe", type=Path, help="its stages and training arguments instead of the sizes")
     parser.add_argument("--num-classes", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, help="images a process; default: 16, or the recipe's")
-    parser.add_argument("--mixed-precision", choices=AUTOCAST_DTYPES, default="no", help="of the sizes")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="of the sizes")
+    parser.add_argument("--batch-size", type=int, help="images per process; default: 16, or the recipe's")
+    parser.add_argument("--mixed-precision", choices=AUTOCAST_DTYPES, default="no", help="for the sizes")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="for the sizes")
     parser.add_argument("--num-processes", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--fused-scan", action="store_true", help="count as if mamba_ssm or Triton were here")
-    parser.add_argument("--count-only", action="store_true", help="measure no times")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for measuring a stage, about")
+    parser.add_argument("--fused-scan", action="store_true", help="count as if mamba_ssm or Triton were available")
+    parser.add_argument("--count-only", action="store_true", help="do not measure times")
+    parser.add_argument("--seconds", type=float, default=30.0, help="approximate time to measure a stage")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
 

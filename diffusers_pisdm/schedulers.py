@@ -113,7 +113,8 @@ def stage_noise_schedules(
 
 def sampling_schedulers(schedulers: Sequence[DDPMScheduler]) -> list[DPMSolverMultistepScheduler]:
     """
-    The schedulers that a trained cascade is saved with: DPM-Solver, as in the paper (instead of eq. 18's DDPM).
+    The schedulers that a trained cascade is saved with: DPM-Solver, as in the paper's experiments (`DDPMScheduler`
+    samples by its eq. 18).
 
     They start from the noisiest timestep, with a spacing that suits every scheduler, so that `from_config` can swap
     them: with DPM-Solver's default spacing, "linspace", DDIM leaves noise behind.

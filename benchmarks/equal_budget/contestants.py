@@ -1,4 +1,4 @@
-"""Who competes at equal budget, and at what size."""
+"""The models compared at equal budget, and their sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers_pisdm.training import CascadeObjective, image_pyramid
 from diffusers_pisdm.training.cost.flops import StepTrace
 
 
-# The velocity on a cosine schedule, as the published checkpoint is trained.
+# Velocity prediction on a cosine schedule, as for the published checkpoint.
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "squaredcos_cap_v2",
@@ -25,7 +25,7 @@ NOISE_SCHEDULE = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model, or a cascade of models, and the objective it is trained with."""
+    """A model or a cascade of models, and its training objective."""
 
     label: str  # for tables and plots
     stages: list[dict]  # each stage's arguments, without `num_classes`; the last is at full resolution
@@ -38,7 +38,7 @@ class Contestant:
         return CascadeObjective(stages, [DDPMScheduler(**NOISE_SCHEDULE)] * len(stages), **self.objective)
 
 
-# 32 px in patches of 2, as the paper's: 256 tokens. The tests hold the parameters equal within 5%.
+# 32 px in patches of 2, as in the paper: 256 tokens. A test keeps the parameters equal within 5%.
 _SHAPE = {"patch_size": 2, "in_channels": 3}
 CONTESTANTS = {
     "dit": Contestant(
@@ -60,10 +60,10 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What a contestant has and spends."""
+    """A contestant's size and cost."""
 
-    parameters: int  # of all stages, without the heads of the scale-invariant loss, which only training has
-    training_flops: int  # of forward and backward per image, those heads included
+    parameters: int  # of all stages, without the scale-invariant loss's training-only heads
+    training_flops: int  # of forward and backward per image, including those heads
 
     def steps(self, training_tflop: float, batch_size: int) -> int:
         """Whole steps of `batch_size` images that `training_tflop` (10^12 operations) pay for."""

@@ -1,4 +1,4 @@
-"""What samples are compared with: the statistics of a data set's images at the models' size, computed once."""
+"""The reference for samples: statistics of a data set's images at the models' size, computed once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusers_pisdm.evaluation.metrics.statistics_file import cached_statistics
 def reference_statistics(
     data_dir: str, split: str, size: int, extractor: FeatureExtractor, folder: Path
 ) -> FeatureStatistics:
-    """Of a data set's split at `size` pixels, kept in a file of `folder` named after the network."""
+    """The statistics of a data set's split at `size` pixels, cached in a file in `folder` named after the network."""
     file = folder / f"reference_{extractor.name.replace('/', '-').replace(':', '-')}.npz"
 
     def open_images() -> DatasetImages:

@@ -1,4 +1,4 @@
-"""What came out at equal budget: a table and pictures."""
+"""The results at equal budget: a table and pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN_SAMPLES = 24
 
 def summarize(results: list[dict], baseline: str) -> list[dict]:
     """
-    Means over the seeds, a row per contestant, best Frechet distance first: `scores` and `spreads` by name (standard
+    Means over the seeds, a row per contestant, best Fréchet distance first: `scores` and `spreads` by name (standard
     deviation, `None` for one seed) and `ratio`, the distance divided by the baseline's (`None` without one).
     """
     rows = []
@@ -59,7 +59,7 @@ def format_table(summary: list[dict]) -> str:
 
 
 def plot_quality(results: list[dict], picture: Path) -> None:
-    """Draws every run's Frechet distance as a point, and each contestant's mean as a bar."""
+    """Draws every run's Fréchet distance as a point, and each contestant's mean as a bar."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,7 +82,7 @@ def plot_quality(results: list[dict], picture: Path) -> None:
 
 
 def plot_samples(output: Path, labels: dict[str, str]) -> None:
-    """Draws the first samples of every contestant's first seed, unpicked; a row's images share class and noise."""
+    """Draws the first samples of every contestant's first seed, uncurated; images in a row share class and noise."""
     strips = []
     for name, label in labels.items():
         files = sorted((output / name).glob("seed-*/samples/*/*.png"))[:SHOWN_SAMPLES]

@@ -1,4 +1,4 @@
-"""Trains a contestant on images that fit in memory; a killed run goes on from its last checkpoint to the same end."""
+"""Trains a contestant on images in memory; an interrupted run resumes from its last checkpoint with equal results."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from diffusers_pisdm.training.trainer import Trainer
 @dataclass(frozen=True)
 class TrainingSettings:
     """
-    The same for all contestants.
+    How to train, the same for all contestants.
 
     Args:
-        batch_size (`int`): Images a step.
+        batch_size (`int`): Images per step.
         learning_rate (`float`):
-            AdamW's highest: of 1e-3, 3e-3, 6e-3 and 1.2e-2 the best for DiT in short trials. It rises over the first
-            tenth of the steps and falls over the last fifth.
+            AdamW's highest learning rate: the best of 1e-3, 3e-3, 6e-3 and 1.2e-2 for DiT in short trials. It rises
+            over the first tenth of the steps and falls over the last fifth.
         betas (`tuple[float, float]`), weight_decay (`float`): AdamW's; the defaults are the paper's.
-        max_grad_norm (`float`): Gradients are scaled down to this norm.
-        ema_decay (`float`): Of the averaged weights, which are what is sampled from.
-        logging_steps, checkpointing_steps (`int`): How often.
+        max_grad_norm (`float`): Larger gradients are scaled down to this norm.
+        ema_decay (`float`): The decay of the averaged weights, which draw the samples.
+        logging_steps, checkpointing_steps (`int`): Steps between log lines and between checkpoints.
     """
 
     batch_size: int = 32
@@ -51,13 +51,15 @@ def train_contestant(
     settings: TrainingSettings,
 ) -> CascadeObjective:
     """
+    Trains a contestant, or resumes its training.
+
     Args:
-        contestant ([`Contestant`]): Whom.
-        data ([`LabelledImages`]): On what.
-        steps (`int`): How long.
-        seed (`int`): Initial weights, order of the images, and all noise follow from it.
+        contestant ([`Contestant`]): The contestant.
+        data ([`LabelledImages`]): The training images.
+        steps (`int`): Optimizer steps.
+        seed (`int`): Determines the initial weights, the order of the images, and all noise.
         folder (`Path`): For `metrics.jsonl` and the checkpoints.
-        settings ([`TrainingSettings`]): How.
+        settings ([`TrainingSettings`]): How to train.
 
     Returns:
         [`CascadeObjective`] with the averaged weights, in evaluation mode.
@@ -92,7 +94,7 @@ def train_contestant(
 
 
 def batch_rows(step: int, num_images: int, batch_size: int, seed: int) -> np.ndarray:
-    """The rows of one step's batch: each epoch goes through all images in an order of its own."""
+    """The rows of one step's batch: each epoch goes through all images in its own order."""
     per_epoch = num_images // batch_size
     epoch, position = divmod(step, per_epoch)
     order = np.random.default_rng((seed, epoch)).permutation(num_images)

@@ -1,4 +1,4 @@
-"""How much memory a call needs at its worst moment, beyond what was held before it."""
+"""The peak memory of a call beyond what was in use before it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def measure_peak_growth(call: Callable[[], object], device: torch.device) -> int
     """
     The bytes by which the memory in use grows during a call; `None` on a CPU without Linux and glibc.
 
-    On a GPU this is what torch's allocator gave out. On the CPU it is the process's resident memory, by the kernel's
-    high-water mark, after the C library has returned all that is free: it holds workspaces of libraries, too.
+    On a GPU, this is what torch's allocator handed out. On the CPU, it is the process's resident memory, by the
+    kernel's high-water mark, after the C library has returned all free memory; it includes libraries' workspaces.
     """
     gc.collect()
     if device.type == "cuda":
@@ -40,7 +40,7 @@ def _reset_high_water_mark() -> bool:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (AttributeError, OSError):  # not glibc; not allowed
+    except (AttributeError, OSError):  # not glibc, or not permitted
         return False
     return True
 

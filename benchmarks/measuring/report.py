@@ -1,4 +1,4 @@
-"""What every measurement of speed says of itself, and how it is written."""
+"""The conditions that every speed measurement reports, and how reports are written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def describe_conditions(device_name: str, dtype_name: str) -> dict:
-    """What is measured on, and whether something else is running there."""
+    """The machine, and whether something else is running on it."""
     device = torch.device(device_name)
     return {
         "device": describe_machine(device),
@@ -37,22 +37,22 @@ def describe_conditions(device_name: str, dtype_name: str) -> dict:
 
 
 def is_loaded(load_average: float, cores: int) -> bool:
-    """Whether other processes disturb a measurement: on average over a minute, one waits for every second core."""
+    """Whether other processes disturb a measurement: a load average over one minute of more than half the cores."""
     return load_average > 0.5 * cores
 
 
 def print_conditions(conditions: dict) -> None:
-    """A line of them, and a warning where something else is running."""
+    """Prints a line with the conditions, and a warning if something else is running."""
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
     if is_loaded(conditions["load_average"], conditions["cores"]):
         print(
             f"This machine is loaded (load average {conditions['load_average']:.1f} on {conditions['cores']} cores):"
-            " all times are pessimistic, and the ratios uncertain."
+            " all times are pessimistic, and ratios are uncertain."
         )
 
 
 def write_report(output_dir: Path, name: str, report: dict, draw: Callable[[Path], None] | None = None) -> None:
-    """Writes `name`.json and, if there is something to draw, `name`.png; files are replaced when they are whole."""
+    """Writes `name`.json and, if there is something to draw, `name`.png; files are replaced only when complete."""
 
     def save(folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

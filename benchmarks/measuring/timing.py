@@ -1,4 +1,4 @@
-"""The time of one forward pass, and that of a deeper model from the times of its layers."""
+"""Times a forward pass, and extrapolates that of a deeper model from the times of its layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 
-MIN_STACK = 4  # layers: the first of each half is a special case and needs one more beside it
+MIN_STACK = 4  # layers: the first of each half is a special case and needs another next to it
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PassTime:
 
 
 def time_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...], by_layer: bool = False) -> PassTime:
-    """Runs a model once, without gradients. To time `transformer_blocks` by layer, a GPU has to wait after each."""
+    """Runs a model once, without gradients. Timing `transformer_blocks` by layer makes a GPU wait after each."""
     device = inputs[0].device
 
     stamps: list[float] = []
@@ -46,11 +46,11 @@ def time_pass(model: nn.Module, inputs: tuple[torch.Tensor, ...], by_layer: bool
 
 def whole_seconds(stack: PassTime, num_layers: int) -> float:
     """
-    The seconds of a model of `num_layers` layers from those of a stack of fewer, an even number of at least
-    `MIN_STACK`.
+    The seconds of a model of `num_layers` layers, extrapolated from those of a smaller stack with an even number of
+    layers, at least `MIN_STACK`.
 
-    Each missing layer adds the time of a layer of its half. The first layer of a half is no example of these: in
-    PIS-DM, whose halves mirror each other, it alone need not reorder the tokens.
+    Each missing layer adds the time of a layer of its half, but not of the first one: in PIS-DM, whose halves mirror
+    each other, the first layer of a half is the only one that need not reorder the tokens.
     """
     half = len(stack.layers) // 2
     first, second = stack.layers[1:half], stack.layers[half + 1 :]
@@ -59,7 +59,7 @@ def whole_seconds(stack: PassTime, num_layers: int) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when all that was given to the device is done."""
+    """The time in seconds, once the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
@@ -70,7 +70,7 @@ WARM_UPS = 3  # calls before the recorded one, as PyTorch advises; the first may
 
 def record_graph(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """
-    Records a call's kernels and returns a function that launches them all at once. The call has to use the same memory
+    Records a call's kernels and returns a function that launches them all at once. The call must use the same memory
     each time and never wait for the GPU; the function keeps it alive.
     """
     with torch.cuda.device(device):
@@ -87,5 +87,5 @@ def record_graph(call: Callable[[], object], device: torch.device) -> Callable[[
 
 
 def _replay(graph: torch.cuda.CUDAGraph, call: Callable[[], object]) -> None:
-    """A graph has the addresses of its call's tensors only: were the call gone, so might they be."""
+    """A graph only has the addresses of its call's tensors, which might be freed with the call."""
     graph.replay()

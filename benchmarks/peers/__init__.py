@@ -1,4 +1,4 @@
-"""Attention backbones to compare PIS-DM with: called as its first stage, of as many parameters."""
+"""Attention backbones to compare PIS-DM with: called like its first stage, with equally many parameters."""
 
 from .dit import DiTPeer
 from .equal_parameters import HEAD_SIZE, PEERS, EqualParameters, equal_parameters

@@ -1,4 +1,4 @@
-"""diffusers' DiT, called as a first stage of PIS-DM."""
+"""diffusers' DiT, called like a first stage of PIS-DM."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class DiTPeer(ModelMixin, ConfigMixin):
     diffusers' `DiTTransformer2DModel` ("Scalable Diffusion Models with Transformers", Peebles and Xie 2023); by
     default DiT-XL.
 
-    diffusers gives every block timestep and class embeddings of its own (`num_embeds_ada_norm` is the number of
-    classes in each), a tenth of a block's parameters, which are the same in all blocks of a converted checkpoint. Here
-    all blocks share those of the first, as in the paper: the parameters are then DiT's own (675M for DiT-XL/2). So are
-    the initial weights (adaLN-Zero: a block is the identity at first). Labels are not dropped here, but, as for
-    PIS-DM, by the training objective.
+    diffusers gives every block its own timestep and class embeddings (`num_embeds_ada_norm` is the number of classes
+    in each), a tenth of a block's parameters, which are equal in all blocks of a converted checkpoint. Here all blocks
+    share those of the first, as in the paper, so the number of parameters is DiT's (675M for DiT-XL/2). The initial
+    weights are also DiT's (adaLN-Zero: a block starts as the identity). As for PIS-DM, the training objective drops
+    labels, not the model.
 
-    Build one for each image size: positions are a table for `sample_size`, without parameters, which diffusers
-    computes anew in every pass at any other size.
+    Build one per image size: positions are a parameter-free table for `sample_size`, which diffusers recomputes in
+    every pass at any other size.
     """
 
     @register_to_config
@@ -63,7 +63,7 @@ class DiTPeer(ModelMixin, ConfigMixin):
         return self.model.transformer_blocks
 
     def _initialize_weights(self) -> None:
-        # diffusers leaves torch's defaults, as its DiT is not meant to be trained; these are the paper's.
+        # The paper's initial weights: diffusers keeps torch's defaults, as its DiT is not meant for training.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -92,11 +92,11 @@ class DiTPeer(ModelMixin, ConfigMixin):
         noise_level: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> PISDMTransformer2DModelOutput | tuple[torch.Tensor, None]:
-        """As of a first stage of `PISDMTransformer2DModel`, but for squares only; features are not returned."""
+        """Like a first stage of `PISDMTransformer2DModel`, but only for squares; returns no features."""
         check_first_stage(low_res, noise_level)
         height, width = hidden_states.shape[2:]
         if height != width:
-            raise ValueError(f"diffusers' DiT takes squares only, but the input is {height} x {width}.")
+            raise ValueError(f"diffusers' DiT only takes squares, but the input is {height} x {width}.")
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))  # (B,)
         sample = self.model(hidden_states, timestep, class_labels, return_dict=False)[0]  # (B, C, S, S)
         if not return_dict:

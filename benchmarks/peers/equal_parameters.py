@@ -1,4 +1,4 @@
-"""How deep a peer must be to have as many parameters as a PIS-DM model of the same width."""
+"""Finds the depth at which a peer has as many parameters as a PIS-DM model of the same width."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class EqualParameters:
 
 
 def count_parameters(model_class: type[ModelMixin], config: dict) -> int:
-    """Parameters of a model that is not allocated; shared ones count once."""
+    """The number of parameters of a model, without allocating it; shared ones count once."""
     with torch.device("meta"):
         return model_class(**config).num_parameters()
 
 
 def equal_parameters(pisdm_config: dict, peer: str, head_size: int = HEAD_SIZE) -> EqualParameters:
     """
-    Finds the depth at which a peer of PIS-DM's width comes nearest to its number of parameters; refuses a width that
-    is no multiple of `head_size`, and a depth that is more than 5% off.
+    Finds the depth at which a peer of PIS-DM's width comes closest to its number of parameters; raises ValueError if
+    the width is not a multiple of `head_size` or the closest depth is more than 5% off.
     """
     with torch.device("meta"):
         pisdm = PISDMTransformer2DModel(**pisdm_config)
@@ -59,7 +59,7 @@ def equal_parameters(pisdm_config: dict, peer: str, head_size: int = HEAD_SIZE) 
         "num_classes": options.num_classes,
     }
 
-    # Every two layers add the same number (U-ViT's skips join two), so that four small models tell all counts.
+    # Every two layers add the same number (U-ViT's skips join two), so four small models determine all counts.
     few = [count_parameters(PEERS[peer], {**config, "num_layers": num_layers}) for num_layers in (1, 2, 3, 4)]
 
     def count(num_layers: int) -> int:
@@ -73,7 +73,7 @@ def equal_parameters(pisdm_config: dict, peer: str, head_size: int = HEAD_SIZE) 
     if abs(found.difference) > MAX_DIFFERENCE:
         raise ValueError(
             f"No depth of {peer} at width {options.hidden_size} comes within {MAX_DIFFERENCE:.0%} of PIS-DM's"
-            f" {wanted:,} parameters; the nearest, {num_layers} layers, has {found.parameters:,}. Compare deeper"
+            f" {wanted:,} parameters; the closest, {num_layers} layers, has {found.parameters:,}. Compare deeper"
             " models."
         )
     return found

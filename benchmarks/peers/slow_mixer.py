@@ -1,4 +1,4 @@
-"""transformers' Mamba mixer without CUDA kernels: an independent implementation, to compare ours with."""
+"""transformers' Mamba mixer without CUDA kernels: an independent implementation to compare with ours."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from diffusers_pisdm.models.transformer_pisdm import PISDMMambaMixer
 
 
 def slow_name(name: str) -> str:
-    """What transformers calls a parameter of our mixer."""
+    """transformers' name for a parameter of our mixer."""
     return "dt_proj.bias" if name == "dt_bias" else name
 
 
 class SlowMixer(nn.Module):
-    """transformers' `MambaMixer` without CUDA kernels, with the weights of one of ours."""
+    """transformers' `MambaMixer` without CUDA kernels, with the weights of one of our mixers."""
 
     def __init__(self, mixer: PISDMMambaMixer):
         super().__init__()
@@ -36,5 +36,5 @@ class SlowMixer(nn.Module):
         self.mixer.load_state_dict({slow_name(name): value for name, value in mixer.state_dict().items()})
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # transformers 4 dispatches to its CUDA kernels in `forward`; version 5 has the slow path there.
+        # `forward` dispatches to CUDA kernels in transformers 4, and is the slow path in version 5.
         return getattr(self.mixer, "slow_forward", self.mixer)(hidden_states)  # (B, L, D)

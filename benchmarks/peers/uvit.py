@@ -1,4 +1,4 @@
-"""U-ViT, the peer of the paper's table 5, written from its own paper."""
+"""U-ViT, the peer in the paper's table 5, implemented from its own paper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_PREFIX_TOKENS = 2  # timestep and class
 
 
 class UViTAttention(nn.Module):
-    """Self-attention of all tokens with all, without biases on queries, keys and values."""
+    """Full self-attention without biases on queries, keys and values."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -28,14 +28,14 @@ class UViTAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv_proj(hidden_states).unflatten(2, (3, self.num_heads, -1))  # (B, L, 3, heads, D/heads)
-        # Attention over a head whose rows are adjacent is a fifth faster on a CPU, more than the copy costs.
+        # On a CPU, attention is a fifth faster if each head's rows are adjacent, more than the copy costs.
         query, key, value = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, heads, L, D/heads) each
         attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, L, D/heads)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
 class UViTBlock(nn.Module):
-    """A pre-norm ViT block; in the second half of the layers it first takes in a long skip."""
+    """A pre-norm ViT block; in the second half of the layers, it first merges in a long skip."""
 
     def __init__(self, hidden_size: int, num_heads: int, has_skip: bool):
         super().__init__()
@@ -58,11 +58,11 @@ class UViT2DModel(ModelMixin, ConfigMixin):
     """
     U-ViT ("All are Worth Words: A ViT Backbone for Diffusion Models", Bao et al. 2023), by default U-ViT-H: timestep,
     class and patches are all tokens of a plain ViT, whose halves are joined by long skips, each concatenated and
-    projected; a 3x3 convolution smooths the output. It is called as a first stage of PIS-DM.
+    projected; a 3x3 convolution smooths the output. It is called like a first stage of PIS-DM.
 
-    Differences from the paper: attention is torch's `scaled_dot_product_attention`, no dropout, any number of layers
-    (an even one has no middle layer), and position embeddings that are interpolated for other sizes than
-    `sample_size`, so that the number of parameters does not depend on the image.
+    Differences from the paper: torch's `scaled_dot_product_attention`, no dropout, any number of layers (an even
+    number has no middle layer), and position embeddings that are interpolated for sizes other than `sample_size`, so
+    the number of parameters does not depend on the image.
     """
 
     @register_to_config
@@ -112,12 +112,12 @@ class UViT2DModel(ModelMixin, ConfigMixin):
         noise_level: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> PISDMTransformer2DModelOutput | tuple[torch.Tensor, None]:
-        """As of a first stage of `PISDMTransformer2DModel`; features are not returned."""
+        """Like a first stage of `PISDMTransformer2DModel`; returns no features."""
         check_first_stage(low_res, noise_level)
         patch_size, hidden_size = self.config.patch_size, self.config.hidden_size
         rows, columns = (length // patch_size for length in hidden_states.shape[2:])
         patches = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, hw, D)
-        # The sinusoids are the token: U-ViT has no time MLP by default.
+        # The sinusoids are the time token: U-ViT has no time MLP by default.
         time_token = get_timestep_embedding(timestep, hidden_size, flip_sin_to_cos=True, downscale_freq_shift=0)
         prefix = torch.stack([time_token.to(patches.dtype), self.class_embedding(class_labels)], dim=1)  # (B, 2, D)
         tokens = torch.cat([prefix, patches], dim=1) + self._positions(rows, columns)  # (B, 2 + hw, D)

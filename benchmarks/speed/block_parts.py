@@ -1,4 +1,4 @@
-"""A layer of each half of a model, as the model runs it: what deep models are made of."""
+"""One layer from each half of a model, as the model runs it: what deep models consist of."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECOND, LAST = 1, 3  # of four layers: the first of each half is a special case 
 
 @dataclass
 class BlockPair:
-    """Two blocks of a stack of four layers, none the first of its half."""
+    """Two blocks of a stack of four layers, neither the first of its half."""
 
     model: nn.Module
     inputs: tuple[torch.Tensor, ...]
@@ -30,7 +30,7 @@ class BlockPair:
     def build(
         cls, candidate: Candidate, image_size: int, batch_size: int, device: torch.device, dtype: torch.dtype
     ) -> BlockPair:
-        """The pair of a candidate with random weights, for images of `image_size` pixels."""
+        """A candidate's pair with random weights, for images of `image_size` pixels."""
         with device:
             model = candidate.build(image_size, MIN_STACK, dtype)
         return cls(model, make_inputs(batch_size, image_size, device, dtype))
@@ -41,14 +41,14 @@ class BlockPair:
 
     @property
     def parameters(self) -> int:
-        """Of both blocks, without the embeddings that diffusers' DiT keeps inside its blocks."""
+        """Parameters of both blocks, without the embeddings that diffusers' DiT keeps inside its blocks."""
         return self._count(excluded=(".emb.",))
 
     @property
     def token_parameters(self) -> int:
         """
-        Of those, what every token is multiplied with. DiT's blocks each compute a modulation from timestep and class,
-        once per image: a third of their parameters costs nothing.
+        Those of the parameters that apply to every token. Each of DiT's blocks computes a modulation from timestep and
+        class only once per image: a third of its parameters costs almost nothing.
         """
         return self._count(excluded=(".emb.", "norm1.linear."))
 
@@ -57,12 +57,12 @@ class BlockPair:
         return sum(parameter.numel() for name, parameter in named if not any(part in name for part in excluded))
 
     def seconds(self) -> float:
-        """One pass through both, with the reordering of tokens before each."""
+        """One pass through both blocks, reordering tokens before each."""
         layers = time_pass(self.model, self.inputs, by_layer=True).layers
         return layers[SECOND] + layers[LAST]
 
     def arguments(self) -> list[tuple[tuple, dict]]:
-        """What each of the two blocks is called with in a pass, by position and by name."""
+        """The positional and keyword arguments of each of the two blocks in a pass."""
         caught: list[tuple[tuple, dict]] = []
 
         def catch(block: nn.Module, given: tuple, named: dict) -> None:
@@ -79,8 +79,8 @@ class BlockPair:
 
     def peak_bytes(self) -> int | None:
         """
-        What the hungrier of the two blocks needs beside its weights, its input included. Both have run before:
-        workspaces that stay do not count.
+        The larger of the two blocks' memory beyond the weights, including the input. Both have run before, so lasting
+        workspaces do not count.
         """
         needed = []
         for block, (given, named) in zip(self.blocks, self.arguments()):
@@ -97,7 +97,7 @@ class BlockPair:
 
 
 def median_seconds(pairs: dict[str, BlockPair], repeats: int) -> dict[str, float]:
-    """The medians of `repeats` turns of each pair; a turn before the first warms up."""
+    """The medians of `repeats` turns of each pair, after a warm-up turn."""
     seconds: dict[str, list[float]] = {name: [] for name in pairs}
     for repeat in range(-1, repeats):
         for name, pair in pairs.items():
@@ -107,7 +107,7 @@ def median_seconds(pairs: dict[str, BlockPair], repeats: int) -> dict[str, float
     return {name: statistics.median(own) for name, own in seconds.items()}
 
 
-# Operators whose own time counts for a part; all others are `elsewhere`.
+# Operators whose own time counts towards a part; all others count as `elsewhere`.
 PARTS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "scan": ("diffusers_pisdm::selective_scan", "_scan_fwd"),
@@ -121,7 +121,7 @@ ELSEWHERE = "elsewhere"
 def part_of(operator: str) -> str:
     """The part that an operator belongs to."""
     for part, names in PARTS.items():
-        # The package's own operators bear their backend's name; torch's are meant exactly.
+        # The names of this package's operators include their backend; torch's must match exactly.
         if operator in names or any(name in operator for name in names if not name.startswith("aten::")):
             return part
     return ELSEWHERE
@@ -129,8 +129,8 @@ def part_of(operator: str) -> str:
 
 def time_shares(pair: BlockPair, repeats: int) -> dict[str, float]:
     """
-    The share of every part of `PARTS`, and of `ELSEWHERE`, in the time of PIS-DM's two blocks, each after a reordering
-    of its tokens; profiled over `repeats` turns.
+    The share of every part in `PARTS`, and of `ELSEWHERE`, in the time of PIS-DM's two blocks, including the
+    reordering of tokens before each; profiled over `repeats` turns.
     """
     calls = [(block, given) for block, (given, _) in zip(pair.blocks, pair.arguments())]
     length = calls[0][1][0].shape[1]

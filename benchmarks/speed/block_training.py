@@ -1,4 +1,4 @@
-"""Forward and backward of a block against the same block on transformers' slow path: time and memory."""
+"""Time and memory of a block's forward and backward, against the same block on transformers' slow path."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_block(width: int, dtype: torch.dtype = torch.float32) -> PISDMBlock:
 
 
 def make_tensors(width: int, tokens: int, batch_size: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Tokens, a modulation, and a gradient of the output."""
+    """Tokens, a modulation, and an output gradient."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((batch_size, tokens, width), (batch_size, 3, width), (batch_size, tokens, width))
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -44,7 +44,7 @@ def slow_copy(block: PISDMBlock) -> PISDMBlock:
 
 
 def run_step(call: Callable, block: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Forward and backward; the output and the gradient of the tokens."""
+    """Runs forward and backward; returns the output and the gradient of the tokens."""
     tokens, modulation, grad = tensors
     tokens = tokens.detach().requires_grad_()
     block.zero_grad()
@@ -55,8 +55,8 @@ def run_step(call: Callable, block: nn.Module, tensors: list[torch.Tensor]) -> l
 
 def check_training() -> float:
     """
-    Compares a small block, with our kernels and on the slow path, with the textbook loop in float64: the largest error
-    as a share of the largest value. Raises RuntimeError if it is above `TOLERANCE`.
+    Compares a small block, with our kernels and on the slow path, to the textbook loop in float64: the largest errors
+    as a share of the largest value. Raises RuntimeError above `TOLERANCE`.
     """
     exact = make_block(SMALL["width"], torch.float64)
     with force_backends(selective_scan="reference", causal_conv="torch"):
@@ -67,13 +67,13 @@ def check_training() -> float:
         found = run_step(candidate, candidate, make_tensors(**SMALL, batch_size=2))
         errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted)]
         if not max(errors) <= TOLERANCE:
-            raise RuntimeError(f"A block differs from float64 by {errors} of the largest value: nothing is timed.")
+            raise RuntimeError(f"A block differs from float64 by {errors} of the largest value, so nothing is timed.")
         error = max(error, *errors)
     return error
 
 
 def trace_memory(call: Callable, tensors: list[torch.Tensor]) -> tuple[int, int]:
-    """What forward keeps for backward in bytes, its output among it, and the operations of both."""
+    """The bytes that forward keeps for backward, including its output, and the operations of both."""
     tokens, modulation, grad = (tensor.detach().requires_grad_() for tensor in tensors)
     with StepTrace() as trace:
         out = call(tokens, modulation)  # (B, L, D)
@@ -97,7 +97,7 @@ def measure_training(width: int, tokens: int, batch_size: int, repeats: int, slo
     }
     rows = []
     for name, (call, _, _) in ways.items():
-        saved, flops = trace_memory(call, tensors)  # warms up, too
+        saved, flops = trace_memory(call, tensors)  # also warms up
         rows.append({"way": name, "saved_bytes": saved, "flops": flops, "seconds": []})
     for turn in range(max(repeats, slow_repeats)):
         for row in rows:
@@ -114,7 +114,7 @@ def measure_training(width: int, tokens: int, batch_size: int, repeats: int, slo
 
 
 def describe_training(rows: list[dict]) -> str:
-    """A table of [`measure_training`]'s rows."""
+    """A table of the rows of [`measure_training`]."""
     first = rows[0]
     size = f"width {first['width']}, {first['tokens']} tokens, batch {first['batch_size']}"
     lines = [

@@ -1,4 +1,4 @@
-"""What is compared: PIS-DM and its peers of equal parameters, built whole or as a stack of few layers."""
+"""The models compared: PIS-DM and its peers with equal parameters, built whole or as a stack of a few layers."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.ops.common.backends import force_backends
 
 
-VAE_FACTOR = 8  # pixels a latent pixel of Stable Diffusion's VAE
+VAE_FACTOR = 8  # pixels per latent pixel of Stable Diffusion's VAE
 PATCH_SIZE = 2
 PISDM = "PIS-DM"
 
 
 def num_tokens(image_size: int) -> int:
-    """Patches of a square image's latent."""
+    """The number of patches in a square image's latent."""
     return (image_size // (VAE_FACTOR * PATCH_SIZE)) ** 2
 
 
 def parse_image_size(text: str) -> int:
-    """An argument: the side of an image that is whole patches."""
+    """Parses the side of an image that consists of whole patches."""
     unit = VAE_FACTOR * PATCH_SIZE
     if not text.isdecimal() or int(text) == 0 or int(text) % unit != 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive multiple of {unit} pixels")
@@ -34,7 +34,7 @@ def parse_image_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the models that are compared."""
+    """One of the models compared."""
 
     name: str
     model_class: type[ModelMixin]
@@ -44,21 +44,21 @@ class Candidate:
 
     @property
     def num_layers(self) -> int:
-        """Of the whole model."""
+        """The depth of the whole model."""
         return self.config["num_layers"]
 
     def build(self, image_size: int, num_layers: int | None = None, dtype: torch.dtype = torch.float32) -> ModelMixin:
         """The model for images of `image_size` pixels with random weights, whole or as `num_layers` layers."""
         config = {**self.config, "num_layers": num_layers or self.num_layers}
-        # DiT's positions are a table without parameters for one size; those of the others fit every size.
+        # DiT's positions are a parameter-free table for one size; the others' fit every size.
         if self.model_class is DiTPeer:
             config["sample_size"] = image_size // VAE_FACTOR
         return cast_model(self.model_class(**config).eval(), dtype)
 
     def missing_skip_bytes(self, num_layers: int, batch_size: int, image_size: int, dtype: torch.dtype) -> int:
         """
-        What the whole model holds at its middle layer and a stack of `num_layers` does not: the outputs of more
-        layers. Right to within a token tensor or two, as a stack may need most at another moment.
+        The memory that the whole model needs at its middle layer beyond a stack of `num_layers`: the outputs of more
+        layers. Accurate to within a token tensor or two, as a stack may peak at another moment.
         """
         if not self.has_long_skips:
             return 0
@@ -67,7 +67,7 @@ class Candidate:
 
 
 def cast_model(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
-    """As `from_pretrained` casts with `torch_dtype`: all parameters but those that the model keeps in float32."""
+    """Casts like `from_pretrained` with `torch_dtype`: all parameters except those that the model keeps in float32."""
     kept = set(model._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
         if kept.isdisjoint(name.split(".")):
@@ -76,7 +76,7 @@ def cast_model(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
 
 
 def make_candidates(pisdm_config: dict) -> list[Candidate]:
-    """PIS-DM first, then all peers of its width and number of parameters."""
+    """PIS-DM, followed by all peers with its width and number of parameters."""
     pisdm_config = {**pisdm_config, "patch_size": PATCH_SIZE}
     peers = {name: equal_parameters(pisdm_config, name) for name in PEERS}
     parameters = next(iter(peers.values())).pisdm_parameters
@@ -90,7 +90,7 @@ def make_candidates(pisdm_config: dict) -> list[Candidate]:
 def make_inputs(
     batch_size: int, image_size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise for latents of `image_size` pixels, a timestep and a class: what every candidate is called with."""
+    """The inputs of every candidate: noise for latents of `image_size` pixels, a timestep and a class."""
     side = image_size // VAE_FACTOR
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(batch_size, 4, side, side, generator=generator).to(device, dtype)  # (B, 4, S, S)
@@ -105,7 +105,7 @@ TOLERANCE = 1e-4  # of the largest value
 
 def check_candidates(candidates: list[Candidate], device: torch.device) -> dict[str, float]:
     """
-    Compares every candidate, narrow and in float32 with the device's kernels, with itself in float64 on the CPU, where
+    Compares a narrow version of every candidate, in float32 with the device's kernels, to float64 on the CPU, where
     PIS-DM scans with the textbook loop: the largest errors as shares of the largest value. Raises RuntimeError above
     `TOLERANCE`.
     """
@@ -118,7 +118,7 @@ def check_candidates(candidates: list[Candidate], device: torch.device) -> dict[
             torch.manual_seed(0)
             model = replace(candidate, config=small).build(SMALL_IMAGE)
             for parameter in model.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))  # what starts at zero would hide errors
+                parameter.add_(0.02 * torch.randn_like(parameter))  # parameters that start at zero would hide errors
         inputs = make_inputs(2, SMALL_IMAGE, torch.device("cpu"), torch.float64)
         with torch.no_grad(), force_backends(selective_scan="reference", causal_conv="torch"):
             wanted = copy.deepcopy(model).double()(*inputs, return_dict=False)[0]  # (B, C, H, W)
@@ -126,10 +126,10 @@ def check_candidates(candidates: list[Candidate], device: torch.device) -> dict[
             inputs = make_inputs(2, SMALL_IMAGE, device, torch.float32)
             sample = model.to(device)(*inputs, return_dict=False)[0].double().cpu()  # (B, C, H, W)
         errors[candidate.name] = ((sample - wanted).abs().max() / wanted.abs().max()).item()
-    wrong = [name for name, error in errors.items() if not error <= TOLERANCE]  # a NaN is wrong, too
+    wrong = [name for name, error in errors.items() if not error <= TOLERANCE]  # NaN is also wrong
     if wrong:
         raise RuntimeError(
             f"{', '.join(wrong)} differ from float64 by more than {TOLERANCE} of the largest value: {errors}."
-            + (" Run the tests of diffusers_pisdm.ops to find the kernel at fault." if PISDM in wrong else "")
+            + (" Run the tests of diffusers_pisdm.ops to find the faulty kernel." if PISDM in wrong else "")
         )
     return errors

@@ -1,4 +1,4 @@
-"""Whole sampling with a cascade against one stage at its final resolution."""
+"""Times sampling with a whole cascade against one stage at its final resolution."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_RECIPE = Recipe(
 
 
 def split_steps(steps: int, num_stages: int) -> list[int]:
-    """As equal parts of `steps` as whole numbers allow, the larger ones in the low stages, which cost least."""
+    """Splits `steps` as evenly as whole numbers allow, with the larger parts in the low stages, which cost least."""
     if steps < num_stages:
         raise ValueError(f"{steps} steps are too few for {num_stages} stages: pass --steps {num_stages} or more.")
     return [steps // num_stages + (stage < steps % num_stages) for stage in range(num_stages)]
@@ -69,7 +69,7 @@ def sample(pipeline: PISDMCascadePipeline, steps: list[int], batch_size: int) ->
         callback_on_step_end=stamp,
     ).images
     if not torch.isfinite(latents).all():
-        raise RuntimeError("The pipeline gives values that are not finite.")
+        raise RuntimeError("The pipeline produced values that are not finite.")
     return seconds
 
 
@@ -77,8 +77,8 @@ def measure_cascade(
     recipe: Recipe, steps: int, batch_size: int, repeats: int, device: torch.device, dtype: torch.dtype
 ) -> dict:
     """
-    Times a recipe's cascade with random weights at `steps` of DPM-Solver per stage and at `steps` in all, and its last
-    stage alone, without the condition. They take turns; `times_one_stage` is the time as a multiple of the latter's.
+    Times a recipe's cascade with random weights at `steps` of DPM-Solver per stage and at `steps` in total, and its
+    last stage alone, without the condition, in turns; `times_one_stage` is the time as a multiple of the latter's.
     """
     cascade = make_pipeline(recipe, device, dtype)
     last = {name: value for name, value in recipe.stages[-1].items() if name != "low_res_channels"}
@@ -117,13 +117,13 @@ def measure_cascade(
 
 
 def describe_cascade(report: dict) -> str:
-    """The table of [`measure_cascade`]."""
+    """Formats the table of [`measure_cascade`]."""
     sizes = " > ".join(str(stage["sample_size"]) for stage in report["stages"])
     parameters = ", ".join(f"{stage['parameters'] / 1e6:.1f}M" for stage in report["stages"])
     lines = [
-        f"Stages of {sizes} latent pixels, {parameters} parameters; one stage is the last alone."
+        f"Stages of {sizes} latent pixels, {parameters} parameters; 'one stage' is the last alone."
         f" Batch {report['batch_size']}, no guidance, no autoencoder.",
-        f"{'':<34}{'x one stage':>12}{'seconds':>10}   seconds of each stage (steps)",
+        f"{'':<34}{'x one stage':>12}{'seconds':>10}   seconds per stage (steps)",
     ]
     for row in report["rows"]:
         parts = ", ".join(f"{seconds:.3g} ({steps})" for seconds, steps in zip(row["stage_seconds"], row["steps"]))
@@ -132,7 +132,7 @@ def describe_cascade(report: dict) -> str:
 
 
 def plot_cascade(report: dict, path: Path) -> None:
-    """A bar for each way, a segment for each stage."""
+    """Draws a bar per way with a segment per stage."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -154,7 +154,7 @@ def plot_cascade(report: dict, path: Path) -> None:
         axis.annotate(f" {row['times_one_stage']:.2f}x", (end, row["way"]), va="center")
     axis.invert_yaxis()
     axis.margins(x=0.1)
-    axis.set(xlabel=f"seconds a batch of {report['batch_size']} (less is better)", title=report["machine"]["device"])
+    axis.set(xlabel=f"seconds per batch of {report['batch_size']} (less is better)", title=report["machine"]["device"])
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""From how many tokens on one model is faster than another."""
+"""The number of tokens from which one model is faster than another."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from benchmarks.speed.candidates import PATCH_SIZE, VAE_FACTOR
 
 @dataclass(frozen=True)
 class Crossover:
-    """From where on a model is faster than a peer."""
+    """Where a model becomes faster than a peer."""
 
-    faster: str  # "from": from `tokens` on; "always": at all sizes measured; "never": not at the largest of them
-    tokens: float | None = None  # where the times are equal
+    faster: str  # "from": from `tokens` on; "always": at all measured sizes; "never": not at the largest
+    tokens: float | None = None  # where both times are equal
 
     @property
     def image_size(self) -> float | None:
-        """Side of the square image of so many tokens, in pixels."""
+        """Side in pixels of the square image with this many tokens."""
         return None if self.tokens is None else math.sqrt(self.tokens) * VAE_FACTOR * PATCH_SIZE
 
     def __str__(self) -> str:
@@ -28,16 +28,16 @@ class Crossover:
 
 def find_crossover(tokens: list[int], seconds: list[float], peer_seconds: list[float]) -> Crossover:
     """
-    The number of tokens from which on a model is faster than a peer, up to the largest measured; the last one, if
-    noise makes several. Between measurements, times are powers of the number of tokens.
+    The number of tokens from which a model is faster than a peer, up to the largest measured; the last such number if
+    noise makes several. Between measurements, times are interpolated as powers of the number of tokens.
     """
     if not tokens or not len(tokens) == len(seconds) == len(peer_seconds):
         raise ValueError(
-            f"Expected as many times as numbers of tokens, got {len(tokens)} tokens, {len(seconds)} times and"
-            f" {len(peer_seconds)} of the peer."
+            f"Expected one time per number of tokens, got {len(tokens)} numbers of tokens, {len(seconds)} times and"
+            f" {len(peer_seconds)} times of the peer."
         )
     if any(after <= before for before, after in zip(tokens, tokens[1:])):
-        raise ValueError(f"`tokens` must ascend, got {tokens}.")
+        raise ValueError(f"`tokens` must be ascending, got {tokens}.")
     gains = [math.log(peer / own) for own, peer in zip(seconds, peer_seconds)]  # positive: the model is faster
     if gains[-1] <= 0:
         return Crossover("never")

@@ -44,7 +44,7 @@ def test_a_table_of_whole_models(run):
     assert (output / "throughput.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in output.iterdir()) == ["throughput.json", "throughput.png"]
     assert "timed whole" in said and "extrapolated" not in said
-    assert said.index("How many times as fast") < said.index("Seconds a pass") < said.index("Images a second at 10")
+    assert said.index("How many times as fast") < said.index("Seconds per") < said.index("Images per second at 10")
 
 
 def test_a_table_from_stacks_of_few_layers(run):

@@ -170,7 +170,7 @@ def test_another_configuration_is_refused(changes, message):
 @pytest.mark.parametrize("id2label", [None, {0: "a"}])
 def test_classes_without_names_are_refused(id2label):
     pretrained = make_cascade(1, id2label=id2label)
-    with pytest.raises(ValueError, match=r"10 classes and [01] class names .*Pass their names to `from_pretrained`"):
+    with pytest.raises(ValueError, match=r"10 classes but [01] class names .*Pass their names to `from_pretrained`"):
         start_cascade(pretrained, [stage_config(1)], NEW_NAMES)
 
 
@@ -227,7 +227,7 @@ def test_what_trains_is_float32():
 
 
 def test_unknown_targets_are_named():
-    with pytest.raises(ValueError, match=r"contains 'to_q', but the model has no layer of that name\. Pass names of"):
+    with pytest.raises(ValueError, match=r"contains 'to_q', .* no such layer\. Pass names of .*'in_proj'"):
         add_lora(make_model(), rank=2, alpha=2, target_modules=["in_proj", "to_q"])
 
 

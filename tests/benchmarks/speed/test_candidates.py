@@ -86,5 +86,5 @@ def test_a_wrong_kernel_is_found(candidates, monkeypatch):
                     patch.setattr("diffusers_pisdm.models.transformer_pisdm.selective_scan", skip_gate)
                 return super().forward(hidden_states, *arguments, **options)
 
-    with pytest.raises(RuntimeError, match="find the kernel at fault"):
+    with pytest.raises(RuntimeError, match="find the faulty kernel"):
         check_candidates([replace(candidates[PISDM], model_class=Wrong)], CPU)
