@@ -325,6 +325,12 @@ def test_the_operator_of_graphs_knows_its_shape_and_owns_its_memory(before, afte
     index = operator(*arguments)
     index.zero_()
     assert operator(*arguments).any()
+    other = (3, 19, *arguments[2:])  # a grid of no other test, so not in the cache
+    with torch.device("meta"):
+        index = operator(*other)
+        with FakeTensorMode():
+            assert operator(*other).device.type == "cpu"
+    assert index.device.type == "cpu" and torch.equal(index, operator(*other))
 
 
 # --- What the cache must not keep ------------------------------------------------------------------------------------
