@@ -54,6 +54,15 @@ TESTS = {
     "training/noise.py": ["training/test_noise.py"],
     "training/loss_meter.py": ["training/test_loss_meter.py"],
     "training/optimization.py": ["training/test_optimization.py"],
+    "training/trainer.py": ["training/test_trainer.py"],
+    "pipelines/pipeline_pisdm_cascade.py": [
+        "pipelines/test_pipeline_pisdm_cascade.py",
+        "pipelines/test_pipeline_pisdm_cascade_stages.py",
+        "pipelines/test_pipeline_pisdm_cascade_schedulers.py",
+        "pipelines/test_pipeline_pisdm_cascade_inputs.py",
+        "pipelines/test_pipeline_pisdm_cascade_guidance.py",
+        "pipelines/test_pipeline_pisdm_cascade_loading.py",
+    ],
 }
 LEFT_OUT = ("compiled", "export", "lora", "two_processes_give", "lowers")  # tests of these words are slow
 # What does not find failures costs a second a mutant: plugins, and asserts that explain themselves.

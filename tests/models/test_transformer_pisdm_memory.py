@@ -251,7 +251,7 @@ def test_blocks_offloaded_to_disk(tmp_path, offloaded):
     assert torch.equal(run(model), run(make_model()))
 
 
-def test_blocks_are_neither_split_nor_compiled_with_the_rest():
+def test_blocks_are_not_split_and_are_what_repeats():
     blocks = {type(module).__name__ for module in make_model().modules() if isinstance(module, PISDMBlock)}
     assert blocks == set(make_model()._no_split_modules) == set(make_model()._repeated_blocks)
 

@@ -221,8 +221,12 @@ def test_nothing_moves_between_layers_of_one_direction():
     assert [move is None for move in moves] == [False, True, True, False]
 
 
-def test_row_major_without_pads_moves_nothing_at_all():
-    assert scan_transitions(4, 6, ("row_top_left",) * 2, num_prefix_tokens=2) == [None, None, None]
+@pytest.mark.parametrize("layers", ["rr", "rc", "cr", "rcr", "crc"])
+def test_without_pads_only_other_orders_than_row_major_are_entered_and_left(layers):
+    names = {"r": "row_top_left", "c": "column_top_left"}
+    moves = scan_transitions(4, 6, tuple(names[layer] for layer in layers), num_prefix_tokens=2)
+    orders = f"r{layers}r"  # before, between and after the layers
+    assert [move is not None for move in moves] == [before != after for before, after in zip(orders, orders[1:])]
 
 
 def test_a_pair_of_directions_is_built_once():
@@ -305,10 +309,11 @@ def test_a_graph_asks_one_operator_for_each_move(grid, num_pads, device):
     torch.compiler.reset()
     assert torch.equal(torch.compile(run, fullgraph=True, backend=keep)(tokens), expected)
     torch.compiler.reset()
-    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
-    inverses = sum(move.inverse is not None for move in moves)
-    assert sum("token_move_index" in name for name in called) == len(moves) + inverses
-    assert not any("arange" in name for name in called)
+    called = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert not any("arange" in str(node.target) for node in called)
+    operators = [node for node in called if "token_move_index" in str(node.target)]
+    assert len(operators) == len(moves) + sum(move.inverse is not None for move in moves)
+    assert {node.args[5] for node in operators} == {None if device is None else torch.device(device)}
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 2), (2, 5), (5, None)])
@@ -320,6 +325,12 @@ def test_the_operator_of_graphs_knows_its_shape_and_owns_its_memory(before, afte
     index = operator(*arguments)
     index.zero_()
     assert operator(*arguments).any()
+    other = (3, 19, *arguments[2:])  # a grid of no other test, so not in the cache
+    with torch.device("meta"):
+        index = operator(*other)
+        with FakeTensorMode():
+            assert operator(*other).device.type == "cpu"
+    assert index.device.type == "cpu" and torch.equal(index, operator(*other))
 
 
 # --- What the cache must not keep ------------------------------------------------------------------------------------

@@ -151,33 +151,35 @@ def test_alone_nothing_is_gathered():
     assert gather_rows(rows) is rows
 
 
-def gather_in_process(rank, folder, rows):
+def gather_in_process(rank, folder, rows, weight):
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    own = rows[rank].T.clone().T.requires_grad_()  # not contiguous
+    # The second process's rows and gradient lie in memory column by column.
+    own = (rows[rank] if rank == 0 else rows[rank].T.clone().T).requires_grad_()
     gathered = gather_rows(own)
-    (gathered.sum() * (rank + 1)).backward()  # as is this gradient, an expanded scalar
-    plain = own.grad.clone()
-    own.grad = None
-    ((rank + 1) * gather_rows(own) ** 3).sum().backward()
-    torch.save((gathered.detach(), plain, own.grad), folder / f"{rank}.pt")
+    if rank == 0:
+        (weight * gathered**2).sum().backward()
+    else:
+        (10 * weight.T.clone() * gathered.T).sum().backward()
+    torch.save((gathered.detach(), own.grad), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_rows_of_two_processes_are_gathered_with_the_gradient_of_both_losses(tmp_path):
-    rows = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(2, 3, 2, generator=generator), torch.randn(6, 2, generator=generator)
     processes = multiprocessing.get_context("fork")
-    workers = [processes.Process(target=gather_in_process, args=(rank, tmp_path, rows)) for rank in range(2)]
+    workers = [processes.Process(target=gather_in_process, args=(rank, tmp_path, rows, weight)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
     for rank in range(2):
-        gathered, plain, cubed = torch.load(tmp_path / f"{rank}.pt")
+        gathered, gradient = torch.load(tmp_path / f"{rank}.pt")
         assert torch.equal(gathered, torch.cat([*rows]))
-        assert torch.equal(plain, torch.full((3, 2), 3.0))  # 1 of the first process's loss, 2 of the second's
-        torch.testing.assert_close(cubed, 3 * 3 * rows[rank] ** 2)
+        of_own = weight[3 * rank : 3 * rank + 3]
+        torch.testing.assert_close(gradient, 2 * of_own * rows[rank] + 10 * of_own)
 
 
 def test_two_processes_give_the_losses_and_gradients_of_one(tmp_path):
