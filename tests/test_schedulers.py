@@ -75,7 +75,7 @@ def test_the_shift_survives_saving_and_a_change_of_scheduler(tmp_path):
 def test_no_shift_changes_nothing_and_a_wrong_one_is_refused():
     scheduler = DDPMScheduler()
     assert shift_noise_schedule(scheduler, 1.0) is scheduler
-    with pytest.raises(ValueError, match="positive factor only, got 0"):
+    with pytest.raises(ValueError, match="positive factor, got 0"):
         shift_noise_schedule(scheduler, 0)
 
 
