@@ -135,6 +135,21 @@ def test_layerwise_casting(storage, compute, tolerance):
     assert model.get_memory_footprint() < 0.8 * full_size
 
 
+def test_what_is_not_cast_stays_so_beside_a_users_own_choice():
+    """Which replaces diffusers' defaults, but not the model's."""
+    model = make_model(pixel_head_channels=6)
+    model.enable_layerwise_casting(torch.float16, torch.float32, skip_modules_pattern=("time_embedding",))
+    kept = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    ends = {"patch_embed", "class_embedding", "proj_out", "pixel_head"}
+    steering = {
+        "padding_tokens",
+        "modulation",
+        "modulation_out",
+        "transformer_blocks",
+    }  # of the blocks, the scan's own
+    assert kept == ends | steering | {"time_embedding"}
+
+
 def test_layerwise_casting_trains():
     model = make_model().train()
     model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)

@@ -325,12 +325,14 @@ def test_the_operator_of_graphs_knows_its_shape_and_owns_its_memory(before, afte
     index = operator(*arguments)
     index.zero_()
     assert operator(*arguments).any()
-    other = (3, 19, *arguments[2:])  # a grid of no other test, so not in the cache
-    with torch.device("meta"):
-        index = operator(*other)
-        with FakeTensorMode():
-            assert operator(*other).device.type == "cpu"
-    assert index.device.type == "cpu" and torch.equal(index, operator(*other))
+
+
+def test_the_operator_of_graphs_builds_on_the_device_asked_for():
+    arguments = (3, 4, True, 2, 1), (None, SCAN_DIRECTIONS[2])
+    operator = torch.ops.diffusers_pisdm.token_move_index
+    assert operator(*arguments[0], torch.device("meta"), *arguments[1]).device.type == "meta"
+    with FakeTensorMode():  # needs no GPU
+        assert operator(*arguments[0], torch.device("cuda"), *arguments[1]).device.type == "cuda"
 
 
 # --- What the cache must not keep ------------------------------------------------------------------------------------
