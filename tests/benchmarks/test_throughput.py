@@ -71,7 +71,7 @@ def test_values_that_are_not_finite_stop_it(run, monkeypatch):
 
     monkeypatch.setattr(throughput, "make_candidates", make_candidates)
     monkeypatch.setattr(throughput, "check_candidates", lambda candidates, device: {})
-    with pytest.raises(RuntimeError, match="U-ViT .* not finite at 64 px"):
+    with pytest.raises(RuntimeError, match=r"U-ViT .* not finite at 64 px"):
         run("--image-sizes", "64", "--repeats", "1")
 
 

@@ -223,7 +223,7 @@ def test_factor_dropout_needs_factors():
 
 
 def test_one_weighting_for_each_stage():
-    with pytest.raises(ValueError, match="`loss_weighting` .* one for each of the 3 stages"):
+    with pytest.raises(ValueError, match=r"`loss_weighting` .* one for each of the 3 stages"):
         make_objective(loss_weighting=["uniform", "vlb"])
 
 
@@ -319,7 +319,7 @@ def test_stage_loss_weights_that_do_not_fit_are_refused(weights):
 
 @pytest.mark.parametrize("stages", [[], [0], [4], [1, 1]])
 def test_stages_that_do_not_exist_cannot_be_trained(stages):
-    with pytest.raises(ValueError, match="`train_stages` .* number from 1 to 3"):
+    with pytest.raises(ValueError, match=r"`train_stages` .* number from 1 to 3"):
         make_objective(train_stages=stages)
 
 

@@ -83,7 +83,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="must be divisible by `num_heads`"):
         DiTPeer(**{**CONFIG, "hidden_size": 30})
     model, (images, timestep, labels) = make_model(), make_inputs()
-    with pytest.raises(ValueError, match="squares, .* 8 x 4"):
+    with pytest.raises(ValueError, match=r"squares, .* 8 x 4"):
         model(images[..., :4], timestep, labels)
     with pytest.raises(ValueError, match="take neither"):
         model(images, timestep, labels, noise_level=torch.zeros(2))
