@@ -616,7 +616,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         condition: dict[str, torch.Tensor],
         guided: bool,
     ) -> torch.Tensor:
-        """Runs the model on `model_input` `(B, C, H, W)` and returns its guided prediction, same shape, float32."""
+        """
+        Runs the model on `model_input` `(B, C, H, W)` and returns its prediction, same shape, float32: if guided,
+        `uncond + guidance_scale * (cond - uncond)` on all channels.
+        """
         model_input = model_input.to(transformer.dtype)
         inputs = [(model_input, condition)]
         if guided and self._guidance_slicing:
