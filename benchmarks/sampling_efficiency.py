@@ -5,10 +5,10 @@ steps and for guidance scales x guidance intervals. The pipeline's defaults are 
     python examples/datasets/emoji.py --edition 2 --output_dir data/emoji128
     python -m benchmarks.sampling_efficiency --data_dir data/emoji128 --output outputs/sampling_efficiency
 
-Samples with the same classes and noise are drawn for every way and evaluated; then the ways are timed in turns,
-`--repeats` times, and medians reported. If interrupted, rerun the same command to resume. Several processes can share
-the sampling: `--part 0 2` and `--part 1 2` each draw every second way; the command without `--part` then evaluates and
-times them all. Prints a table and writes `sampling_efficiency.json` and `.png`.
+Samples with the same classes and noise are drawn with every setting and evaluated; then the settings are timed in
+turn, `--repeats` times, and medians reported. If interrupted, rerun the same command to resume. Several processes can
+share the sampling: `--part 0 2` and `--part 1 2` each draw every second setting; the command without `--part` then
+evaluates and times them all. Prints a table and writes `sampling_efficiency.json` and `.png`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--features", default="efficientnet_lite0", help="See examples/evaluate.py.")
     add("--features_weights")
-    add("--part", type=int, nargs=2, metavar=("I", "N"), help="Only draw every N-th way, from the I-th.")
+    add("--part", type=int, nargs=2, metavar=("I", "N"), help="Only draw every N-th setting, from the I-th.")
     add("--timed_images", type=int, default=8, help="Images per timed call.")
     add("--repeats", type=int, default=3)
     add("--output", type=Path, required=True)
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def time_samplers(
     pipe: PISDMCascadePipeline, grid: list[SamplerSettings], num_images: int, repeats: int
 ) -> dict[SamplerSettings, list[float]]:
-    """Seconds per image of every way, `repeats` times, in turns, after a warm-up."""
+    """Seconds per image of every setting, `repeats` times, in turn, after a warm-up."""
     pipe.set_progress_bar_config(disable=True)
     seconds = {settings: [] for settings in grid}
     classes = [index % pipe.transformer.config.num_classes for index in range(num_images)]

@@ -18,12 +18,12 @@ from diffusers_pisdm.evaluation import SampleSettings, write_sample_set
 from diffusers_pisdm.evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES
 
 
-# How long processes that are done wait for the slowest: torch's own 10 minutes would end a run of hours.
+# How long finished processes wait for the slowest: torch's own 10 minutes would end a run of hours.
 PATIENCE = timedelta(days=7)
 
 
 def add_drawing_arguments(add: Callable[..., argparse.Action]) -> None:
-    """Those of the drawing itself, by a parser's or a group's `add_argument`; model, number and seed are not here."""
+    """Adds the sampling arguments that sample.py and evaluate.py share."""
     add(
         "--classes",
         nargs="+",

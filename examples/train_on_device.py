@@ -117,7 +117,7 @@ class WatchArguments:
 
 
 @dataclass(kw_only=True)
-class DeviceArguments(  # the last one's come first
+class DeviceArguments(  # `--help` lists the last base first
     WatchArguments, SharedArguments, StageArguments, TimeArguments, RunArguments
 ):
     """All arguments of this script, with their defaults; recipes fill the same fields."""
@@ -209,7 +209,8 @@ def train_stage(
     trainer.resume()
     if trainer.is_done:
         tqdm.write(f"stage {number}: already complete, with {trainer.state.step} steps")
-    trainer.train()
+    else:
+        trainer.train()
     trainer.average.copy_to(trainer.parameters)
     accelerator.free_memory()
 
@@ -267,5 +268,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, CheckpointError, ValueError) as error:  # the user's to fix: no traceback
+    except (DataError, CheckpointError, FloatingPointError, ValueError) as error:  # the user's to fix: no traceback
         sys.exit(f"error: {error}")

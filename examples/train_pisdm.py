@@ -153,7 +153,7 @@ class HubArguments:
 
 
 @dataclass(kw_only=True)
-class TrainingArguments(  # the last one's come first
+class TrainingArguments(  # `--help` lists the last base first
     HubArguments, SampleArguments, TrainerSettings, ModelArguments, ObjectiveArguments, DataArguments, RunArguments
 ):
     """All arguments of this script, with their defaults; recipes fill the same fields."""

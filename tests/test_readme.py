@@ -47,3 +47,9 @@ def test_links_and_paths_lead_somewhere(page):
     targets += re.findall(r"`((?:diffusers_pisdm|examples|tests|benchmarks)/[\w./]+)`", text)
     assert targets
     assert [target for target in targets if "NAME" not in target and not (ROOT / target).exists()] == []
+
+
+def test_every_row_of_the_map_names_a_test_that_is_there():
+    rows = re.findall(r"`(tests/[\w/]+\.py)`: `(\w+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(rows) > 10
+    assert [row for row in rows if f"def {row[1]}(" not in (ROOT / row[0]).read_text(encoding="utf-8")] == []

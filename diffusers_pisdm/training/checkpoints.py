@@ -30,7 +30,7 @@ STATE_FILE = "trainer_state.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written."""
+    """A checkpoint could not be written, or does not belong to this run."""
 
 
 def find_checkpoints(output_dir: str | Path) -> tuple[list[Path], dict[Path, str]]:
@@ -155,11 +155,8 @@ def save_checkpoint(
         try:
             if mine:
                 part()
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch.save and safetensors raise their own errors
+        # torch.save and safetensors raise their own errors.
+        except (OSError, RuntimeError, SafetensorError) as error:
             fault = f"{type(error).__name__}: {error}"
         faults = [fault for fault in gather_object([fault]) if fault is not None]
         if faults:

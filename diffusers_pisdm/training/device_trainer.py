@@ -91,6 +91,7 @@ class DeviceStep:
         self.rows = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.average_weight = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)
+        self.failures = torch.zeros((), device=device)  # skipped steps in a row
 
     def __call__(self, rows: np.ndarray, seed: int, learning_rate: float) -> None:
         """
@@ -145,6 +146,7 @@ class DeviceStep:
         self.optimizer.optimizer.found_inf = is_bad
         self.optimizer.step()
         self.skipped_steps += is_bad
+        self.failures.add_(is_bad).mul_(is_bad)
         differences = torch._foreach_sub(self.parameters, self.average.shadow_params)
         torch._foreach_mul_(differences, self.average_weight)
         torch._foreach_add_(self.average.shadow_params, differences)
@@ -157,13 +159,13 @@ class DeviceSettings(TrainerSettings):
 
     max_train_steps: int | None = None
     minutes: float | None = None  # training time, instead of `max_train_steps`
-    lr_cooldown: float = 0.3  # share of the steps
-    validation_minutes: float = 10.0
-    checkpointing_minutes: float = 5.0
+    lr_cooldown: float  # share of the steps
+    validation_minutes: float
+    checkpointing_minutes: float
     checkpoints_total_limit: int = 1
-    random_flip: bool = False
-    random_shift: int = 0
-    record: bool = False
+    random_flip: bool
+    random_shift: int
+    record: bool  # a CUDA graph
 
 
 @dataclass
@@ -266,6 +268,11 @@ class DeviceTrainer(Trainer):
     def counts(self) -> dict[str, float]:
         self.state.skipped_steps = int(self.device_step.skipped_steps.item())
         return {"skipped_steps": self.state.skipped_steps, "seconds": time.time() - self.started}
+
+    def log_losses(self) -> None:
+        super().log_losses()
+        self.failures = int(self.device_step.failures.item())
+        self.check_failures()
 
     def validate(self) -> None:
         super().validate()

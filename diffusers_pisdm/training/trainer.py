@@ -154,6 +154,10 @@ class Trainer:
         self.failures = 0 if finite else self.failures + 1
         if finite:
             self.average.step(self.parameters)
+        self.check_failures()
+
+    def check_failures(self) -> None:
+        """Stops a run that has diverged."""
         if self.failures > self.settings.max_skipped_steps:
             raise FloatingPointError(
                 f"The loss or its gradient was not finite for {self.failures} steps in a row, up to step"
@@ -236,12 +240,14 @@ class Trainer:
         self.average.store(self.parameters)
         self.average.copy_to(self.parameters)
         self.objective.eval()
-        yield
-        self.average.restore(self.parameters)
-        self.objective.train()
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
+            self.objective.train()
 
     def validate(self) -> None:
-        """Runs in all processes, which sharded models need."""
+        """Measures the held-out loss and calls `on_validation`, with averaged weights, in all processes."""
         with self.averaged_weights():
             if self.held_out_rows is not None:
                 self.log(self.held_out_losses())

@@ -171,3 +171,9 @@ def test_a_rehearsal_is_a_tenth(recipe):
     arguments = ["--cascade_config", str(recipe), "--train_data_dir", "d", "--output_dir", "o", "--rehearse"]
     args, _ = parse_args([*arguments, "--minutes", "5", "--train_batch_size", "256", "8"])
     assert (args.minutes, args.train_batch_size, args.lr_warmup_steps) == ([0.5, 0.5], [25, 1], 0)
+
+
+def test_a_run_that_has_diverged_stops(train):
+    arguments = ["--max_train_steps", "60", "--learning_rate", "1e30", "--train_stages", "1", "--lr_warmup_steps", "0"]
+    with pytest.raises(FloatingPointError, match=r"steps in a row, up to step 2[2-6]\b.*--learning_rate"):
+        train("run", *arguments)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.patch_borders import patch_border_ratio, white_roughness
+from benchmarks.measuring.patch_borders import patch_border_ratio, white_roughness
 
 
 def slope():

@@ -1,6 +1,6 @@
 import torch
 
-from benchmarks.class_centroids import class_centroids, nearest_class
+from benchmarks.measuring.class_centroids import class_centroids, nearest_class
 
 
 def test_centroids_are_the_means_of_the_classes_there_are():
