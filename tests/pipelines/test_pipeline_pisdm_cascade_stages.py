@@ -134,6 +134,8 @@ def test_every_stage_takes_its_own_values(slot):
 
     def record(pipe, step, timestep, tensors):
         assert pipe.current_timestep == timestep
+        given = calls[pipe.stage - 1][-1].get("low_res")
+        assert tensors["low_res"] is None if given is None else torch.equal(tensors["low_res"], given[-len(LABELS) :])
         steps.append((step, tensors["stage"], pipe.stage, pipe.guidance_scale, timestep.item()))
         return {}
 
@@ -148,7 +150,7 @@ def test_every_stage_takes_its_own_values(slot):
         output_type="latent",
         output_stages=True,
         callback_on_step_end=record,
-        callback_on_step_end_tensor_inputs=["stage"],
+        callback_on_step_end_tensor_inputs=["stage", "low_res"],
         **ARGUMENTS,
     )
     images_generators, image = generators(*SEEDS), None
