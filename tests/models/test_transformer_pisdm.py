@@ -234,6 +234,9 @@ def test_a_layer_is_a_modulated_norm_the_mixer_and_a_gate():
     plain = PISDMBlock(12, 4, 3, 2, 2)
     plain.load_state_dict({k: v for k, v in block.state_dict().items() if not k.startswith("skip_proj")})
     torch.testing.assert_close(plain(joined, modulation), expected, atol=1e-5, rtol=1e-5)
+    faint = 1e-3 * tokens  # where the norm's 1e-6 is as large as the variance
+    for norm in (plain.norm, make_model(hidden_size=12).norm_out):
+        torch.testing.assert_close(norm(faint), layer_norm(faint))
 
 
 @pytest.mark.parametrize("snake", [False, True])
@@ -424,6 +427,7 @@ def test_cascade_condition_is_two_modules():
     higher, first = make_model(), make_model(low_res_channels=None)
     extra = parameter_names(higher) - parameter_names(first)
     assert {name.split(".")[0] for name in extra} == {"noise_level_embedding"}
+    assert first.noise_level_embedding is None
     assert first.patch_embed.in_channels == 3 and higher.patch_embed.in_channels == 6
     assert parameter_names(first) <= parameter_names(higher)
     assert operations(first).names.count("aten.addmm") == operations(higher).names.count("aten.addmm") - 2
@@ -510,11 +514,10 @@ def test_parameter_counts(name, millions):
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-def test_largest_size_is_dim_huge():
+def test_by_default_the_model_is_dim_huge():
     with torch.device("meta"):
-        model = PISDMTransformer2DModel(**PISDM_SIZES["H"])
-    assert model.num_parameters() == pytest.approx(862e6, rel=0.03)
-    config = model.config
+        model, largest = PISDMTransformer2DModel(), PISDMTransformer2DModel(**PISDM_SIZES["H"])
+    assert model.num_parameters() == largest.num_parameters() == pytest.approx(862e6, rel=0.03)
     paper = {"num_layers": 49, "hidden_size": 1536, "state_size": 16, "conv_kernel": 3, "expand": 2, "patch_size": 2}
     latents = {"sample_size": 32, "in_channels": 4, "out_channels": None, "low_res_channels": None}  # ImageNet 256
     parts = {
@@ -526,7 +529,7 @@ def test_largest_size_is_dim_huge():
     dim = {"time_step_rank": None, "long_skips": True, "snake": False}
     ours = {"overlapping_patches": False, "pixel_head_channels": None, "residual_scale": None, "class_factors": None}
     stated = paper | latents | parts | dim | ours
-    assert {name: value for name, value in config.items() if not name.startswith("_")} == stated
+    assert {name: value for name, value in model.config.items() if not name.startswith("_")} == stated
     assert model.transformer_blocks[0].mixer.dt_proj.in_features == 1536 // 16
 
 
