@@ -234,6 +234,8 @@ def test_a_layer_is_a_modulated_norm_the_mixer_and_a_gate():
     plain = PISDMBlock(12, 4, 3, 2, 2)
     plain.load_state_dict({k: v for k, v in block.state_dict().items() if not k.startswith("skip_proj")})
     torch.testing.assert_close(plain(joined, modulation), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the table's precision is not the tokens'
+        assert plain(joined.bfloat16(), modulation.bfloat16()).dtype == torch.bfloat16
     faint = 1e-3 * tokens  # where the norm's 1e-6 is as large as the variance
     for norm in (plain.norm, make_model(hidden_size=12).norm_out):
         torch.testing.assert_close(norm(faint), layer_norm(faint))
