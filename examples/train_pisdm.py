@@ -380,8 +380,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Data, models and what is minimised
     rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae))
+    stages = make_stages(args, configs, pretrained, class_names)  # refuses a cascade without class names
     new_classes = pretrained is not None and has_new_classes(pretrained, class_names)
-    stages = make_stages(args, configs, pretrained, class_names)
     place = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
     objective = CascadeObjective(
         stages,

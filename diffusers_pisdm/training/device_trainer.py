@@ -265,13 +265,17 @@ class DeviceTrainer(Trainer):
         minutes = getattr(self.settings, f"{what}_minutes")
         return self.is_done or time.time() - self.last[what] > minutes * 60
 
-    def counts(self) -> dict[str, float]:
+    def read_skipped_steps(self) -> None:
+        """Waits for the device."""
         self.state.skipped_steps = int(self.device_step.skipped_steps.item())
+        self.failures = int(self.device_step.failures.item())
+
+    def counts(self) -> dict[str, float]:
+        self.read_skipped_steps()
         return {"skipped_steps": self.state.skipped_steps, "seconds": time.time() - self.started}
 
     def log_losses(self) -> None:
         super().log_losses()
-        self.failures = int(self.device_step.failures.item())
         self.check_failures()
 
     def validate(self) -> None:
@@ -285,6 +289,7 @@ class DeviceTrainer(Trainer):
             yield first, TrainingBatch(held_out.images[batch], held_out.labels[batch], [])
 
     def save(self) -> None:
+        self.read_skipped_steps()  # a checkpoint may come between two logs
         self.state.total_steps = self.total_steps
         super().save()
         self.last["checkpointing"] = time.time()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.training.checkpoints import CheckpointError
-from diffusers_pisdm.training.device_trainer import DeviceStep
+from diffusers_pisdm.training.device_trainer import DeviceStep, DeviceTrainer
 from examples import train_on_device
 from examples.train_on_device import parse_args
 from tests.examples.training.tiny_training import STAGE, weights
@@ -177,3 +177,22 @@ def test_a_run_that_has_diverged_stops(train):
     arguments = ["--max_train_steps", "60", "--learning_rate", "1e30", "--train_stages", "1", "--lr_warmup_steps", "0"]
     with pytest.raises(FloatingPointError, match=r"steps in a row, up to step 2[2-6]\b.*--learning_rate"):
         train("run", *arguments)
+
+
+def test_a_checkpoint_between_two_logs_counts_the_skipped_steps(train, monkeypatch, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    save = DeviceTrainer.save
+
+    def save_and_stop(self):
+        save(self)
+        if self.state.step == 6:
+            raise Killed
+
+    monkeypatch.setattr(DeviceTrainer, "save", save_and_stop)
+    arguments = ["--max_train_steps", "9", "--learning_rate", "1e30", "--train_stages", "1", "--lr_warmup_steps", "0"]
+    with pytest.raises(Killed):
+        train("run", *arguments, "--logging_steps", "100", "--checkpointing_minutes", "0")
+    state = json.loads((tmp_path / "run" / "stage_1" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert 0 < state["skipped_steps"] < 6

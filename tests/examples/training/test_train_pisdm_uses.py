@@ -156,6 +156,14 @@ def test_without_a_recipe_the_pretrained_cascade_says_what_to_train(tmp_path, tr
     assert swapped.config.timestep_spacing == "trailing"  # with DPM-Solver's own, DDIM's steps do not meet
 
 
+def test_a_pretrained_cascade_without_class_names_is_refused(train):
+    base = train("base", 1)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "id2label": None}))
+    with pytest.raises(ValueError, match=r"0 class names.*`id2label=\[\.\.\.\]`"):
+        train("run", 1, "--pretrained_model_name_or_path", str(base))
+
+
 def test_lora_adapters_load_back_into_the_pipeline(train, tmp_path, new_class_dir):
     base = train("base", 2)
     lora = ["--pretrained_model_name_or_path", str(base), "--lora_rank", "2", "--learning_rate", "1e-2"]
