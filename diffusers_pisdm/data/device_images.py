@@ -62,6 +62,18 @@ def load_labelled_images(rows: ImageRows, num_threads: int | None = None) -> Lab
     return LabelledImages(torch.stack(images), torch.tensor(labels), rows.data.class_names, torch.tensor(may_flip))
 
 
+def batch_rows(step: int, num_images: int, batch_size: int, seed: int) -> np.ndarray:
+    """The rows of one step's batch: each epoch visits all images in its own order."""
+    first = step * batch_size
+    positions = np.arange(first, first + batch_size)
+    rows = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(positions // num_images):
+        order = np.random.default_rng((seed, epoch)).permutation(num_images)
+        now = positions // num_images == epoch
+        rows[now] = order[positions[now] % num_images]
+    return rows
+
+
 class DeviceBatches:
     """
     Endless batches of images on a device. A batch's rows depend only on its number and the seed.
@@ -78,10 +90,9 @@ class DeviceBatches:
         data: LabelledImages,
         batch_size: int,
         seed: int,
-        choose_rows: Callable[[int, int, int, int], np.ndarray] | None = None,
+        choose_rows: Callable[[int, int, int, int], np.ndarray] = batch_rows,
     ):
-        self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.choose_rows = batch_rows if choose_rows is None else choose_rows
+        self.data, self.batch_size, self.seed, self.choose_rows = data, batch_size, seed, choose_rows
         self.step = 0
 
     def __iter__(self) -> DeviceBatches:
@@ -102,15 +113,3 @@ class DeviceBatches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
-
-
-def batch_rows(step: int, num_images: int, batch_size: int, seed: int) -> np.ndarray:
-    """The rows of one step's batch: each epoch visits all images in its own order."""
-    first = step * batch_size
-    positions = np.arange(first, first + batch_size)
-    rows = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(positions // num_images):
-        order = np.random.default_rng((seed, epoch)).permutation(num_images)
-        now = positions // num_images == epoch
-        rows[now] = order[positions[now] % num_images]
-    return rows
