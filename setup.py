@@ -58,6 +58,7 @@ setup(
         # 0.42 is the oldest version tested; Python 3.10 only gets 0.41.
         'diffusers>=0.42 ; python_version >= "3.11"',
         'diffusers>=0.41 ; python_version < "3.11"',
+        "filelock>=3.14",  # acquire(blocking=...)
         "huggingface_hub",  # diffusers pins the version
         "numba>=0.61",  # the first for Python 3.13
         "numpy",

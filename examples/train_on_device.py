@@ -11,7 +11,6 @@ from the newest checkpoints. For large data, several processes, joint training o
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,17 +31,28 @@ from diffusers_pisdm.data.image_transform import ImageTransform
 from diffusers_pisdm.data.rows import DataError
 from diffusers_pisdm.schedulers import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective
-from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints
+from diffusers_pisdm.training.checkpoints import find_resume_point
+from diffusers_pisdm.training.denoising_loss import PREDICTION_TYPES
 from diffusers_pisdm.training.device_trainer import DeviceSettings, DeviceTrainer
 from diffusers_pisdm.training.fine_tuning import check_noise_schedules, new_cascade, pretrained_defaults, start_cascade
-from diffusers_pisdm.training.recipes import Recipe, argument, make_parser, parse_arguments, write_training_config
+from diffusers_pisdm.training.recipes import (
+    Recipe,
+    argument,
+    defaults_of,
+    make_parser,
+    parse_arguments,
+    per_stage,
+    run_script,
+    write_training_config,
+)
 from diffusers_pisdm.training.sample_sheets import draw_samples, save_sample_sheets
 from diffusers_pisdm.training.trainer import Trainer
-from diffusers_pisdm.utils.files import save_in_place
+from diffusers_pisdm.utils.files import lock_folder, save_in_place
 from diffusers_pisdm.utils.machine import describe_machine
 
 
 ONE_OR_EACH = "One value, or one per stage."
+OBJECTIVE = defaults_of(CascadeObjective)
 
 
 @dataclass(kw_only=True)
@@ -57,18 +67,18 @@ class RunArguments:
     validation_split: str | None = argument(None, "A held-out split on which to measure the loss.")
     flip_column: str | None = argument(None, "A boolean column that says which images may be mirrored.")
     random_flip: bool = argument(False, "Mirror half of the images at random, where allowed.")
-    random_shift: int = argument(0, "Shift images by up to this many pixels.")
+    random_shift: int = argument(0, "Shift images by up to this many pixels.", minimum=0)
     on_bad_image: str = argument("stop", choices=ON_BAD_IMAGE)
     class_name_factors: str | None = argument(None, "Embed a class as the sum of its name's parts, split at this.")
-    seed: int = 0
+    seed: int = argument(0, "Determines initial weights, the order of the images and all noise.", minimum=0)
 
 
 @dataclass(kw_only=True)
 class TimeArguments:
     title: ClassVar[str] = "duration (pass one of the first two)"
 
-    minutes: list[float] | None = argument(None, f"Training time. {ONE_OR_EACH}")
-    max_train_steps: list[int] | None = argument(None, ONE_OR_EACH)
+    minutes: list[float] | None = argument(None, f"Training time. {ONE_OR_EACH}", above=0)
+    max_train_steps: list[int] | None = argument(None, ONE_OR_EACH, minimum=1)
     rehearse: bool = argument(False, "Run with a tenth of the time, steps and batch sizes.")
 
 
@@ -76,12 +86,14 @@ class TimeArguments:
 class StageArguments:
     title: ClassVar[str] = "stages"
 
-    train_stages: list[int] | None = argument(None, "Stages to train, in this order; default: all, highest first.")
-    train_batch_size: list[int] = argument([64], ONE_OR_EACH)
-    learning_rate: list[float] = argument([1e-3], ONE_OR_EACH)
-    ema_decay: list[float] = argument([0.999], ONE_OR_EACH)
-    prediction_types: list[str] | None = argument(None, "One per stage, instead of the recipe's.")
-    noise_shifts: list[float] | None = argument(None, "Factor that shifts each stage's noise schedule.")
+    train_stages: list[int] | None = argument(
+        None, "Stages to train, in this order; default: all, highest first.", minimum=1
+    )
+    train_batch_size: list[int] = argument([64], ONE_OR_EACH, minimum=1)
+    learning_rate: list[float] = argument([1e-3], ONE_OR_EACH, minimum=0)
+    ema_decay: list[float] = argument([0.999], ONE_OR_EACH, minimum=0, maximum=1)
+    prediction_types: list[str] | None = argument(None, f"Instead of the recipe's. {ONE_OR_EACH}", PREDICTION_TYPES)
+    noise_shifts: list[float] | None = argument(None, f"Shifts the noise schedule. {ONE_OR_EACH}", above=0)
     loss_weighting: list[str] = argument(["uniform"], ONE_OR_EACH, LOSS_WEIGHTINGS)
 
 
@@ -89,17 +101,23 @@ class StageArguments:
 class SharedArguments:
     title: ClassVar[str] = "the same for all stages"
 
-    snr_gamma: float = argument(5.0, "Gamma of min_snr.")
-    label_dropout: float = 0.1
-    factor_dropout: float = 0.0
-    max_noise_level: float = argument(0.5, "Conditioning augmentation: the highest level.")
-    lr_warmup_steps: int = 200
-    lr_cooldown: float = argument(0.3, "Share of the steps over which the learning rate falls to zero.")
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.99
-    adam_weight_decay: float = 0.03
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    snr_gamma: float = argument(OBJECTIVE["min_snr_gamma"], "Gamma of min_snr.", above=0)
+    label_dropout: float = argument(OBJECTIVE["label_dropout"], "Of the class, for guidance.", minimum=0, maximum=1)
+    factor_dropout: float = argument(
+        OBJECTIVE["factor_dropout"], "In addition, dropout of each factor of a class.", minimum=0, maximum=1
+    )
+    max_noise_level: float = argument(
+        OBJECTIVE["max_noise_level"], "Conditioning augmentation: the highest level.", minimum=0, maximum=1
+    )
+    lr_warmup_steps: int = argument(200, "First steps, over which the rate rises.", minimum=0)
+    lr_cooldown: float = argument(
+        0.3, "Share of the steps over which the learning rate falls to zero.", minimum=0, maximum=1
+    )
+    adam_beta1: float = argument(0.9, "Decay of AdamW's mean gradient.", minimum=0, below=1)
+    adam_beta2: float = argument(0.99, "Decay of AdamW's mean square.", minimum=0, below=1)
+    adam_weight_decay: float = argument(0.03, "AdamW's, on matrices and filters.", minimum=0)
+    adam_epsilon: float = argument(1e-8, "Added to AdamW's denominator.", above=0)
+    max_grad_norm: float = argument(1.0, "Larger gradients are scaled down to this norm.", above=0)
     mixed_precision: str = argument("no", choices=("no", "bf16"))
     no_cuda_graph: bool = argument(False, "Launch a GPU's kernels individually.")
 
@@ -108,12 +126,12 @@ class SharedArguments:
 class WatchArguments:
     title: ClassVar[str] = "watching and resuming"
 
-    logging_steps: int = 100
-    validation_minutes: float = argument(10, "How often to measure the held-out loss and save the pipeline.")
-    checkpointing_minutes: float = 5
-    validation_classes: int = argument(32, "Classes in the sample grid.")
-    validation_inference_steps: int = 10
-    validation_guidance_scale: list[float] = argument([2.0], ONE_OR_EACH)
+    logging_steps: int = argument(100, "Steps between log lines.", minimum=1)
+    validation_minutes: float = argument(10, "Between held-out losses and saved pipelines.", above=0)
+    checkpointing_minutes: float = argument(5, "Between checkpoints.", above=0)
+    validation_classes: int = argument(32, "Classes in the sample grid.", minimum=1)
+    validation_inference_steps: int = argument(10, "Steps per stage in the sample grid.", minimum=1)
+    validation_guidance_scale: list[float] = argument([2.0], f"In the sample grid. {ONE_OR_EACH}", minimum=0)
 
 
 @dataclass(kw_only=True)
@@ -137,12 +155,17 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[DeviceArguments, Reci
         parser.error("pass one of --minutes and --max_train_steps")
     count = len(recipe.stages)
     lists = ("minutes", "max_train_steps", "train_batch_size", "learning_rate", "ema_decay", "loss_weighting")
-    for name in (*lists, "validation_guidance_scale"):
-        values = getattr(args, name)
-        if values is not None and len(values) not in (1, count):
-            parser.error(f"--{name} takes one value, or one per stage ({count}), got {len(values)}")
-        if values is not None:
-            setattr(args, name, values * (count // len(values)))
+    lists += ("prediction_types", "noise_shifts", "validation_guidance_scale")
+    for name in lists:
+        try:
+            setattr(args, name, per_stage(name, getattr(args, name), count))
+        except ValueError as error:
+            parser.error(str(error))
+    missing = [number for number in args.train_stages or () if number > count]
+    if missing:
+        parser.error(f"--train_stages {missing[0]}: there are {count} stages")
+    if args.flip_column is not None and not args.random_flip:
+        parser.error("--flip_column says which images --random_flip may mirror: pass both")
     if args.train_stages is None:
         args.train_stages = list(range(count, 0, -1))
     if args.rehearse:
@@ -207,16 +230,23 @@ def train_stage(
     folder = Path(args.output_dir) / f"stage_{number}"
     trainer = DeviceTrainer(accelerator, objective, data[0], settings, folder, *data[1:], on_validation=save)
     trainer.resume()
-    if trainer.is_done:
+    if trainer.is_done and not trainer.owes_validation:
         tqdm.write(f"stage {number}: already complete, with {trainer.state.step} steps")
     else:
         trainer.train()
     trainer.average.copy_to(trainer.parameters)
     accelerator.free_memory()
+    if trainer.stopped_by is not None:
+        raise SystemExit(128 + trainer.stopped_by)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, recipe = parse_args(argv)
+    with lock_folder(args.output_dir):
+        run(args, recipe)
+
+
+def run(args: DeviceArguments, recipe: Recipe) -> None:
     output_dir = Path(args.output_dir)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     torch.manual_seed(args.seed)
@@ -238,11 +268,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         stages = new_cascade(recipe.stages, class_names, args.class_name_factors)
     for number, stage in enumerate(stages, start=1):  # what an earlier run has trained
-        complete, _ = find_checkpoints(output_dir / f"stage_{number}")
-        if complete:
-            prefix, weights = f"{number - 1}.", load_file(complete[-1] / "ema.safetensors")
+        checkpoint, _ = find_resume_point(output_dir / f"stage_{number}", "latest", lambda message: None)
+        if checkpoint is not None:
+            prefix, weights = f"{number - 1}.", load_file(checkpoint / "ema.safetensors")
             stage.load_state_dict({name.removeprefix(prefix): weight for name, weight in weights.items()})
-    output_dir.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) for name, value in vars(args).items()}
     write_training_config(output_dir, arguments, hardware=describe_machine(device))
 
@@ -266,7 +295,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, CheckpointError, FloatingPointError, ValueError) as error:  # the user's to fix: no traceback
-        sys.exit(f"error: {error}")
+    run_script(main)

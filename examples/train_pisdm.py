@@ -11,8 +11,8 @@ If interrupted, rerun the same command to resume from the newest checkpoint. The
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -34,15 +34,15 @@ from diffusers_pisdm.data.image_data import load_image_data, read_class_names
 from diffusers_pisdm.data.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.data.image_transform import ImageTransform
 from diffusers_pisdm.data.latent_cache import LatentCache
-from diffusers_pisdm.data.rows import DataError
 from diffusers_pisdm.models.latents import load_vae, vae_scale_factor
 from diffusers_pisdm.publishing.hub import publish_cascade
 from diffusers_pisdm.schedulers import sampling_schedulers, stage_noise_schedules
 from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective
-from diffusers_pisdm.training.checkpoints import CheckpointError, whole_stages
+from diffusers_pisdm.training.checkpoints import whole_stages
 from diffusers_pisdm.training.cost.report import cost_report, format_cost_report
 from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_cascade_cost
 from diffusers_pisdm.training.cost.stage_speed import measure_stage_speed
+from diffusers_pisdm.training.denoising_loss import PREDICTION_TYPES
 from diffusers_pisdm.training.fine_tuning import (
     add_lora,
     check_noise_schedules,
@@ -55,14 +55,21 @@ from diffusers_pisdm.training.recipes import (
     Recipe,
     TrainerSettings,
     argument,
+    defaults_of,
     make_parser,
     parse_arguments,
+    per_stage,
+    run_script,
     write_training_config,
 )
 from diffusers_pisdm.training.sample_sheets import draw_samples, save_sample_sheets
 from diffusers_pisdm.training.trainer import Trainer
-from diffusers_pisdm.utils.files import save_in_place
+from diffusers_pisdm.utils.files import lock_folder, save_in_place
 from diffusers_pisdm.utils.machine import describe_machine
+
+
+OBJECTIVE = defaults_of(CascadeObjective)
+ONE_OR_EACH = "One value, or one per stage."
 
 
 @dataclass(kw_only=True)
@@ -86,7 +93,7 @@ class DataArguments:
     latent_cache: str | None = argument(None, "A folder from examples/cache_latents.py; training then needs no VAE.")
     validation_latent_cache: str | None = argument(None, "The same for held-out images.")
     streaming: bool = argument(False, "Read the data set as it arrives, without a local copy.")
-    shuffle_buffer_size: int = argument(10_000, "Shuffle a stream within this many rows.")
+    shuffle_buffer_size: int = argument(10_000, "Shuffle a stream within this many rows.", minimum=1)
     image_column: str = "image"
     label_column: str = "label"
     class_names_file: str | None = argument(None, "A file with one class name per line, if labels are bare numbers.")
@@ -102,21 +109,27 @@ class DataArguments:
 class ObjectiveArguments:
     title: ClassVar[str] = "objective (eq. 17)"
 
-    loss_weighting: list[str] = argument(
-        ["uniform"], "lambda(t): one for all stages, or one per stage.", LOSS_WEIGHTINGS
+    loss_weighting: list[str] = argument([OBJECTIVE["loss_weighting"]], f"lambda(t). {ONE_OR_EACH}", LOSS_WEIGHTINGS)
+    snr_gamma: float = argument(OBJECTIVE["min_snr_gamma"], "Gamma of min_snr.", above=0)
+    label_dropout: float = argument(OBJECTIVE["label_dropout"], "Of the class, for guidance.", minimum=0, maximum=1)
+    factor_dropout: float = argument(
+        OBJECTIVE["factor_dropout"], "In addition, dropout of each factor of a class.", minimum=0, maximum=1
     )
-    snr_gamma: float = argument(5.0, "Gamma of min_snr.")
-    label_dropout: float = 0.1
-    factor_dropout: float = argument(0.0, "In addition, dropout of each factor of a class.")
-    max_noise_level: float = argument(0.5, "Conditioning augmentation: the highest level.")
-    sil_weight: float = argument(1.0, "0 trains without the scale-invariant loss.")
-    sil_temperature: float = 0.1
-    sil_mask_same_class: bool = False
-    train_stages: list[int] | None = argument(None, "Stages to train, counted from 1; the others are frozen.")
-    batch_shares: list[float] | None = argument(None, "Each stage's share of the batch.")
-    stage_loss_weights: list[float] | None = argument(None, "Weight of each stage's denoising loss.")
-    prediction_types: list[str] | None = argument(None, "One per stage, instead of the recipe's.")
-    noise_shifts: list[float] | None = argument(None, "Factor that shifts each stage's noise schedule.")
+    max_noise_level: float = argument(
+        OBJECTIVE["max_noise_level"], "Conditioning augmentation: the highest level.", minimum=0, maximum=1
+    )
+    sil_weight: float = argument(OBJECTIVE["sil_weight"], "0 trains without the scale-invariant loss.", minimum=0)
+    sil_temperature: float = argument(OBJECTIVE["sil_temperature"], "Of the scale-invariant loss.", above=0)
+    sil_mask_same_class: bool = argument(
+        OBJECTIVE["sil_mask_same_class"], "Do not contrast images of one class in the scale-invariant loss."
+    )
+    train_stages: list[int] | None = argument(
+        None, "Stages to train, counted from 1; the others are frozen.", minimum=1
+    )
+    batch_shares: list[float] | None = argument(None, f"Of the batch. {ONE_OR_EACH}", above=0, maximum=1)
+    stage_loss_weights: list[float] | None = argument(None, f"Of the denoising loss. {ONE_OR_EACH}", above=0)
+    prediction_types: list[str] | None = argument(None, f"Instead of the recipe's. {ONE_OR_EACH}", PREDICTION_TYPES)
+    noise_shifts: list[float] | None = argument(None, f"Shifts the noise schedule. {ONE_OR_EACH}", above=0)
 
 
 @dataclass(kw_only=True)
@@ -128,17 +141,17 @@ class ModelArguments:
     mixed_precision: str | None = argument(None, "Default: accelerate's configuration.", ("no", "fp16", "bf16"))
     gradient_checkpointing: bool = False
     compile: bool = argument(False, "Apply torch.compile to each block.")
-    lora_rank: int | None = argument(None, "Train LoRA adapters of this rank instead of all weights.")
-    lora_alpha: float | None = argument(None, "Default: the rank.")
+    lora_rank: int | None = argument(None, "Train LoRA adapters of this rank instead of all weights.", minimum=1)
+    lora_alpha: float | None = argument(None, "Default: the rank.", above=0)
 
 
 @dataclass(kw_only=True)
 class SampleArguments:
     title: ClassVar[str] = "samples and trackers"
 
-    validation_classes: int = argument(16, "Classes in the sample grid.")
-    validation_guidance_scale: float = 2.0
-    validation_inference_steps: int = 20
+    validation_classes: int = argument(16, "Classes in the sample grid.", minimum=1)
+    validation_guidance_scale: list[float] = argument([2.0], f"In the sample grid. {ONE_OR_EACH}", minimum=0)
+    validation_inference_steps: int = argument(20, "Steps per stage in the sample grid.", minimum=1)
     report_to: str | None = argument(None, "tensorboard, wandb, trackio or another accelerate tracker.")
     tracker_project_name: str = "pisdm"
 
@@ -166,9 +179,6 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[TrainingArguments, Re
         parser.error("pass --cascade_config, --pretrained_model_name_or_path or both")
     if sum(source is not None for source in (args.dataset_name, args.train_data_dir, args.latent_cache)) != 1:
         parser.error("pass one of --dataset_name, --train_data_dir and --latent_cache")
-    for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "lora_rank"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.latent_cache is not None and args.pretrained_vae_model_name_or_path is None:
         parser.error("--latent_cache needs --pretrained_vae_model_name_or_path to decode samples")
     if args.push_to_hub and args.hub_model_id is None:
@@ -179,9 +189,21 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[TrainingArguments, Re
         parser.error("--class_name_factors is for new models; a pretrained cascade already has a class embedding")
     if args.flip_column is not None and args.latent_cache is not None:
         parser.error("--flip_column is for pixels; a latent cache does not record what may be mirrored")
+    if args.flip_column is not None and not args.random_flip:
+        parser.error("--flip_column says which images --random_flip may mirror: pass both")
     if args.lora_rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--lora_rank adapts a trained cascade: pass --pretrained_model_name_or_path")
     return args, recipe
+
+
+def fit_to_stages(args: TrainingArguments, num_stages: int) -> None:
+    """Gives each stage its value of the arguments that may differ by stage."""
+    lists = ("loss_weighting", "batch_shares", "stage_loss_weights", "prediction_types", "noise_shifts")
+    for name in (*lists, "validation_guidance_scale"):
+        setattr(args, name, per_stage(name, getattr(args, name), num_stages))
+    missing = [number for number in args.train_stages or () if number > num_stages]
+    if missing:
+        raise ValueError(f"--train_stages {missing[0]}: there are {num_stages} stages.")
 
 
 def load_rows(
@@ -212,7 +234,18 @@ def load_rows(
     return train, held_out, class_names
 
 
-def dry_run(args: TrainingArguments, accelerator: Accelerator, configs: list[dict], num_classes: int) -> None:
+def load_pretrained(args: TrainingArguments) -> PISDMCascadePipeline | None:
+    if args.pretrained_model_name_or_path is None:
+        return None
+    return PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+
+
+def dry_run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator) -> None:
+    configs, _ = describe_stages(recipe, load_pretrained(args))
+    fit_to_stages(args, len(configs))
+    sizes, channels = [config["sample_size"] for config in configs], configs[-1]["in_channels"]
+    _, _, class_names = load_rows(args, sizes, channels, factor=1)  # neither the VAE nor images are read
+    num_classes = len(class_names)
     settings = CostSettings(
         gradient_checkpointing=args.gradient_checkpointing,
         mixed_precision=accelerator.mixed_precision,
@@ -301,7 +334,9 @@ def cascade_saver(
             decoder = load_vae(args.pretrained_vae_model_name_or_path, channels).to(accelerator.device)
         parts = {"vae": decoder, "id2label": id2label, **defaults}
         pipeline = PISDMCascadePipeline.from_stages(list(trainer.objective.stages), samplers, **parts)
-        images, labels = draw_samples(
+        drawn = trainer.attempt(
+            "drawing samples",
+            draw_samples,
             pipeline,
             args.validation_classes,
             args.seed,
@@ -311,14 +346,19 @@ def cascade_saver(
         stages = whole_stages(accelerator, trainer.model)
         if not accelerator.is_main_process:
             return
-        log_picture(accelerator, save_sample_sheets(trainer.output_dir / "samples", step, images, labels), step)
         if args.lora_rank is None:
             pipeline = PISDMCascadePipeline.from_stages(stages, samplers, **parts)
             save_in_place(pipeline.save_pretrained, trainer.output_dir)
         else:
             write = partial(pipeline.save_lora_weights, save_class_embeddings=save_class_embeddings)
             save_in_place(write, trainer.output_dir)
-        plot_loss_curves(trainer.metrics_file, trainer.output_dir / "loss_curves.png")
+        if drawn is not None:
+            sheets = trainer.output_dir / "samples"
+            grid = trainer.attempt("saving samples", save_sample_sheets, sheets, step, *drawn)
+            if grid is not None:
+                trainer.attempt("logging samples to the tracker", log_picture, accelerator, grid, step)
+        curves = trainer.output_dir / "loss_curves.png"
+        trainer.attempt("plotting the losses", plot_loss_curves, trainer.metrics_file, curves)
 
     return save
 
@@ -333,15 +373,16 @@ def log_picture(accelerator: Accelerator, picture: Path, step: int) -> None:
             tracker.log_images({"samples": [Image.open(picture)]}, step)
 
 
-def describe_run(args: TrainingArguments, num_rows: int | None, accelerator: Accelerator) -> None:
+def describe_run(args: TrainingArguments, num_rows: int | None, trainer: Trainer) -> None:
     """Writes what the model card says about the run."""
     versions = {name: version(name) for name in ("diffusers", "accelerate", "torch")}
     write_training_config(
         args.output_dir,
         vars(args),
         images=num_rows,
-        num_processes=accelerator.num_processes,
-        hardware=describe_machine(accelerator.device),
+        num_processes=trainer.accelerator.num_processes,
+        hardware=describe_machine(trainer.accelerator.device),
+        changes=trainer.state.changes,
         versions={"diffusers_pisdm": diffusers_pisdm.__version__, **versions},
     )
 
@@ -357,19 +398,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / "logs"),
     )
+    if args.dry_run:
+        return dry_run(args, recipe, accelerator)
     if args.push_to_hub and accelerator.is_main_process:
         HfApi().whoami()  # a missing login should not show after days
+    with lock_folder(output_dir) if accelerator.is_main_process else nullcontext():
+        stopped_by = run(args, recipe, accelerator)
+        if stopped_by is None and args.push_to_hub and accelerator.is_main_process:
+            publish_cascade(output_dir, args.hub_model_id, private=args.hub_private_repo)
+    accelerator.end_training()
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
+
+
+def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator) -> int | None:
+    """Trains; returns the number of the signal that stopped the run early, if one did."""
     set_seed(args.seed)  # the same initial weights in every process
 
     # Stages: their configurations, noise schedules and sizes
-    pretrained, defaults = None, {}
-    if args.pretrained_model_name_or_path is not None:
-        pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    pretrained, defaults = load_pretrained(args), {}
     configs, schedulers = describe_stages(recipe, pretrained)
+    fit_to_stages(args, len(configs))
     sizes, channels = [config["sample_size"] for config in configs], configs[-1]["in_channels"]
-    if args.dry_run:
-        _, _, class_names = load_rows(args, sizes, channels, factor=1)  # neither the VAE nor images are read
-        return dry_run(args, accelerator, configs, len(class_names))
     vae = load_autoencoder(args, pretrained, channels)
     vae = None if vae is None else vae.to(accelerator.device)
     schedulers = stage_noise_schedules(schedulers, len(configs), args.noise_shifts, args.prediction_types)
@@ -386,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     objective = CascadeObjective(
         stages,
         schedulers,
-        loss_weighting=args.loss_weighting * (len(stages) if len(args.loss_weighting) == 1 else 1),
+        loss_weighting=args.loss_weighting,
         min_snr_gamma=args.snr_gamma,
         label_dropout=args.label_dropout,
         factor_dropout=args.factor_dropout,
@@ -410,23 +460,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         shuffle_buffer=args.shuffle_buffer_size,
     )
     save = cascade_saver(args, schedulers, class_names, vae, defaults, new_classes)
-    trainer = Trainer(accelerator, objective, batches, args, output_dir, vae, held_out_rows, on_validation=save)
+    data = {"vae": vae, "held_out_rows": held_out_rows, "class_names": class_names}
+    trainer = Trainer(accelerator, objective, batches, args, args.output_dir, **data, on_validation=save)
     trainer.resume()
     if accelerator.is_main_process:
-        describe_run(args, None if rows.is_stream else len(rows), accelerator)
+        describe_run(args, None if rows.is_stream else len(rows), trainer)
     if args.report_to:
         accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in vars(args).items()})
     trainer.train()
-    if args.push_to_hub and accelerator.is_main_process:
-        publish_cascade(output_dir, args.hub_model_id, private=args.hub_private_repo)
     # DDP goes before its process group does: as the group's last owner it would close it while it holds Python's lock,
     # which Gloo's thread may be waiting for to drop the last message (torch 2.13 then hangs or aborts).
     trainer.model, trainer.optimizer = accelerator.free_memory(trainer.model, trainer.optimizer)
-    accelerator.end_training()
+    return trainer.stopped_by
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, CheckpointError, FloatingPointError) as error:  # the user's to fix: no traceback
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -176,6 +176,9 @@ def _training(run_dir: Path, metrics: list[dict]) -> str | None:
     speeds = [row["images_per_second"] for row in metrics if "images_per_second" in row]
     if speeds:
         facts.append(("images per second", statistics.median(speeds)))
+    for change in config.get("changes", []):
+        step = change.pop("step")
+        facts += [(f"`{name}` until step {step:,}", _public(old)) for name, (old, _) in change.items()]
     facts += config.get("versions", {}).items()
     arguments = [
         (f"`{name}`", _public(value))

@@ -1,16 +1,19 @@
-"""Checkpoints of a training run: written completely or not at all, found by their step, checked before use.
+"""Checkpoints of a training run: written completely or not at all, ordered by run and step, verified before use.
 
-They store averaged weights as safetensors.
+Several runs may share a folder: one that starts over, or resumes from anything but the newest checkpoint, is a new
+run, and its checkpoints are newer than all others, whatever their step. Averaged weights are stored as safetensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
+from ..utils.files import flush
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -35,10 +39,10 @@ class CheckpointError(RuntimeError):
 
 def find_checkpoints(output_dir: str | Path) -> tuple[list[Path], dict[Path, str]]:
     """
-    Finds the checkpoints of a run.
+    Finds the checkpoints in a folder, without reading their weights.
 
     Args:
-        output_dir (`str` or `Path`): The run's folder; may be missing.
+        output_dir (`str` or `Path`): The folder; may be missing.
 
     Returns:
         `tuple[list[Path], dict[Path, str]]`: The complete checkpoints (folders named `checkpoint-<step>`), oldest
@@ -48,29 +52,33 @@ def find_checkpoints(output_dir: str | Path) -> tuple[list[Path], dict[Path, str
     complete, incomplete = [], {}
     for path in output_dir.glob("checkpoint-*"):
         if _NAME.fullmatch(path.name):
-            fault = find_fault(path)
+            fault = find_fault(path, digests=False)
             if fault is None:
                 complete.append(path)
             else:
                 incomplete[path] = fault
     for path in output_dir.glob(f"{_PARTIAL}checkpoint-*"):
         incomplete[path] = "it was being written when the run ended"
-    return sorted(complete, key=_step_of), incomplete
+    return sorted(complete, key=lambda path: (_run_of(path), _step_of(path))), incomplete
 
 
-def find_fault(checkpoint: str | Path) -> str | None:
+def find_fault(checkpoint: str | Path, digests: bool = True) -> str | None:
     """
-    Checks a checkpoint against the list of files and sizes recorded when it was completed.
+    Checks a checkpoint against the sizes and SHA-256 digests of its files, recorded when it was completed.
 
     Args:
         checkpoint (`str` or `Path`): The checkpoint's folder.
+        digests (`bool`, defaults to `True`): Whether to compare contents too, which reads all files.
 
     Returns:
         `str` or `None`: What is wrong with it, if anything.
     """
     try:
-        files = read_state(checkpoint)["files"]
-    except (OSError, ValueError, KeyError):
+        state = read_state(checkpoint)
+        files = state["files"]
+        if "digest" in state and state.pop("digest") != _digest_of_state(state):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
         return f"its {STATE_FILE} is missing or damaged"
     for name, size in files.items():
         path = Path(checkpoint) / name
@@ -78,41 +86,63 @@ def find_fault(checkpoint: str | Path) -> str | None:
             return f"its file {name} is missing"
         if path.stat().st_size != size:
             return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
+        recorded = state.get("digests", {}).get(name)  # early checkpoints have none
+        if digests and recorded is not None and _digest(path) != recorded:
+            return f"its file {name} is damaged: its contents have changed since it was written"
     return None
 
 
-def find_resume_point(output_dir: str | Path, resume_from: str, report: Callable[[str], None] = print) -> Path | None:
+def find_resume_point(
+    output_dir: str | Path, resume_from: str, report: Callable[[str], None] = print
+) -> tuple[Path | None, int]:
     """
-    Finds the checkpoint to resume from.
+    Finds the checkpoint to resume from, and the number of the run that resumes there.
 
     Args:
         output_dir (`str` or `Path`): The run's folder; may be missing.
         resume_from (`str`): `"latest"`, `"none"`, or a checkpoint: its path, or its name in `output_dir`.
         report (`Callable`, defaults to `print`):
-            Called with messages that name the chosen checkpoint and any incomplete ones.
+            Called with messages that name the chosen checkpoint and any damaged ones.
 
     Returns:
-        `Path` or `None`: The checkpoint, if any.
+        `tuple[Path | None, int]`: The checkpoint, if any; and the run's number: that of the newest checkpoint if it is
+        the one to resume from, else one that no checkpoint in `output_dir` has.
 
     Raises:
-        ValueError: The named checkpoint is missing or incomplete.
+        ValueError: The named checkpoint is missing or damaged.
+        CheckpointError: All checkpoints are damaged.
     """
+    complete, faults = find_checkpoints(output_dir)
+    next_run = 1 + max((_run_of(path) for path in complete), default=-1)
     if resume_from == "none":
-        return None
-    if resume_from != "latest":
+        return None, next_run
+    if resume_from == "latest":
+        checkpoint = None
+        for path in reversed(complete):
+            fault = find_fault(path)
+            if fault is None:
+                checkpoint = path
+                break
+            faults[path] = fault
+        for path, fault in faults.items():
+            report(f"Ignoring {path}: {fault}.")
+        if checkpoint is None and complete:
+            raise CheckpointError(
+                f"No checkpoint in {output_dir} is intact. To start over, pass --resume_from_checkpoint none."
+            )
+        newest = checkpoint
+    else:
         checkpoint = next((path for path in (Path(resume_from), Path(output_dir, resume_from)) if path.exists()), None)
         checkpoint = checkpoint or Path(resume_from)
         fault = find_fault(checkpoint)
         if fault is not None:
             raise ValueError(f"Cannot resume from {checkpoint}: {fault}.")
-    else:
-        complete, incomplete = find_checkpoints(output_dir)
-        for path, fault in incomplete.items():
-            report(f"Ignoring {path}: {fault}.")
-        checkpoint = complete[-1] if complete else None
-    if checkpoint is not None:
-        report(f"Resuming from {checkpoint}")
-    return checkpoint
+        newest = complete[-1] if complete else None
+    if checkpoint is None:
+        return None, next_run
+    report(f"Resuming from {checkpoint}")
+    continues = newest is not None and newest.resolve() == checkpoint.resolve()
+    return checkpoint, _run_of(checkpoint) if continues else next_run
 
 
 def save_checkpoint(
@@ -125,14 +155,15 @@ def save_checkpoint(
 ) -> Path:
     """
     Writes `checkpoint-<step>` under a temporary name until everything in it is on disk, so that a run killed at any
-    moment leaves a complete checkpoint or none; then removes the oldest beyond `total_limit`. All processes must call
-    it.
+    moment leaves a complete checkpoint or none. The oldest beyond `total_limit` are removed first, which makes room on
+    a full disk, except the newest. All processes must call it.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
         output_dir (`str` or `Path`): The run's folder.
         step (`int`): The optimizer step.
-        state (`dict`): JSON-serialisable values to store in `trainer_state.json`.
+        state (`dict`):
+            JSON-serialisable values to store in `trainer_state.json`, with the number of the run as `run`.
         write (`Callable`): Writes everything else into the given folder; called in every process.
         total_limit (`int`, *optional*): Complete checkpoints to keep, at least 1.
 
@@ -144,6 +175,9 @@ def save_checkpoint(
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(_PARTIAL + final.name)
+    if accelerator.is_main_process and total_limit is not None:
+        complete, _ = find_checkpoints(output_dir)
+        _remove_oldest([path for path in complete if path != final], max(1, total_limit - 1))
     # After each part, every process knows whether all succeeded, so none waits for one that failed.
     parts = [
         (accelerator.is_main_process, lambda: _make_empty(partial)),
@@ -167,15 +201,74 @@ def save_checkpoint(
                 " --checkpoints_total_limit, then rerun the same command to resume from the last one."
             )
     if accelerator.is_main_process and total_limit is not None:
-        complete, _ = find_checkpoints(output_dir)
-        for old in complete[:-total_limit]:
-            shutil.rmtree(old)
+        _remove_oldest(find_checkpoints(output_dir)[0], total_limit)
     return final
+
+
+@contextmanager
+def room_on_disk(path: str | Path) -> Iterator[None]:
+    """Turns a failed write to `path` inside this context into a [`CheckpointError`] that says how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} could not be written ({type(error).__name__}: {error}). Checkpoints are intact: free up space,"
+            " then rerun the same command to resume from the last one."
+        ) from error
+
+
+# Arguments whose change does not alter what is learned, or is meant to.
+_UNREPORTED = {"resume_from_checkpoint", "output_dir", "dry_run", "rehearse", "report_to", "tracker_project_name"}
+_UNREPORTED |= {"dataloader_num_workers", "push_to_hub", "hub_model_id", "hub_private_repo"}
+
+
+def settings_changed(
+    checkpoint: Path,
+    state: dict,
+    identity: dict[str, Any],
+    settings: dict[str, Any],
+    report: Callable[[str], None] = print,
+) -> dict[str, list]:
+    """
+    Compares a run with the checkpoint it resumes from.
+
+    Args:
+        checkpoint (`Path`): Its folder, for messages.
+        state (`dict`): Its `trainer_state.json`. Early checkpoints record nothing to compare.
+        identity (`dict[str, Any]`): What must not change, by name.
+        settings (`dict[str, Any]`): What may change.
+        report (`Callable`, defaults to `print`): Called with a line for each changed setting.
+
+    Returns:
+        `dict[str, list]`: For each changed setting, its old and new value.
+
+    Raises:
+        CheckpointError: Something that must not change is different; the message has both values.
+    """
+    identity, settings = json.loads(json.dumps([identity, settings], default=str))  # as the checkpoint was
+    before = state.get("identity", identity)
+    names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
+    if names:
+        shown = [f"{name} was {before.get(name)!r}, is {identity.get(name)!r}" for name in names[:5]]
+        more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+        raise CheckpointError(
+            f"{checkpoint} is of another run: {'; '.join(shown)}{more}. Resume with what the run started with, or"
+            " train elsewhere (--output_dir) or anew (--resume_from_checkpoint none)."
+        )
+    before = state.get("settings", settings)
+    changed = {
+        name: [before[name], value]
+        for name, value in settings.items()
+        if name in before and before[name] != value and name not in _UNREPORTED
+    }
+    for name, (old, new) in changed.items():
+        report(f"--{name} was {old}, is {new} from step {state['step']} on.")
+    return changed
 
 
 def read_state(checkpoint: str | Path) -> dict:
     """The values that [`save_checkpoint`] stored in `trainer_state.json`."""
-    return json.loads((Path(checkpoint) / STATE_FILE).read_text())
+    return json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
 
 
 def _make_empty(folder: Path) -> None:
@@ -183,27 +276,43 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
+def _remove_oldest(checkpoints: list[Path], limit: int) -> None:
+    for old in checkpoints[:-limit]:
+        shutil.rmtree(old)
+
+
 def _complete(partial: Path, final: Path, state: dict) -> None:
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+    files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
+    state |= {
+        "files": {name: path.stat().st_size for name, path in files.items()},
+        "digests": {name: _digest(path) for name, path in files.items()},
+    }
     state_file = partial / STATE_FILE
-    state_file.write_text(json.dumps({**state, "files": sizes}, indent=2))
-    for path in (*files, state_file, partial):
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
+    state_file.write_text(json.dumps({**state, "digest": _digest_of_state(state)}, indent=2), encoding="utf-8")
+    for path in (*files.values(), state_file, partial):
+        flush(path)
+    replaced = final.with_name(f"{_PARTIAL}{final.name}-replaced")
+    if final.exists():  # of another run
+        final.rename(replaced)
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    """Waits until a file's contents or a folder's entries are on disk."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _digest_of_state(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _run_of(checkpoint: Path) -> int:
+    return read_state(checkpoint).get("run", 0)  # early checkpoints have none
 
 
 def _step_of(path: Path) -> int:

@@ -6,6 +6,9 @@ import torch
 from diffusers import DDPMScheduler
 
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
 LOSS_WEIGHTINGS = ("uniform", "vlb", "min_snr")
 
 
@@ -34,7 +37,7 @@ def denoising_target(
         return scheduler.get_velocity(clean, noise, timesteps)
     if prediction_type == "sample":
         return clean
-    raise ValueError(f"`prediction_type` must be epsilon, v_prediction or sample, got {prediction_type}.")
+    raise ValueError(f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type}.")
 
 
 def denoising_weights(scheduler: DDPMScheduler, weighting: str, min_snr_gamma: float = 5.0) -> torch.Tensor:

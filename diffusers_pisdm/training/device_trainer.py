@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from ..data.device_images import DeviceBatches, LabelledImages
 from ..data.image_pyramid import image_pyramid
 from ..data.rows import TrainingBatch
 from .cascade_objective import CascadeObjective
-from .checkpoints import CheckpointError
 from .loss_meter import LossMeter
 from .noise import RowNoise, noise_seed
 from .optimization import learning_rate_factor
@@ -170,7 +170,6 @@ class DeviceSettings(TrainerSettings):
 
 @dataclass
 class DeviceRunState(RunState):
-    settings: dict[str, float | None] = field(default_factory=dict)  # must not change when a run is resumed
     total_steps: int | None = None
 
 
@@ -203,9 +202,9 @@ class DeviceTrainer(Trainer):
         self.stage, self.on_gpu = index + 1, accelerator.device.type == "cuda"
         batches = DeviceBatches(data, settings.train_batch_size, settings.seed + self.stage)
         title = f"stage {self.stage}"
-        super().__init__(accelerator, objective, batches, settings, output_dir, None, held_out, on_validation, title)
-        kept = {"batch_size": settings.train_batch_size, "minutes": settings.minutes}
-        self.state = DeviceRunState(settings=kept)
+        watch = {"on_validation": on_validation, "title": title, "class_names": data.class_names}
+        super().__init__(accelerator, objective, batches, settings, output_dir, held_out_rows=held_out, **watch)
+        self.state = DeviceRunState()
         self.device_step = DeviceStep(
             accelerator,
             self.model,
@@ -219,7 +218,7 @@ class DeviceTrainer(Trainer):
             record=settings.record,
         )
         self.meter = self.device_step.meter
-        self.last = {"validation": time.time(), "checkpointing": time.time()}
+        self.last = {"validation": time.monotonic(), "checkpointing": time.monotonic()}
         self.first_step, self.probed_at, self.probed_step = 0, None, 0
 
     def make_optimizer(self, objective: CascadeObjective) -> torch.optim.Optimizer:
@@ -227,7 +226,7 @@ class DeviceTrainer(Trainer):
 
     def train(self) -> None:
         self.first_step = self.state.step
-        self.last = dict.fromkeys(self.last, time.time())
+        self.last = dict.fromkeys(self.last, time.monotonic())
         super().train()
 
     def train_step(self) -> None:
@@ -235,6 +234,7 @@ class DeviceTrainer(Trainer):
         self.device_step(self.batches.next_rows(), seed, self.learning_rate())
         self.state.step += 1
         self.images_seen += self.settings.train_batch_size
+        self.stop_wanted = self.signals.received is not None
         if self.total_steps is None and self.state.step - self.first_step > WARM_UP_STEPS + 1:
             self.find_total_steps()
 
@@ -249,7 +249,7 @@ class DeviceTrainer(Trainer):
         """Converts the remaining time to steps, at the speed of the first seconds."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        now, step = time.time(), self.state.step
+        now, step = time.monotonic(), self.state.step
         if self.probed_at is None:
             self.probed_at, self.probed_step = now, step
         elif now - self.probed_at > PROBE_SECONDS:
@@ -263,7 +263,7 @@ class DeviceTrainer(Trainer):
         if what not in self.last:
             return super().is_due(what)
         minutes = getattr(self.settings, f"{what}_minutes")
-        return self.is_done or time.time() - self.last[what] > minutes * 60
+        return self.is_done or time.monotonic() - self.last[what] > minutes * 60
 
     def read_skipped_steps(self) -> None:
         """Waits for the device."""
@@ -272,7 +272,7 @@ class DeviceTrainer(Trainer):
 
     def counts(self) -> dict[str, float]:
         self.read_skipped_steps()
-        return {"skipped_steps": self.state.skipped_steps, "seconds": time.time() - self.started}
+        return {"skipped_steps": self.state.skipped_steps, "seconds": time.monotonic() - self.started}
 
     def log_losses(self) -> None:
         super().log_losses()
@@ -280,7 +280,7 @@ class DeviceTrainer(Trainer):
 
     def validate(self) -> None:
         super().validate()
-        self.last["validation"] = time.time()
+        self.last["validation"] = time.monotonic()
 
     def held_out_batches(self) -> Iterator[tuple[int, TrainingBatch]]:
         held_out = self.held_out_rows
@@ -292,17 +292,15 @@ class DeviceTrainer(Trainer):
         self.read_skipped_steps()  # a checkpoint may come between two logs
         self.state.total_steps = self.total_steps
         super().save()
-        self.last["checkpointing"] = time.time()
+        self.last["checkpointing"] = time.monotonic()
+
+    def identity(self) -> dict[str, Any]:
+        """The time and the batch size determine the number of steps, which a resumed run keeps."""
+        s = self.settings
+        return super().identity() | {"minutes": s.minutes, "train_batch_size": s.train_batch_size}
 
     def resume(self) -> None:
-        wanted = self.state.settings
         super().resume()
-        if self.state.settings != wanted:
-            raise CheckpointError(
-                f"{self.output_dir} holds a checkpoint of a run with {self.state.settings}, but this run has"
-                f" {wanted}. Rerun the command that made it (with --rehearse if it was a rehearsal), or choose another"
-                " --output_dir."
-            )
         if self.settings.max_train_steps is None:
             self.total_steps = self.state.total_steps
         self.device_step.skipped_steps.fill_(self.state.skipped_steps)

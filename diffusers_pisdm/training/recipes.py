@@ -5,18 +5,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
+import math
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from diffusers import DDPMScheduler
+
+from ..models.transformer_pisdm import PISDMTransformer2DModel
+from ..utils.arguments import Bounds, bounded
 from ..utils.files import write_whole
+from .checkpoints import CheckpointError
 
 
 T = TypeVar("T")
+
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, CheckpointError)  # whose message is enough
 
 
 @dataclass
@@ -52,55 +62,92 @@ def read_recipe(file: str | Path) -> Recipe:
         OSError: The file cannot be read.
         ValueError: It is not JSON, or has unknown or missing keys.
     """
-    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError("a recipe is a JSON object with `scheduler` and `stages`")
-    known = list(Recipe.__dataclass_fields__)
-    unknown = [name for name in content if name not in known]
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}; a recipe has {', '.join(known)}")
+    _check_names(content, Recipe, "key")
     missing = [name for name in ("scheduler", "stages") if name not in content]
     if missing:
         raise ValueError(f"`{missing[0]}` is missing")
-    return Recipe(**content)
+    recipe = Recipe(**content)
+    if not isinstance(recipe.stages, list) or not recipe.stages:
+        raise ValueError("`stages` must be a list of at least one stage")
+    parts = {"scheduler": recipe.scheduler, "training": recipe.training}
+    parts |= {f"stages[{index}]": stage for index, stage in enumerate(recipe.stages)}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"`{name}` must be an object, not {part!r}")
+        if name == "scheduler":
+            _check_names(part, DDPMScheduler, "argument of the noise schedule", "trained_betas")
+        elif name != "training":
+            _check_names(part, PISDMTransformer2DModel, f"argument of {name}", "num_classes", "class_factors")
+            missing = [key for key in ("sample_size", "in_channels") if key not in part]
+            if missing:
+                raise ValueError(f"`{missing[0]}` is missing in {name}")
+    if recipe.vae is not None and not isinstance(recipe.vae, str):
+        raise ValueError(f"`vae` must be the name or folder of an autoencoder, not {recipe.vae!r}")
+    return recipe
 
 
-def argument(default: Any = dataclasses.MISSING, help: str | None = None, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field with its text for `--help`; required if it has no default."""
-    metadata = {"help": help, "choices": choices}
+def argument(
+    default: Any = dataclasses.MISSING,
+    help: str | None = None,
+    choices: Sequence[str] | None = None,
+    **bounds: float,
+) -> Any:
+    """
+    A dataclass field with its text for `--help` and, for numbers, their [`Bounds`]; required if it has no default.
+    """
+    metadata = {"help": help, "choices": choices, "bounds": Bounds(**bounds)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def defaults_of(function: Callable) -> dict[str, Any]:
+    """The defaults of a function's or class's arguments, so that a script need not repeat them."""
+    parameters = inspect.signature(function).parameters.items()
+    return {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
+
+
+def per_stage(name: str, values: list[T] | None, num_stages: int) -> list[T] | None:
+    """Repeats a single value for each stage; raises ValueError if there is neither one nor one per stage."""
+    if values is not None and len(values) not in (1, num_stages):
+        raise ValueError(f"--{name} takes one value, or one per stage ({num_stages}), got {len(values)}")
+    return None if values is None else values * (num_stages // len(values))
 
 
 @dataclass(kw_only=True)
 class OptimizationSettings:
     title: ClassVar[str] = "optimisation"
 
-    train_batch_size: int = argument(64, "Images per process and step.")
-    gradient_accumulation_steps: int = 1
-    max_train_steps: int = 500_000
-    learning_rate: float = 2e-4
-    lr_warmup_steps: int = 500
-    lr_cooldown_steps: int = argument(0, "Final steps over which the rate falls to 0.")
-    adam_beta1: float = 0.99
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 0.03
-    adam_epsilon: float = 1e-8
+    train_batch_size: int = argument(64, "Images per process and step.", minimum=1)
+    gradient_accumulation_steps: int = argument(1, "Batches per step.", minimum=1)
+    max_train_steps: int = argument(500_000, "Steps in all, those of earlier sittings included.", minimum=1)
+    learning_rate: float = argument(2e-4, "The highest rate.", minimum=0)
+    lr_warmup_steps: int = argument(500, "First steps, over which the rate rises.", minimum=0)
+    lr_cooldown_steps: int = argument(0, "Final steps over which the rate falls to 0.", minimum=0)
+    adam_beta1: float = argument(0.99, "Decay of AdamW's mean gradient.", minimum=0, below=1)
+    adam_beta2: float = argument(0.999, "Decay of AdamW's mean square.", minimum=0, below=1)
+    adam_weight_decay: float = argument(0.03, "AdamW's, on matrices and filters.", minimum=0)
+    adam_epsilon: float = argument(1e-8, "Added to AdamW's denominator.", above=0)
     use_8bit_adam: bool = argument(False, "bitsandbytes' AdamW8bit")
-    max_grad_norm: float = 1.0
-    max_skipped_steps: int = argument(20, "Non-finite steps in a row before stopping.")
-    ema_decay: float = 0.9999
+    max_grad_norm: float = argument(1.0, "Larger gradients are scaled down to this norm.", above=0)
+    max_skipped_steps: int = argument(20, "Non-finite steps in a row before stopping.", minimum=0)
+    ema_decay: float = argument(0.9999, "Decay of the averaged weights.", minimum=0, maximum=1)
 
 
 @dataclass(kw_only=True)
 class WatchSettings:
     title: ClassVar[str] = "watching and resuming"
 
-    logging_steps: int = 50
-    validation_steps: int = argument(1000, "Held-out loss and samples; 0: only at the end.")
-    checkpointing_steps: int = 1000
-    checkpoints_total_limit: int = 2
+    logging_steps: int = argument(50, "Steps between log lines.", minimum=1)
+    validation_steps: int = argument(1000, "Held-out loss and samples; 0: only at the end.", minimum=0)
+    checkpointing_steps: int = argument(1000, "Steps between checkpoints; 0: only at the end.", minimum=0)
+    checkpoints_total_limit: int | None = argument(2, "Checkpoints to keep, counting the newest.", minimum=1)
     resume_from_checkpoint: str = argument("latest", '"latest", "none" (start over) or a checkpoint folder.')
 
 
@@ -108,11 +155,13 @@ class WatchSettings:
 class TrainerSettings(WatchSettings, OptimizationSettings):
     """How a [`Trainer`] trains."""
 
-    seed: int = 0
-    dataloader_num_workers: int = argument(0, "Processes that decode images; 0: the training process itself.")
+    seed: int = argument(0, "Determines the initial weights, the order of the images and all noise.", minimum=0)
+    dataloader_num_workers: int = argument(
+        0, "Processes that decode images; 0: the training process itself.", minimum=0
+    )
 
 
-def make_parser(arguments: type, description: str | None) -> argparse.ArgumentParser:
+def make_parser(arguments: type, description: str | None = None) -> argparse.ArgumentParser:
     """A parser for a dataclass's fields, grouped by the `title` of the class that defines them."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -125,8 +174,9 @@ def make_parser(arguments: type, description: str | None) -> argparse.ArgumentPa
             groups[title] = parser.add_argument_group(title)
         is_list, kind = _unwrap(hints[described.name])
         options = {"help": described.metadata.get("help")}
-        if kind is bool:
-            groups[title].add_argument(f"--{described.name}", action="store_true", **options)
+        if kind is bool:  # a recipe's `true` can be switched off
+            action = "store_true" if described.name.startswith("no_") else argparse.BooleanOptionalAction
+            groups[title].add_argument(f"--{described.name}", action=action, default=described.default, **options)
             continue
         default = described.default
         if described.default_factory is not dataclasses.MISSING:
@@ -140,7 +190,8 @@ def make_parser(arguments: type, description: str | None) -> argparse.ArgumentPa
                 options["help"] = f"{options['help'] or ''} (default: {shown})".strip()
         options |= {"nargs": "+"} if is_list else {}
         choices = described.metadata.get("choices")
-        groups[title].add_argument(f"--{described.name}", type=kind, choices=choices, **options)
+        convert = bounded(kind, _bounds(described)) if kind in (int, float) else kind
+        groups[title].add_argument(f"--{described.name}", type=convert, choices=choices, **options)
     return parser
 
 
@@ -188,16 +239,17 @@ def recipe_arguments(recipe: Recipe, arguments: type) -> dict[str, Any]:
     values = dict(recipe.training)
     if recipe.vae is not None:
         values["pretrained_vae_model_name_or_path"] = recipe.vae
+    _check_names(recipe.training, arguments, "training argument")
     for name, value in values.items():
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown training argument {name!r}{hint}")
+        if name in ("output_dir", "cascade_config"):
+            raise ValueError(f"{name!r} belongs on the command line")
         is_list, kind = _unwrap(hints[name])
         choices = fields[name].metadata.get("choices")
         # As on the command line, a single value is a list of one.
         items = value if is_list and isinstance(value, list) else [value]
-        items = [_convert(name, item, kind, choices) for item in items]
+        items = [_convert(name, item, kind, choices, _bounds(fields[name])) for item in items]
+        if not items:
+            raise ValueError(f"training argument {name!r} must have at least one value")
         values[name] = items if is_list else items[0]
     return values
 
@@ -215,14 +267,40 @@ def _unwrap(hint: Any) -> tuple[bool, type]:
     return (True, typing.get_args(hint)[0]) if typing.get_origin(hint) is list else (False, hint)
 
 
-def _convert(name: str, value: Any, kind: type, choices: Sequence[str] | None) -> Any:
+def _bounds(described: dataclasses.Field) -> Bounds:
+    return described.metadata.get("bounds", Bounds())
+
+
+def _convert(name: str, value: Any, kind: type, choices: Sequence[str] | None, bounds: Bounds) -> Any:
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"training argument {name!r} must be true or false, not {value!r}")
         return value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = is_number and kind(value) == value if kind in (int, float) else isinstance(value, str)
+    fits = isinstance(value, str)
+    if kind in (int, float):  # int() raises for what is not finite
+        fits = is_number and (not math.isfinite(value) or kind(value) == value)
     if not fits or (choices is not None and value not in choices):
         wanted = f"one of {', '.join(choices)}" if choices is not None else f"of type {kind.__name__}"
         raise ValueError(f"training argument {name!r} must be {wanted}, not {value!r}")
+    if kind in (int, float) and (fault := bounds.fault(value)) is not None:
+        raise ValueError(f"training argument {name!r} {fault}")
     return kind(value)
+
+
+def _check_names(names: Iterable[str], owner: type, what: str, *unwanted: str) -> None:
+    """Refuses names that are not arguments of `owner`, with the nearest one that is."""
+    known = [name for name in inspect.signature(owner).parameters if name not in unwanted]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise ValueError(f"unknown {what} {name!r}; {hint}")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; an error that is the user's to fix ends it with a sentence instead of a traceback."""
+    try:
+        main()
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")

@@ -59,12 +59,13 @@ def save_sample_sheets(folder: str | Path, step: int, images: list[Image.Image],
 def forget_later_sheets(folder: str | Path, step: int) -> None:
     """Removes the pictures of steps after `step`: a run that resumes there draws them again."""
     for picture in [*Path(folder).glob("step-*.png"), *Path(folder).glob("strips/step-*.png")]:
-        if _step_of(picture) > step:
+        number = _step_of(picture)
+        if number is not None and number > step:
             picture.unlink()
 
 
 def _over_time(strips: Path, width: int, height: int) -> Image.Image:
-    rows = sorted(strips.glob("step-*.png"), key=_step_of)
+    rows = sorted((row for row in strips.glob("step-*.png") if _step_of(row) is not None), key=_step_of)
     if len(rows) > MAX_ROWS:
         rows = [rows[round(i * (len(rows) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
     images, labels = [], []
@@ -81,5 +82,6 @@ def _save(picture: Image.Image, path: Path) -> None:
         picture.save(unfinished, format="PNG")
 
 
-def _step_of(picture: Path) -> int:
-    return int(re.fullmatch(r"step-(\d+)", picture.stem)[1])
+def _step_of(picture: Path) -> int | None:
+    match = re.fullmatch(r"step-(\d+)", picture.stem)
+    return None if match is None else int(match[1])  # not one of ours

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -24,8 +25,17 @@ from ..data.latent_cache import LatentCache
 from ..data.rows import TrainingBatch
 from ..models.latents import encode_latents, vae_scale_factor
 from ..utils.machine import peak_memory_gib
+from ..utils.stopping import StopSignals
 from .cascade_objective import CascadeObjective
-from .checkpoints import find_resume_point, load_average, read_state, save_average, save_checkpoint
+from .checkpoints import (
+    find_resume_point,
+    load_average,
+    read_state,
+    room_on_disk,
+    save_average,
+    save_checkpoint,
+    settings_changed,
+)
 from .loss_meter import LossMeter
 from .metrics import append_metrics, forget_later_metrics
 from .noise import noise_seed
@@ -42,19 +52,22 @@ class RunState:
     elapsed_seconds: float = 0.0
     skipped_steps: int = 0  # because the loss or gradient was not finite
     bad_images: int = 0  # skipped by this process
+    run: int = 0  # counts the runs in a folder that started over, or from an older checkpoint
+    changes: list[dict[str, Any]] = field(default_factory=list)  # settings that changed on resuming, with the step
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in asdict(self):
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # early checkpoints lack some
 
 
 class Trainer:
     """
     Trains the stages of a cascade on the paper's eq. 17. An interrupted run resumes bit for bit: batches and noise
-    depend only on the seed and the step, everything else is in the checkpoint.
+    depend only on the seed and the step, everything else is in the checkpoint. SIGTERM, SIGHUP and Ctrl-C end it with
+    a checkpoint after the current step; `stopped_by` is then the signal's number.
 
     Args:
         accelerator (`Accelerator`): The run's accelerator.
@@ -68,6 +81,7 @@ class Trainer:
             Called in all processes while the models hold the averaged weights, e.g. to draw samples and save the
             pipeline.
         title (`str`, *optional*): Title of the progress bar.
+        class_names (`Sequence[str]`, *optional*): A run can only be resumed with the same classes.
     """
 
     def __init__(
@@ -81,6 +95,7 @@ class Trainer:
         held_out_rows: ImageRows | LatentCache | None = None,
         on_validation: Callable[[Trainer], None] | None = None,
         title: str | None = None,
+        class_names: Sequence[str] = (),
     ):
         self.accelerator, self.settings, self.output_dir = accelerator, settings, Path(output_dir)
         self.batches, self.held_out_rows, self.vae, self.on_validation = batches, held_out_rows, vae, on_validation
@@ -94,10 +109,13 @@ class Trainer:
         self.sizes = [stage.config.sample_size for stage in self.objective.stages]
         self.meter = LossMeter(self.objective)
         self.total_steps: int | None = settings.max_train_steps
-        self.state, self.failures, self.started = RunState(), 0, time.time()
-        self.images_seen, self.logged_at = 0, time.time()
+        self.state, self.failures, self.started = RunState(), 0, time.monotonic()
+        self.images_seen, self.logged_at = 0, time.monotonic()
         self.metrics_file = self.output_dir / "metrics.jsonl"
-        self.title, self.progress = title, tqdm(disable=True)
+        self.title, self.progress, self.class_names = title, tqdm(disable=True), list(class_names)
+        self.signals, self.stop_wanted, self.stopped_by = StopSignals(), False, None
+        self.checkpoint: Path | None = None  # the last one written or resumed from
+        self.failed: set[str] = set()  # what has been reported to fail
 
     def make_optimizer(self, objective: CascadeObjective, capturable: bool = False) -> torch.optim.Optimizer:
         s = self.settings
@@ -105,20 +123,29 @@ class Trainer:
         return make_optimizer(groups, s.learning_rate, betas, s.adam_epsilon, s.use_8bit_adam, capturable)
 
     def train(self) -> None:
-        """Trains from the current step to the last."""
+        """Trains from the current step to the last, or until a signal asks to stop."""
         self.objective.train()
-        self.started, self.logged_at = time.time() - self.state.elapsed_seconds, time.time()
+        self.started, self.logged_at = time.monotonic() - self.state.elapsed_seconds, time.monotonic()
         hidden = not self.accelerator.is_local_main_process
-        with tqdm(desc=self.title, total=self.total_steps, initial=self.state.step, disable=hidden) as self.progress:
+        progress = tqdm(desc=self.title, total=self.total_steps, initial=self.state.step, disable=hidden)
+        with self.signals, progress as self.progress:
+            if self.owes_validation:
+                self.validate()
             while not self.is_done:
                 self.train_step()
                 self.progress.update()
                 if self.is_due("logging"):
                     self.log_losses()
+                # A checkpoint comes first: what follows may fail, or take long.
+                if self.is_due("checkpointing") or self.stop_wanted:
+                    self.save()
+                if self.stop_wanted and not self.is_done:
+                    break
                 if self.is_due("validation"):
                     self.validate()
-                if self.is_due("checkpointing"):
-                    self.save()
+        if not self.is_done:
+            self.stopped_by = self.signals.received or 0
+            self.accelerator.print(f"Stopped after step {self.state.step}. Rerun the same command to resume.")
 
     @property
     def is_done(self) -> bool:
@@ -128,6 +155,12 @@ class Trainer:
         """Whether it is time for `"logging"`, `"validation"` or `"checkpointing"`; always true at the end."""
         steps = getattr(self.settings, f"{what}_steps")
         return self.is_done or (steps > 0 and self.state.step % steps == 0)
+
+    @property
+    def owes_validation(self) -> bool:
+        """Whether an earlier run ended between its last checkpoint and the validation at the same step."""
+        owed = self.checkpoint is not None and not _validated(self.checkpoint).exists()
+        return owed and self.is_due("validation")
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
@@ -169,8 +202,12 @@ class Trainer:
         """Accumulates a batch's gradient; returns whether its loss is finite in all processes."""
         seed = noise_seed(self.settings.seed, self.state.step, micro_step)
         losses = self.model(self.make_pyramid(batch, seed), batch.labels.to(self.accelerator.device), seed)
-        # Either all processes step or none does: one alone would wait for the others forever.
-        if self.accelerator.reduce(losses.total.detach().isfinite().float(), "mean").item() < 1:
+        # All processes step and stop together: one alone would wait for the others forever.
+        finite = losses.total.detach().isfinite().float()
+        stop = finite.new_tensor(float(self.signals.received is not None))
+        finite, stop = self.accelerator.reduce(torch.stack([finite, stop]), "mean").tolist()
+        self.stop_wanted = stop > 0
+        if finite < 1:
             return False
         self.meter.add(losses)
         self.accelerator.backward(losses.total)
@@ -202,21 +239,32 @@ class Trainer:
 
     def report_bad_images(self, bad_images: list[str]) -> None:
         if bad_images:
-            with (self.output_dir / "bad_images.txt").open("a") as file:
-                file.writelines(f"{bad}\n" for bad in bad_images)
+            file = self.output_dir / "bad_images.txt"
+            with room_on_disk(file), file.open("a", encoding="utf-8") as lines:
+                lines.writelines(f"{bad}\n" for bad in bad_images)
             tqdm.write("\n".join(f"Skipped: {bad}" for bad in bad_images))
         self.state.bad_images += len(bad_images)
 
     def log(self, values: dict[str, float]) -> None:
-        self.accelerator.log(values, step=self.state.step)
+        self.attempt("logging to the tracker", self.accelerator.log, values, step=self.state.step)
         if self.accelerator.is_main_process:
-            append_metrics(self.metrics_file, self.state.step, values)
+            with room_on_disk(self.metrics_file):
+                append_metrics(self.metrics_file, self.state.step, values)
+
+    def attempt(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls what a run can do without: a failure is reported, the first time, and training goes on."""
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if what not in self.failed:
+                self.failed.add(what)
+                tqdm.write(f"Warning: {what} failed, and training goes on without it: {type(error).__name__}: {error}")
 
     def log_losses(self) -> None:
         """Logs the losses and the speed since the last call."""
         values = self.meter.means("train", lambda tensor: self.accelerator.reduce(tensor, "sum"))
-        now = time.time()
-        values["images_per_second"] = self.images_seen / (now - self.logged_at)
+        now = time.monotonic()
+        values["images_per_second"] = self.images_seen / max(now - self.logged_at, 1e-9)
         values["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         values["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
         values |= self.counts()
@@ -224,7 +272,7 @@ class Trainer:
         shown = {name.split("/")[-1]: f"{v:.3g}" for name, v in values.items() if "_t" not in name}
         self.progress.set_postfix(shown)
         self.meter.reset()
-        self.images_seen, self.logged_at = 0, time.time()
+        self.images_seen, self.logged_at = 0, time.monotonic()
 
     def counts(self) -> dict[str, float]:
         """Totals over the whole run."""
@@ -249,10 +297,24 @@ class Trainer:
     def validate(self) -> None:
         """Measures the held-out loss and calls `on_validation`, with averaged weights, in all processes."""
         with self.averaged_weights():
+            self.check_weights()
             if self.held_out_rows is not None:
                 self.log(self.held_out_losses())
             if self.on_validation is not None:
-                self.on_validation(self)
+                with room_on_disk(self.output_dir):
+                    self.on_validation(self)
+        if self.accelerator.is_main_process and self.checkpoint is not None:
+            if self.checkpoint.name == f"checkpoint-{self.state.step}":
+                self.attempt("marking a checkpoint as validated", _validated(self.checkpoint).touch)
+
+    def check_weights(self) -> None:
+        """Raises FloatingPointError if a weight is not finite: it must neither be resumed from nor published."""
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters]).all().float()
+        if self.accelerator.reduce(finite, "mean").item() < 1:
+            raise FloatingPointError(
+                f"A weight is not finite after step {self.state.step}, so nothing was saved at this step. Resume from"
+                " the last checkpoint with a lower --learning_rate or more --lr_warmup_steps."
+            )
 
     @torch.no_grad()
     def held_out_losses(self) -> dict[str, float]:
@@ -274,10 +336,12 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        self.state.elapsed_seconds = time.time() - self.started
+        self.check_weights()
+        self.state.elapsed_seconds = time.monotonic() - self.started
         state = self.state.state_dict()
         place = {"data": self.batches.state_dict(), "bad_images": state.pop("bad_images")}
         state |= {"average_updates": self.average.optimization_step, "processes": gather_object([place])}
+        state |= {"identity": self.identity(), "settings": asdict(self.settings)}
 
         def write(folder: Path) -> None:
             self.accelerator.save_state(folder)
@@ -285,21 +349,56 @@ class Trainer:
             save_average(self.average, self.names, folder / "ema.safetensors", is_main_process)
 
         limit = self.settings.checkpoints_total_limit
-        save_checkpoint(self.accelerator, self.output_dir, self.state.step, state, write, limit)
+        self.checkpoint = save_checkpoint(self.accelerator, self.output_dir, self.state.step, state, write, limit)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes from it must have in common, by a name for messages."""
+        found = {f"class {i}": name for i, name in enumerate(self.class_names)}
+        stages = zip(self.objective.stages, self.objective.schedulers, strict=True)
+        for number, (stage, scheduler) in enumerate(stages, start=1):
+            configs = {"": stage.config, "noise schedule's ": scheduler.config}
+            found |= {
+                f"stage {number}: {prefix}{name}": value
+                for prefix, config in configs.items()
+                for name, value in config.items()
+                if not name.startswith("_") and name != "class_factors"  # a long list that follows from the classes
+            }
+        found["trained weights"] = sum(parameter.numel() for parameter in self.parameters)
+        found["use_8bit_adam"] = self.settings.use_8bit_adam
+        return found
 
     def resume(self) -> None:
-        """Resumes where an earlier run stopped, if there is one, and deletes what it logged after its checkpoint."""
-        checkpoint = find_resume_point(self.output_dir, self.settings.resume_from_checkpoint, self.accelerator.print)
-        if checkpoint is not None:
-            self.accelerator.load_state(checkpoint)
-            state, process_index = read_state(checkpoint), self.accelerator.process_index
-            load_average(self.average, self.names, checkpoint / "ema.safetensors", state["average_updates"])
+        """
+        Resumes where an earlier run stopped, if there is one, and deletes what it logged after its checkpoint.
+        Settings that may change are applied and reported.
+
+        Raises:
+            CheckpointError: The checkpoint is of a run with another [`~Trainer.identity`], or none is intact.
+        """
+        report, optimizer = self.accelerator.print, self.optimizer
+        self.checkpoint, run = find_resume_point(self.output_dir, self.settings.resume_from_checkpoint, report)
+        if self.checkpoint is not None:
+            state, process_index = read_state(self.checkpoint), self.accelerator.process_index
+            settings = asdict(self.settings)
+            changed = settings_changed(self.checkpoint, state, self.identity(), settings, report)
+            wanted = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
+            self.accelerator.load_state(self.checkpoint)
+            for group, options in zip(optimizer.param_groups, wanted, strict=True):
+                group |= options  # the checkpoint's would silently win
+            load_average(self.average, self.names, self.checkpoint / "ema.safetensors", state["average_updates"])
             places = state["processes"]
             place = places[min(process_index, len(places) - 1)]  # the same for all sources but streams, which check it
             self.batches.load_state_dict(place["data"])
             state["bad_images"] = place["bad_images"] if process_index < len(places) else 0
             self.state.load_state_dict(state)
+            if changed:
+                self.state.changes.append({"step": self.state.step, **changed})
+        self.state.run = run
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             forget_later_metrics(self.metrics_file, self.state.step)
-            forget_later_sheets(self.output_dir / "samples", self.state.step)
+            self.attempt("removing old samples", forget_later_sheets, self.output_dir / "samples", self.state.step)
+
+
+def _validated(checkpoint: Path) -> Path:
+    return checkpoint / "validated"

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 @contextmanager
 def write_whole(path: str | Path, unfinished_suffix: str = ".unfinished") -> Iterator[Path]:
@@ -21,6 +23,7 @@ def write_whole(path: str | Path, unfinished_suffix: str = ".unfinished") -> Ite
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
+        flush(unfinished)
         os.replace(unfinished, path)
     except OSError as error:
         raise OSError(
@@ -43,9 +46,41 @@ def save_in_place(write: Callable[[Path], None], folder: str | Path) -> None:
     partial.mkdir(parents=True)
     try:
         write(partial)
-        for source in sorted(path for path in partial.rglob("*") if path.is_file()):
+        sources = sorted(path for path in partial.rglob("*") if path.is_file())
+        for source in sources:
+            flush(source)
+        for source in sources:
             target = folder / source.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's contents or a folder's entries are on disk, so that a power cut cannot undo a rename."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Keeps a folder for one process as long as the context lasts; a second one gets an OSError."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise OSError(
+            f"Another process is writing to {folder}. Wait for it to end, or choose another --output_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

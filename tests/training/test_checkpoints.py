@@ -1,5 +1,7 @@
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,12 @@ from diffusers_pisdm.training.checkpoints import (
     CheckpointError,
     find_checkpoints,
     find_fault,
+    find_resume_point,
     load_average,
     read_state,
     save_average,
     save_checkpoint,
+    settings_changed,
 )
 from tests.training.processes import sharded_average
 
@@ -50,7 +54,11 @@ def test_checkpoints_are_found_by_step_and_hold_their_state(save, tmp_path):
         save(step, {"note": "a"})
     assert complete(tmp_path) == ["checkpoint-80", "checkpoint-900", "checkpoint-1000"]
     state = read_state(tmp_path / "checkpoint-900")
-    assert state == {"step": 900, "note": "a", "files": {"shards/1": 3, "weights": 1}}
+    assert {name: state[name] for name in ("step", "note", "files")} == {
+        **{"step": 900, "note": "a"},
+        "files": {"shards/1": 3, "weights": 1},
+    }
+    assert state["digests"]["shards/1"] == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_a_failed_write_names_the_reason_and_leaves_the_last_checkpoint(save, tmp_path):
@@ -67,6 +75,73 @@ def test_a_failed_write_names_the_reason_and_leaves_the_last_checkpoint(save, tm
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     save(2, total_limit=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_with_a_limit_the_old_ones_make_room_first_but_the_newest_stays(save, tmp_path):
+    for step in (1, 2, 3):
+        save(step, total_limit=3)
+    there = []
+
+    def fail(folder):
+        there.extend(complete(tmp_path))
+        raise OSError(28, "No space left on device")
+
+    for limit, left in ((3, ["checkpoint-2", "checkpoint-3"]), (1, ["checkpoint-3"])):
+        there.clear()
+        with pytest.raises(CheckpointError):
+            save(4, write=fail, total_limit=limit)
+        assert there == complete(tmp_path) == left
+
+
+def test_checkpoints_are_ordered_by_run_then_step(save, tmp_path):
+    save(12, {"run": 0})
+    save(4, {"run": 1}, total_limit=2)
+    assert complete(tmp_path) == ["checkpoint-12", "checkpoint-4"]
+    assert find_resume_point(tmp_path, "latest") == (tmp_path / "checkpoint-4", 1)
+    save(6, {"run": 1}, total_limit=2)
+    assert complete(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_new_run_begins_wherever_it_does_not_continue_the_newest_checkpoint(save, tmp_path):
+    assert find_resume_point(tmp_path, "latest") == find_resume_point(tmp_path, "none") == (None, 0)
+    save(4, {"run": 3})
+    save(8, {"run": 3})
+    assert find_resume_point(tmp_path, "none") == (None, 4)
+    assert find_resume_point(tmp_path, "checkpoint-4") == (tmp_path / "checkpoint-4", 4)
+    assert find_resume_point(tmp_path, str(tmp_path / "checkpoint-8")) == (tmp_path / "checkpoint-8", 3)
+    assert find_resume_point(tmp_path / "elsewhere", str(tmp_path / "checkpoint-8"))[1] == 0
+
+
+@pytest.mark.parametrize("file", ["weights", "shards/1", STATE_FILE])
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_taken(save, tmp_path, file):
+    first, second = save(1, {"run": 0}), save(2, {"run": 0, "elapsed": 1.25})
+    path, messages = second / file, []
+    text = path.read_bytes()
+    changed = text.replace(b"1.25", b"1.35") if file == STATE_FILE else bytes([text[0] ^ 1]) + text[1:]
+    assert changed != text and len(changed) == len(text)
+    path.write_bytes(changed)
+    assert find_resume_point(tmp_path, "latest", messages.append)[0] == first
+    assert re.search(rf"checkpoint-2: its (file )?{file} .*damaged", messages[0])
+    with pytest.raises(ValueError, match=rf"checkpoint-2: its .*{file} .*damaged"):
+        find_resume_point(tmp_path, "checkpoint-2", messages.append)
+
+
+def test_if_no_checkpoint_is_intact_nothing_starts_over_in_silence(save, tmp_path):
+    (save(1) / "weights").write_text("y")
+    with pytest.raises(CheckpointError, match=r"is intact.* --resume_from_checkpoint none"):
+        find_resume_point(tmp_path, "latest")
+
+
+def test_what_cannot_change_is_refused_with_both_values_and_what_can_is_told(tmp_path):
+    state = {"step": 7, "identity": {"class 0": "a", "size": [4, 8]}, "settings": {"learning_rate": 0.1, "seed": 1}}
+    messages = []
+    same = {"class 0": "a", "size": (4, 8)}
+    found = settings_changed(tmp_path, state, same, {"learning_rate": 0.2, "seed": 1, "new": 3}, messages.append)
+    assert found == {"learning_rate": [0.1, 0.2]}
+    assert messages == ["--learning_rate was 0.1, is 0.2 from step 7 on."]
+    with pytest.raises(CheckpointError, match="class 0 was 'a', is 'b'; class 1 was None, is 'c'"):
+        settings_changed(tmp_path, state, {**same, "class 0": "b", "class 1": "c"}, {})
+    assert settings_changed(tmp_path, {"step": 7}, same, {"seed": 2}) == {}  # an early checkpoint
 
 
 def test_an_unwritable_place_is_an_error(accelerator, tmp_path):

@@ -2,11 +2,18 @@ import json
 
 import pytest
 
-from diffusers_pisdm.training.recipes import Recipe, read_recipe, recipe_arguments
+from diffusers_pisdm.training.recipes import (
+    Recipe,
+    make_parser,
+    parse_arguments,
+    per_stage,
+    read_recipe,
+    recipe_arguments,
+)
 from examples.train_pisdm import TrainingArguments
 
 
-CASCADE = {"scheduler": {}, "stages": [{"sample_size": 8}]}
+CASCADE = {"scheduler": {}, "stages": [{"sample_size": 8, "in_channels": 3}]}
 
 
 @pytest.fixture
@@ -25,8 +32,8 @@ def arguments(training, vae=None):
 
 def test_a_recipe_is_read_whole(read):
     content = {**CASCADE, "vae": "a/b", "training": {"seed": 3}}
-    assert read(content) == Recipe({}, [{"sample_size": 8}], "a/b", {"seed": 3})
-    assert read(CASCADE) == Recipe({}, [{"sample_size": 8}], None, {})
+    assert read(content) == Recipe({}, [{"sample_size": 8, "in_channels": 3}], "a/b", {"seed": 3})
+    assert read(CASCADE) == Recipe({}, [{"sample_size": 8, "in_channels": 3}], None, {})
 
 
 @pytest.mark.parametrize(
@@ -35,7 +42,18 @@ def test_a_recipe_is_read_whole(read):
         ("[]", "a JSON object"),
         ("{", "Expecting property name"),
         ({"stages": []}, "`scheduler` is missing"),
-        ({**CASCADE, "trainings": {}}, "unknown key 'trainings'; .* training"),
+        ("[" * 100_000, "nested too deeply"),
+        ({**CASCADE, "trainings": {}}, "unknown key 'trainings'; did you mean 'training'"),
+        ({**CASCADE, "stages": []}, "`stages` must be a list of at least one"),
+        ({**CASCADE, "stages": {}}, "`stages` must be a list"),
+        ({**CASCADE, "stages": [CASCADE["stages"][0], 3]}, r"`stages\[1\]` must be an object, not 3"),
+        ({**CASCADE, "stages": [{"sample_size": 8}]}, r"`in_channels` is missing in stages\[0\]"),
+        ({**CASCADE, "stages": [{"sample_siz": 8}]}, r"stages\[0\] 'sample_siz'; did you mean 'sample_size'"),
+        ({**CASCADE, "stages": [{"num_classes": 8}]}, r"stages\[0\] 'num_classes'"),
+        ({**CASCADE, "scheduler": {"beta_schedul": "linear"}}, "'beta_schedul'; did you mean 'beta_schedule'"),
+        ({**CASCADE, "scheduler": None}, "`scheduler` must be an object"),
+        ({**CASCADE, "training": [1]}, "`training` must be an object"),
+        ({**CASCADE, "vae": 3}, "`vae` must be the name"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused(read, content, message):
@@ -67,6 +85,12 @@ def test_arguments_get_the_type_of_their_field():
         ({"train_batch_size": 0.5}, "'train_batch_size' must be of type int, not 0.5"),
         ({"train_batch_size": True}, "'train_batch_size' must be of type int, not True"),
         ({"learning_rate": "1e-3"}, "'learning_rate' must be of type float, not '1e-3'"),
+        ({"output_dir": "a"}, "'output_dir' belongs on the command line"),
+        ({"train_batch_size": 0}, "'train_batch_size' must be at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "'learning_rate' must be finite, got nan"),
+        ({"seed": float("inf")}, "'seed' must be finite, got inf"),
+        ({"batch_shares": [0.5, 0]}, "'batch_shares' must be more than 0, got 0"),
+        ({"batch_shares": []}, "'batch_shares' must have at least one value"),
         ({"random_flip": 1}, "'random_flip' must be true or false, not 1"),
         ({"loss_weighting": "snr"}, "'loss_weighting' must be one of uniform, vlb, min_snr, not 'snr'"),
     ],
@@ -74,3 +98,46 @@ def test_arguments_get_the_type_of_their_field():
 def test_a_value_that_the_command_line_would_not_take_is_refused(training, message):
     with pytest.raises(ValueError, match=message):
         arguments(training)
+
+
+# Values just outside of each argument's range; all refuse what is not finite, too.
+OUT_OF_RANGE = {
+    "0 -1": """validation_classes validation_inference_steps logging_steps train_stages train_batch_size
+        max_train_steps gradient_accumulation_steps lora_rank checkpoints_total_limit shuffle_buffer_size max_grad_norm
+        adam_epsilon snr_gamma sil_temperature lora_alpha noise_shifts stage_loss_weights""",
+    "-1": """checkpointing_steps validation_steps seed lr_warmup_steps lr_cooldown_steps max_skipped_steps
+        dataloader_num_workers""",
+    "-1e-9": "learning_rate adam_weight_decay sil_weight validation_guidance_scale",
+    "-0.1 1.1": "label_dropout factor_dropout max_noise_level ema_decay",
+    "-0.1 1": "adam_beta1 adam_beta2",
+    "0 1.01": "batch_shares",
+}
+
+
+def test_every_number_has_its_range(capsys):
+    parser = make_parser(TrainingArguments)
+    numbers = {action.dest for action in parser._actions if getattr(action.type, "__name__", "") in ("int", "float")}
+    outside = {name: values.split() for values, names in OUT_OF_RANGE.items() for name in names.split()}
+    assert numbers == outside.keys()
+    for name, values in outside.items():
+        for value in [*values, "nan", "inf", "-inf"]:
+            with pytest.raises(SystemExit):
+                parser.parse_args(["--output_dir", "a", f"--{name}={value}"])
+            assert f"--{name}" in capsys.readouterr().err
+
+
+def test_a_recipes_switch_can_be_turned_off(tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({**CASCADE, "training": {"random_flip": True}}))
+    parser, given = make_parser(TrainingArguments), ["--output_dir", "a", "--cascade_config", str(file)]
+    assert parse_arguments(parser, TrainingArguments, given)[0].random_flip
+    parser = make_parser(TrainingArguments)
+    assert not parse_arguments(parser, TrainingArguments, [*given, "--no-random_flip"])[0].random_flip
+
+
+def test_one_value_is_for_all_stages():
+    assert per_stage("noise_shifts", [2.0], 3) == [2.0] * 3
+    assert per_stage("noise_shifts", [1.0, 2.0], 2) == [1.0, 2.0]
+    assert per_stage("noise_shifts", None, 2) is None
+    with pytest.raises(ValueError, match=r"--noise_shifts .*per stage \(4\), got 2"):
+        per_stage("noise_shifts", [1.0, 2.0], 4)

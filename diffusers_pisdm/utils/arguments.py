@@ -1,0 +1,53 @@
+"""Numbers of command lines and recipes, checked against their range."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A range of finite numbers: `minimum` and `maximum` belong to it, `above` and `below` do not."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def fault(self, value: float) -> str | None:
+        """What is wrong with a number, if anything, to follow its name."""
+        if not math.isfinite(value):
+            return f"must be finite, got {value}"
+        if self.minimum is not None and value < self.minimum:
+            return f"must be at least {self.minimum}, got {value}"
+        if self.maximum is not None and value > self.maximum:
+            return f"must be at most {self.maximum}, got {value}"
+        if self.above is not None and value <= self.above:
+            return f"must be more than {self.above}, got {value}"
+        if self.below is not None and value >= self.below:
+            return f"must be less than {self.below}, got {value}"
+        return None
+
+
+def bounded(kind: type[int] | type[float], bounds: Bounds) -> Callable[[str], float]:
+    """A `type` for `ArgumentParser.add_argument` that only takes numbers within `bounds`."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        fault = bounds.fault(value)
+        if fault is not None:
+            raise argparse.ArgumentTypeError(fault)
+        return value
+
+    convert.__name__ = kind.__name__  # argparse: "invalid int value: ..."
+    return convert
+
+
+COUNT = bounded(int, Bounds(minimum=1))
+COUNT_OR_ZERO = bounded(int, Bounds(minimum=0))
+POSITIVE = bounded(float, Bounds(above=0))
+NOT_NEGATIVE = bounded(float, Bounds(minimum=0))
+SHARE = bounded(float, Bounds(minimum=0, maximum=1))
