@@ -127,8 +127,8 @@ class WatchArguments:
     title: ClassVar[str] = "watching and resuming"
 
     logging_steps: int = argument(100, "Steps between log lines.", minimum=1)
-    validation_minutes: float = argument(10, "Between held-out losses and saved pipelines.", above=0)
-    checkpointing_minutes: float = argument(5, "Between checkpoints.", above=0)
+    validation_minutes: float = argument(10, "Between held-out losses and saved pipelines.", minimum=0)
+    checkpointing_minutes: float = argument(5, "Between checkpoints.", minimum=0)
     validation_classes: int = argument(32, "Classes in the sample grid.", minimum=1)
     validation_inference_steps: int = argument(10, "Steps per stage in the sample grid.", minimum=1)
     validation_guidance_scale: list[float] = argument([2.0], f"In the sample grid. {ONE_OR_EACH}", minimum=0)

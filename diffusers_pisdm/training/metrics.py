@@ -60,16 +60,14 @@ def plot_loss_curves(metrics_file: str | Path, picture: str | Path) -> None:
     Plots the losses in a run's `metrics.jsonl`: a panel for the denoising losses (solid in training, dashed on
     held-out images), one for the training losses by noise level, one for the scale-invariant losses.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would load the notebook's or desktop's backend
 
     rows = read_metrics(metrics_file)
     names = sorted({name for row in rows for name in row if name.startswith(("train/", "validation/"))})
     curves = {panel: [name for name in names if _panel_of(name) == panel] for panel in PANELS}
     shown = [panel for panel in PANELS if curves[panel]] or ["denoising"]
-    figure, axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), 4), squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=(6 * len(shown), 4), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)
     for panel, axis in zip(shown, axes[0]):
         for name in curves[panel]:
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -78,7 +76,6 @@ def plot_loss_curves(metrics_file: str | Path, picture: str | Path) -> None:
         if axis.lines:
             axis.legend(fontsize=6, ncols=2)
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 def _panel_of(name: str) -> str | None:

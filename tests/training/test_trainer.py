@@ -4,6 +4,8 @@ import copy
 import importlib.util
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from diffusers_pisdm.data.batches import TrainingBatches
 from diffusers_pisdm.data.rows import TrainingBatch, TrainingRow
 from diffusers_pisdm.models.latents import encode_latents
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
-from diffusers_pisdm.training.checkpoints import read_state
+from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state
 from diffusers_pisdm.training.metrics import read_metrics
 from diffusers_pisdm.training.noise import noise_seed
 from diffusers_pisdm.training.recipes import TrainerSettings
@@ -285,3 +287,150 @@ def test_what_a_run_has_reached_is_kept_whole():
     other = RunState()
     other.load_state_dict({**state.state_dict(), "files": {}})
     assert other == state
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_resumes_to_the_same_bits(make, monkeypatch):
+    options = {"max_train_steps": 6, "checkpointing_steps": 0, "validation_steps": 0}
+    whole = make(settings=options)
+    whole.resume()
+    whole.train()
+    step, before = Trainer.train_step, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(self):
+        if self.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self)
+
+    validated = []
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    first = make(name="again", settings=options, on_validation=lambda trainer: validated.append(1))
+    first.resume()
+    first.train()
+    assert first.stopped_by == signal.SIGTERM and not validated
+    assert [path.name for path in find_checkpoints(first.output_dir)[0]] == ["checkpoint-3"]
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr(Trainer, "train_step", step)
+    second = make(name="again", settings=options)
+    second.resume()
+    second.train()
+    assert second.stopped_by is None
+    for (name, expected), found in zip(weights(whole).items(), weights(second).values()):
+        assert torch.equal(found, expected), name
+
+
+def test_a_checkpoint_comes_before_validation_which_is_made_up_for(make):
+    validated = []
+
+    def fail(trainer):
+        raise MemoryError("the system's")
+
+    first = make(on_validation=fail)
+    first.resume()
+    with pytest.raises(MemoryError):
+        first.train()
+    assert [path.name for path in find_checkpoints(first.output_dir)[0]] == ["checkpoint-2"]
+    for expected in ([2, 4], []):
+        validated.clear()
+        trainer = make(on_validation=lambda trainer: validated.append(trainer.state.step))
+        trainer.resume()
+        trainer.train()
+        assert validated == expected
+
+
+def test_what_a_run_can_do_without_is_told_once_and_costs_no_step(make, monkeypatch, capsys):
+    trainer = make(on_validation=lambda trainer: trainer.attempt("drawing", lambda: 1 / 0))
+    monkeypatch.setattr(trainer.accelerator, "log", lambda *args, **kwargs: {}["no such run"])
+    (trainer.output_dir / "samples" / "strips").mkdir(parents=True)
+    (trainer.output_dir / "samples" / "strips" / "step-best.png").touch()
+    trainer.resume()
+    trainer.train()
+    said = capsys.readouterr().out
+    assert trainer.is_done and said.count("Warning") == 2
+    assert said.count("drawing failed") == 1 and "ZeroDivisionError" in said
+    assert said.count("logging to the tracker failed") == 1 and "no such run" in said
+
+
+def test_a_full_disk_between_checkpoints_says_how_to_go_on(make, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    trainer = make()
+    trainer.resume()
+    monkeypatch.setattr("diffusers_pisdm.training.trainer.append_metrics", full)
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl .*No space left.* free up space.* resume"):
+        trainer.train()
+    trainer = make(on_validation=full)
+    with pytest.raises(CheckpointError, match=r"run could not be written .*No space left"):
+        trainer.validate()
+
+
+@pytest.mark.parametrize("when", ["save", "validate"])
+def test_weights_that_are_not_finite_are_neither_resumed_nor_published(make, when):
+    published = []
+    trainer = make(on_validation=lambda trainer: published.append(1))
+    with torch.no_grad():
+        trainer.parameters[3].view(-1)[-1] = math.nan
+    trainer.average.shadow_params[3].copy_(trainer.parameters[3].detach())
+    with pytest.raises(FloatingPointError, match=r"not finite after step 0.*last checkpoint"):
+        getattr(trainer, when)()
+    assert not published and find_checkpoints(trainer.output_dir) == ([], {})
+
+
+def test_changed_settings_are_applied_told_and_kept(make, capsys):
+    first = make(settings={"max_train_steps": 2})
+    first.resume()
+    first.train()
+    adam = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_weight_decay": 0.7, "adam_epsilon": 1e-3}
+    second = make(settings={**adam, "ema_decay": 0.9})
+    second.resume()
+    decayed, undecayed = second.optimizer.param_groups
+    assert (decayed["betas"], decayed["eps"], decayed["weight_decay"]) == ((0.5, 0.6), 1e-3, 0.7)
+    assert undecayed["weight_decay"] == 0.0
+    said = capsys.readouterr().out
+    for name in (*adam, "ema_decay", "max_train_steps"):
+        assert said.count(f"--{name} was") == 1
+    assert "--adam_weight_decay was 0.3, is 0.7 from step 2 on" in said and "--seed" not in said
+    second.train()
+    (changes,) = read_state(second.output_dir / "checkpoint-4")["changes"]
+    assert changes["step"] == 2 and changes["adam_weight_decay"] == [0.3, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda objective: objective.schedulers.__setitem__(1, DDPMScheduler(prediction_type="sample")),
+            "stage 2.*pred",
+        ),
+        (
+            lambda objective: objective.schedulers.__setitem__(0, DDPMScheduler(beta_end=0.1)),
+            "stage 1.*beta_end was 0.02",
+        ),
+        (lambda objective: objective.stages[1].register_to_config(snake=True), "stage 2: snake was False, is True"),
+        (lambda objective: objective.stages[0].requires_grad_(False), r"trained weights was \d+, is \d+"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(make, objective, change, told):
+    first = make(settings={"max_train_steps": 1}, class_names=["a", "b"])
+    first.resume()
+    first.train()
+    with pytest.raises(CheckpointError, match="class 0 was 'a', is 'b'; class 1 was 'b', is 'a'"):
+        make(class_names=["b", "a"]).resume()
+    change(objective)
+    with pytest.raises(CheckpointError, match=told):
+        make(class_names=["a", "b"]).resume()
+
+
+def test_a_run_started_anew_keeps_its_checkpoints_and_is_the_one_resumed(make):
+    def run(steps, **settings):
+        trainer = make(settings={"max_train_steps": steps, "checkpoints_total_limit": 2, **settings})
+        trainer.resume()
+        begun = trainer.state.step
+        trainer.train()
+        return begun, [path.name for path in find_checkpoints(trainer.output_dir)[0]]
+
+    assert run(6) == (0, ["checkpoint-4", "checkpoint-6"])
+    assert run(2, resume_from_checkpoint="none") == (0, ["checkpoint-6", "checkpoint-2"])
+    assert run(4) == (2, ["checkpoint-2", "checkpoint-4"])
+    assert run(3, resume_from_checkpoint="checkpoint-2") == (2, ["checkpoint-4", "checkpoint-3"])
+    assert run(5) == (3, ["checkpoint-4", "checkpoint-5"])

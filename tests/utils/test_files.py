@@ -1,8 +1,9 @@
+import os
 import resource
 
 import pytest
 
-from diffusers_pisdm.utils.files import save_in_place, write_whole
+from diffusers_pisdm.utils.files import lock_folder, save_in_place, write_whole
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -68,3 +69,33 @@ def test_a_failed_save_changes_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save_in_place(fail, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "whole"
+
+
+def test_a_folder_is_locked_until_its_owner_is_done(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with lock_folder(folder):
+        with pytest.raises(OSError, match=f"Another process .* {folder}.*--output_dir"), lock_folder(folder):
+            pass
+        with lock_folder(tmp_path):
+            pass
+    with lock_folder(folder):
+        pass
+
+
+def test_contents_are_on_disk_before_a_file_gets_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_replace(source, target):
+        calls.append(f"to {os.path.basename(target)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with write_whole(tmp_path / "a") as unfinished:
+        unfinished.write_text("a")
+    save_in_place(lambda folder: [(folder / name).write_text(name) for name in "bc"], tmp_path)
+    assert calls == ["a.unfinished", "to a", "b", "c", "to b", "to c"]
