@@ -28,7 +28,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-in
 TWO_PROCESSES := --numprocesses 2 --dist loadfile
 INCEPTION_VENV := .venv-inception
 INCEPTION_PYTHON := $(INCEPTION_VENV)/bin/python
-DEMO_ARGS = --model checkpoints/pisdm-emoji128 $(if $(STEPS),--steps $(STEPS)) --output demo.png \
+DEMO_ARGS = --model checkpoints/pisdm-emoji128 $(if $(STEPS),--num_inference_steps $(STEPS)) --output demo.png \
   --stages_output demo_stages.png
 
 # Left by an earlier `pip install .`: compiled kernels in a folder that would hide the clone's package.

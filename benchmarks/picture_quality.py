@@ -43,6 +43,7 @@ from diffusers_pisdm.evaluation import (
 from diffusers_pisdm.evaluation.metrics.frechet_distance import frechet_distance
 from diffusers_pisdm.evaluation.metrics.precision_recall import precision_recall
 from diffusers_pisdm.evaluation.samples.settings import sample_classes
+from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, SHARE
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.machine import describe_machine
@@ -61,14 +62,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_split", default="train")
     add("--held_out_split", default="validation")
     add("--styles", nargs="+", help="Only classes whose name begins with one of these and a slash.")
-    add("--num_samples", type=int, default=2000)
-    add("--size", type=int, help="Resize all images to this many pixels first; default: the model's size.")
-    add("--seed", type=int, default=0)
-    add("--num_inference_steps", type=int, nargs="+", help="One number, or one per stage; default: the pipeline's.")
-    add("--guidance_scale", type=float, nargs="+", help="Likewise.")
-    add("--noise_level", type=float, nargs="+", help="One number, or one per higher stage; default: the pipeline's.")
+    add("--num_samples", type=COUNT, default=2000)
+    add("--size", type=COUNT, help="Resize all images to this many pixels first; default: the model's size.")
+    add("--seed", type=COUNT_OR_ZERO, default=0)
+    add("--num_inference_steps", type=COUNT, nargs="+", help="One number, or one per stage; default: the pipeline's.")
+    add("--guidance_scale", type=NOT_NEGATIVE, nargs="+", help="Likewise.")
+    add("--noise_level", type=SHARE, nargs="+", help="One number, or one per higher stage; default: the pipeline's.")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add("--batch_size", type=int, default=50)
+    add("--batch_size", type=COUNT, default=50)
     add("--features", default="efficientnet_lite0", help="See examples/evaluate.py.")
     add("--output", type=Path, required=True)
     return parser.parse_args(argv)

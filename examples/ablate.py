@@ -50,6 +50,7 @@ from diffusers_pisdm.evaluation.samples.files import sample_path
 from diffusers_pisdm.training.cost.stage_cost import CostSettings, estimate_cascade_cost
 from diffusers_pisdm.training.metrics import read_metrics
 from diffusers_pisdm.training.recipes import read_recipe
+from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE
 from diffusers_pisdm.utils.machine import describe_machine
 
 
@@ -79,16 +80,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--table", type=int, choices=TABLES, required=True)
     add("--output_dir", type=Path, required=True)
     add("--rows", nargs="+", help="Only these rows: " + "; ".join(", ".join(names(table)) for table in TABLES))
-    add("--seeds", type=int, nargs="+", default=[0])
+    add("--seeds", type=COUNT_OR_ZERO, nargs="+", default=[0])
     add("--report_only", action="store_true", help="Only write the table, from the runs so far.")
     add("--cascade_config", help="A recipe with all components of the paper.")
     add("--train_data_dir", help="As for train_pisdm.py, or a data set on the Hub.")
     add("--held_out_split", default="validation", help="The split to score against; never trained on.")
     add("--image_column", default="image")
     add("--label_column", default="label")
-    add("--num_samples", type=int, default=2000)
-    add("--num_inference_steps", type=int, default=20, help="Per stage.")
-    add("--guidance_scale", type=float, default=1.0)
+    add("--num_samples", type=COUNT, default=2000)
+    add("--num_inference_steps", type=COUNT, default=20, help="Per stage.")
+    add("--guidance_scale", type=NOT_NEGATIVE, default=1.0)
     add("--features", default="efficientnet_lite0", help="The network behind the scores; FID needs inception_v3.")
     add("--features_weights")
 

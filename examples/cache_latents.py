@@ -24,6 +24,7 @@ from diffusers_pisdm.data.latent_cache import DTYPES, CacheIndex
 from diffusers_pisdm.data.latent_cache_writer import vae_fingerprint, write_latent_cache
 from diffusers_pisdm.models.latents import load_vae, vae_scale_factor
 from diffusers_pisdm.training.recipes import read_recipe
+from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,8 +37,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_vae_model_name_or_path", help="Default: the recipe's.")
     add("--vae_dtype", choices=DTYPES, default="float32", help="Precision of the VAE.")
     add("--latent_dtype", choices=DTYPES, default="float16", help="Precision of the stored latents.")
-    add("--images_per_shard", type=int, default=4096)
-    add("--batch_size", type=int, default=64, help="Images per process and step.")
+    add("--images_per_shard", type=COUNT, default=4096)
+    add("--batch_size", type=COUNT, default=64, help="Images per process and step.")
 
     data = parser.add_argument_group("data (pass one of the first two)")
     data.add_argument("--dataset_name", help="A data set on the Hub.")
@@ -48,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--class_names_file", help="A file with one class name per line, if labels are bare numbers.")
     data.add_argument("--random_flip", action="store_true", help="Also encode the mirrored images.")
     data.add_argument("--on_bad_image", choices=ON_BAD_IMAGE, default="stop")
-    data.add_argument("--dataloader_num_workers", type=int, default=0)
+    data.add_argument("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0)
 
     args = parser.parse_args(argv)
     if (args.dataset_name is None) == (args.train_data_dir is None):

@@ -11,16 +11,17 @@ import argparse
 from pathlib import Path
 
 from diffusers_pisdm.ops import SCAN_DIRECTIONS, draw_scan_paths
+from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw scan paths.")
-    parser.add_argument("--height", type=int, default=5, help="rows of tokens")
-    parser.add_argument("--width", type=int, default=5, help="columns of tokens")
+    parser.add_argument("--height", type=COUNT, default=5, help="rows of tokens")
+    parser.add_argument("--width", type=COUNT, default=5, help="columns of tokens")
     parser.add_argument("--directions", nargs="+", choices=SCAN_DIRECTIONS, default=SCAN_DIRECTIONS, metavar="NAME")
     parser.add_argument("--snake", action="store_true", help="scan every second line backwards")
-    parser.add_argument("--num_padding_tokens", type=int, default=1, help="tokens at the end of every line")
-    parser.add_argument("--cell_size", type=int, default=24, help="side of a token in pixels")
+    parser.add_argument("--num_padding_tokens", type=COUNT_OR_ZERO, default=1, help="tokens at the end of every line")
+    parser.add_argument("--cell_size", type=COUNT, default=24, help="side of a token in pixels")
     parser.add_argument("--output", type=Path, default=Path("scan_paths.png"), help="the picture to write")
     return parser.parse_args(arguments)
 

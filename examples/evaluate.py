@@ -48,6 +48,7 @@ from diffusers_pisdm.evaluation import (
     write_reference_file,
 )
 from diffusers_pisdm.evaluation.samples.record import RECORD_FILE
+from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.machine import describe_machine
@@ -77,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     by_what.add_argument("--reference_split", help="Read --reference as a data set, and use this split.")
     by_what.add_argument("--image_column", default="image", help="Column of a data set.")
     by_what.add_argument("--label_column", default="label", help="Column of a data set.")
-    by_what.add_argument("--image_size", type=int, help="Crop and resize all images to this size.")
+    by_what.add_argument("--image_size", type=COUNT, help="Crop and resize all images to this size.")
     by_what.add_argument(
         "--features",
         default="efficientnet_lite0",
@@ -85,16 +86,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     by_what.add_argument("--features_weights", help="A weights file to use instead of the default.")
     by_what.add_argument("--save_reference", metavar="FILE.npz", help="Save the reference's statistics.")
-    by_what.add_argument("--num_neighbors", type=int, default=3, help="k for precision and recall.")
-    by_what.add_argument("--max_reference_features", type=int, default=10_000, help="Images for precision and recall.")
-    by_what.add_argument("--split_size", type=int, default=5000, help="Images per split for the inception score.")
-    by_what.add_argument("--batch_size", type=int, default=50, help="Images per process and step.")
+    by_what.add_argument("--num_neighbors", type=COUNT, default=3, help="k for precision and recall.")
+    by_what.add_argument(
+        "--max_reference_features", type=COUNT, default=10_000, help="Images for precision and recall."
+    )
+    by_what.add_argument("--split_size", type=COUNT, default=5000, help="Images per split for the inception score.")
+    by_what.add_argument("--batch_size", type=COUNT, default=50, help="Images per process and step.")
     by_what.add_argument("--output", type=Path, default=Path("evaluation.json"), help="A .png goes next to it.")
 
     drawing = parser.add_argument_group("drawing samples, with --model")
     drawing.add_argument("--samples_dir", type=Path, help="Where samples go; default: next to --output.")
-    drawing.add_argument("--num_samples", type=int, default=50_000)
-    drawing.add_argument("--seed", type=int, default=0, help="For the samples, and for random choices in the scores.")
+    drawing.add_argument("--num_samples", type=COUNT, default=50_000)
+    drawing.add_argument(
+        "--seed", type=COUNT_OR_ZERO, default=0, help="For the samples, and for random choices in the scores."
+    )
     add_drawing_arguments(drawing.add_argument)
 
     args = parser.parse_args(argv)

@@ -3,7 +3,7 @@ Sample a PIS-DM cascade into a labelled grid.
 
     python examples/generate.py --model checkpoints/pisdm-emoji128 --output grid.png
     python examples/generate.py --classes 207 fluent3d/animal-mammal --images_per_class 8 --seed 1
-    python examples/generate.py --scheduler UniPCMultistepScheduler --steps 20 10 10 10 --guidance_scale 2.0
+    python examples/generate.py --scheduler UniPCMultistepScheduler --num_inference_steps 20 10 10 10
 """
 
 import argparse
@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.schedulers import swap_scheduler
+from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 
@@ -37,19 +38,20 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="class names or ids, separated by spaces or commas "
         f"(default: {NUM_DEFAULT_CLASSES} classes spread evenly over the model's classes)",
     )
-    parser.add_argument("--images_per_class", type=int, default=4)
-    parser.add_argument("--steps", type=int, nargs="+", help="denoising steps: one number, or one per stage")
-    parser.add_argument("--guidance_scale", type=float, nargs="+", help="one number, or one per stage; 1 turns it off")
-    parser.add_argument("--seed", type=int, default=0, help="image i of the grid is drawn with seed + i")
+    parser.add_argument("--images_per_class", type=COUNT, default=4)
+    parser.add_argument(
+        "--num_inference_steps", "--steps", type=COUNT, nargs="+", help="denoising steps: one number, or one per stage"
+    )
+    parser.add_argument(
+        "--guidance_scale", type=NOT_NEGATIVE, nargs="+", help="one number, or one per stage; 1 turns it off"
+    )
+    parser.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="image i of the grid is drawn with seed + i")
     parser.add_argument("--scheduler", help="a diffusers scheduler class to sample with, e.g. DDIMScheduler")
     parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the picture to write")
     parser.add_argument("--stages_output", type=Path, help="a second picture: the same images at every stage")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(arguments)
-    if args.images_per_class < 1:
-        parser.error(f"--images_per_class must be at least 1, got {args.images_per_class}")
-    return args
+    return parser.parse_args(arguments)
 
 
 def parse_classes(arguments: list[str], names: set[str]) -> list[int | str]:
@@ -114,8 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
     # CPU generators draw the same noise whatever the device.
     generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(class_labels))]
     options = {}
-    if args.steps:
-        options["num_inference_steps"] = args.steps if len(args.steps) > 1 else args.steps[0]
+    if args.num_inference_steps:
+        steps = args.num_inference_steps
+        options["num_inference_steps"] = steps if len(steps) > 1 else steps[0]
     if args.guidance_scale:
         options["guidance_scale"] = args.guidance_scale if len(args.guidance_scale) > 1 else args.guidance_scale[0]
     try:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.evaluation import memorization_report
+from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, PERCENT
 from diffusers_pisdm.utils.image_grid import make_image_grid
 
 
@@ -30,12 +31,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="checkpoints/pisdm-emoji128")
     parser.add_argument("--train_data_dir", required=True, help="A folder of images or parquet files.")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument("--num_samples", type=int, default=500)
-    parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--num_inference_steps", type=int, default=None, help="Default: the pipeline's.")
-    parser.add_argument("--guidance_scale", type=float, default=None, help="Default: the pipeline's.")
-    parser.add_argument("--percentile", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_samples", type=COUNT, default=500)
+    parser.add_argument("--batch_size", type=COUNT, default=50)
+    parser.add_argument("--num_inference_steps", type=COUNT, default=None, help="Default: the pipeline's.")
+    parser.add_argument("--guidance_scale", type=NOT_NEGATIVE, default=None, help="Default: the pipeline's.")
+    parser.add_argument("--percentile", type=PERCENT, default=1.0)
+    parser.add_argument("--seed", type=COUNT_OR_ZERO, default=0)
     parser.add_argument("--output", default="nearest_neighbors.json")
     parser.add_argument("--picture", default="nearest_neighbors.png", help="The closest pairs, side by side.")
     return parser.parse_args(argv)

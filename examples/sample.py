@@ -15,6 +15,7 @@ import sys
 import time
 
 from diffusers_pisdm.evaluation import missing_samples, write_sample_archive
+from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO
 from drawing import add_drawing_arguments, draw_sample_set, find_processes
 
 
@@ -26,9 +27,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="checkpoints/pisdm-emoji128", help="A folder or a Hub repository.")
     add("--revision", help="The repository's branch, tag or commit.")
     add("--output_dir", required=True, help="Where the images go.")
-    add("--num_samples", type=int, default=50_000)
-    add("--seed", type=int, default=0)
-    add("--batch_size", type=int, default=50, help="Images per process and step.")
+    add("--num_samples", type=COUNT, default=50_000)
+    add("--seed", type=COUNT_OR_ZERO, default=0)
+    add("--batch_size", type=COUNT, default=50, help="Images per process and step.")
     add("--save_npz", metavar="FILE", help="Pack the complete set into this file for ADM's evaluator.")
 
     add_drawing_arguments(parser.add_argument_group("how they are drawn").add_argument)

@@ -48,6 +48,6 @@ def bounded(kind: type[int] | type[float], bounds: Bounds) -> Callable[[str], fl
 
 COUNT = bounded(int, Bounds(minimum=1))
 COUNT_OR_ZERO = bounded(int, Bounds(minimum=0))
-POSITIVE = bounded(float, Bounds(above=0))
 NOT_NEGATIVE = bounded(float, Bounds(minimum=0))
 SHARE = bounded(float, Bounds(minimum=0, maximum=1))
+PERCENT = bounded(float, Bounds(minimum=0, maximum=100))

@@ -38,7 +38,19 @@ def model_dir(tmp_path_factory):
 def run(model_dir, tmp_path, *arguments):
     """Runs the script in this process and returns the grid's path."""
     output = tmp_path / "grid.png"
-    generate.main(["--model", str(model_dir), "--output", str(output), "--steps", "2", "--device", "cpu", *arguments])
+    generate.main(
+        [
+            "--model",
+            str(model_dir),
+            "--output",
+            str(output),
+            "--num_inference_steps",
+            "2",
+            "--device",
+            "cpu",
+            *arguments,
+        ]
+    )
     return output
 
 
@@ -157,7 +169,7 @@ def test_runs_as_a_script(model_dir, tmp_path):
     script = Path(generate.__file__)
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     command = [sys.executable, script, "--model", model_dir, "--classes", "0", "--images_per_class", "1"]
-    command += ["--steps", "1", "1", "--dtype", "bfloat16", "--output", tmp_path / "grid.png"]
+    command += ["--num_inference_steps", "1", "1", "--dtype", "bfloat16", "--output", tmp_path / "grid.png"]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stderr
     assert "1 images of 1 classes" in finished.stdout

@@ -109,7 +109,8 @@ def test_a_killed_run_resumes_to_the_same_bits(train, monkeypatch):
 def test_minutes_become_steps(train):
     output = train("run", "--minutes", "0.1", "--train_stages", "1")
     rows = [json.loads(line) for line in (output / "stage_1" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["learning_rate"] < 1e-4  # the rate falls to the end of the time, wherever that is
+    cooldown = max(1, round(0.3 * rows[-1]["step"]))  # the rate falls to the end of the time, wherever that is
+    assert rows[-1]["learning_rate"] == pytest.approx(1e-3 / cooldown)
     assert 3 < rows[-1]["seconds"] < 30
 
 
@@ -126,7 +127,7 @@ def test_a_run_can_start_from_a_pipelines_weights(train, monkeypatch):
 
 def test_a_rehearsal_is_not_taken_for_the_run(train, capsys):
     train("run", "--minutes", "1", "--rehearse", "--train_stages", "1")
-    with pytest.raises(CheckpointError, match=r"'minutes': 0\.1.* but .*'minutes': 1\.0.* --rehearse .* --output_dir"):
+    with pytest.raises(CheckpointError, match=r"minutes was 0\.1, is 1\.0; .*--output_dir"):
         train("run", "--minutes", "1", "--train_stages", "1")
     train("run", "--minutes", "1", "--rehearse", "--train_stages", "1")
     assert "stage 1: already complete" in capsys.readouterr().out
@@ -158,7 +159,7 @@ def test_a_recipe_that_asks_the_pretrained_stages_for_something_else_is_refused(
         ([], "one of --minutes and --max_train_steps"),
         (["--minutes", "1", "--max_train_steps", "1"], "one of --minutes and --max_train_steps"),
         (["--minutes", "1", "2", "3"], "--minutes takes one value.* per stage .*2.* got 3"),
-        (["--minutes", "1", "--ema_decay", "1", "2", "3"], "--ema_decay takes one value"),
+        (["--minutes", "1", "--ema_decay", "0.1", "0.2", "0.3"], "--ema_decay takes one value"),
     ],
 )
 def test_usage_errors(recipe, more, culprit, capsys):

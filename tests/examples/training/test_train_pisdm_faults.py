@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,9 +15,12 @@ import pytest
 import torch
 
 from diffusers_pisdm.data.rows import BadImageError
+from diffusers_pisdm.publishing.model_card import make_model_card
 from diffusers_pisdm.training import CascadeObjective
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state
 from diffusers_pisdm.training.metrics import read_metrics
+from diffusers_pisdm.training.recipes import run_script
+from examples import train_pisdm
 from tests.examples.training.tiny_training import weights
 
 
@@ -177,3 +181,71 @@ def test_the_training_configuration_is_kept(train):
     config = json.loads((output / "training_config.json").read_text())
     assert config["arguments"]["train_batch_size"] == 8 and config["images"] > 8
     assert config["num_processes"] == 1 and config["versions"]["torch"] == torch.__version__
+
+
+def test_ctrl_c_ends_a_run_with_a_checkpoint_and_a_second_run_in_its_folder_is_refused(tmp_path, command):
+    arguments, output = command("run", 500, "--checkpointing_steps", "0"), tmp_path / "run"
+    process = start(arguments, tmp_path / "patches")
+    wait_for(lambda: (output / "metrics.jsonl").exists() and read_metrics(output / "metrics.jsonl"), process)
+    second = start(arguments, tmp_path / "patches")
+    said, _ = second.communicate(timeout=200)
+    assert second.returncode == 1 and f"error: Another process is writing to {output}" in said
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert "SIGINT: stopping after this step" in said and "Traceback" not in said
+    ((checkpoint,), _) = find_checkpoints(output)
+    step = read_state(checkpoint)["step"]
+    assert 0 < step < 500 and f"Stopped after step {step}. Rerun the same command to resume." in said
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--train_data_dir", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--cascade_config", "/nowhere.json"], "/nowhere.json"),
+        (["--pretrained_model_name_or_path", "/nowhere/model"], "/nowhere/model"),
+        (["--resume_from_checkpoint", "checkpoint-77"], "checkpoint-77"),
+        (["--train_stages", "5"], "--train_stages 5: there are 2 stages"),
+        (["--train_stages", "5", "--dry_run"], "--train_stages 5: there are 2 stages"),
+        (["--noise_shifts", "1", "2", "3"], "--noise_shifts takes one value"),
+        (["--flip_column", "may_mirror"], "--random_flip"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_a_sentence(command, more, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: train_pisdm.main(command("run", 1, *more)))
+    said = f"{ended.value.code} {capsys.readouterr().err}"
+    assert told in said and "error" in said
+
+
+def test_decorations_that_fail_cost_no_step(train, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of paint")
+
+    for name in ("draw_samples", "plot_loss_curves"):
+        monkeypatch.setattr(train_pisdm, name, fail)
+    output = train("run", 8)
+    said = capsys.readouterr().out
+    assert said.count("drawing samples failed") == said.count("plotting the losses failed") == 1
+    assert (output / "checkpoint-8").exists() and (output / "model_index.json").exists()
+
+
+def test_the_card_tells_what_was_changed_on_the_way(train):
+    train("run", 4)
+    output = train("run", 8, "--adam_weight_decay", "0.5")
+    (changes,) = json.loads((output / "training_config.json").read_text())["changes"]
+    assert changes["adam_weight_decay"] == [0.03, 0.5]
+    card = str(make_model_card(output, "owner/name"))
+    assert re.search(r"`adam_weight_decay` until step 4 \| 0\.03 ", card)
+
+
+def test_a_renamed_class_cannot_continue_a_run(train, tmp_path, real_image_dir):
+    data = tmp_path / "data"
+    shutil.copytree(real_image_dir, data)
+    train("run", 4, data=data)
+    first = sorted(data.iterdir())[0]
+    first.rename(data / "zzz")
+    with pytest.raises(CheckpointError, match=rf"class 0 was '{first.name}', is .*--output_dir"):
+        train("run", 8, data=data)
