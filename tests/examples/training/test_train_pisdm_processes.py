@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.training.checkpoints import find_checkpoints, find_fault, read_state
 from diffusers_pisdm.training.metrics import read_metrics
 from tests.examples.training.tiny_training import weights
 
@@ -20,18 +23,24 @@ CONFIGURATIONS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
 
 
 @pytest.fixture
-def launch(command):
-    def launch(configuration, *arguments, options=(), **environment):
-        subprocess.run(
-            [
+def launch_command(command):
+    def launch_command(configuration, *arguments, options=(), **environment):
+        return {
+            "args": [
                 *(sys.executable, "-m", "accelerate.commands.launch"),
                 *("--config_file", str(ROOT / "examples" / "accelerate" / configuration), *options),
                 *(str(ROOT / "examples" / "train_pisdm.py"), *command(*arguments)),
             ],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-            check=True,
-            timeout=280,
-        )
+            "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        }
+
+    return launch_command
+
+
+@pytest.fixture
+def launch(launch_command):
+    def launch(*arguments, **options):
+        subprocess.run(**launch_command(*arguments, **options), check=True, timeout=280)
 
     return launch
 
@@ -59,6 +68,22 @@ def test_two_processes_with_half_the_batch_train_like_one_and_resume(train, laun
     expected = weights(train("one", 10, *options) / "checkpoint-10")
     for name, tensor in weights(two / "checkpoint-10").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def test_a_signal_stops_two_processes_after_the_same_step_with_a_checkpoint(launch_command, train, tmp_path):
+    arguments = ["--checkpointing_steps", "0", "--train_batch_size", "4", "--logging_steps", "1"]
+    process = subprocess.Popen(**launch_command("cpu.yaml", "run", 400, *arguments), start_new_session=True)
+    output, end = tmp_path / "run", time.monotonic() + 200
+    while not read_metrics(output / "metrics.jsonl"):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to the launcher and to both processes
+    assert process.wait(timeout=100) != 0
+    ((checkpoint,), _) = find_checkpoints(output)
+    step = read_state(checkpoint)["step"]
+    assert 0 < step < 400 and find_fault(checkpoint) is None
+    rows = read_metrics(train("run", step + 1, *arguments[:2]) / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/denoising_1" in row] == [*range(1, step + 1), step + 1]
 
 
 def test_deepspeed_trains_and_resumes(launch, tmp_path):
