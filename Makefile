@@ -2,6 +2,7 @@
 # make test [PYTEST_ARGS="tests/ops -k scan"]   run all tests in two processes, or selected ones in one
 # make test-inception   compare with torch-fidelity's Inception v3 (downloads gigabytes)
 # make mutants [MUTANTS="diffusers_pisdm/ops/scan_paths.py"]   list the edits that no test notices
+# make fuzz [FUZZ="--mutations 20000 --seed 1"]   damage files and read them: documented errors, no hang
 # make lint   check style with ruff
 # make docs   build the documentation in site/
 # make clean  remove everything these commands made
@@ -15,6 +16,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 MUTANTS ?=
+FUZZ ?=
 # Denoising steps: one number, or one per stage; empty: the checkpoint's default.
 STEPS ?=
 # The recipe reads these from its environment, so that no shell ever interprets a class name.
@@ -35,7 +37,7 @@ DEMO_ARGS = --model checkpoints/pisdm-emoji128 $(if $(STEPS),--num_inference_ste
 REMOVE_OLD_COPY = rm -rf $(VENV)/lib/python*/site-packages/diffusers_pisdm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-inception mutants lint docs clean
+.PHONY: help demo test test-inception mutants fuzz lint docs clean
 # All steps install into one environment, which two pips at once would break, so even `make -j` runs them one by one.
 .NOTPARALLEL:
 
@@ -53,6 +55,9 @@ test-inception: $(INCEPTION_VENV)/.installed
 
 mutants: $(VENV)/.installed-mutants
 	@$(VENV_PYTHON) -m tests.mutants $(MUTANTS)
+
+fuzz: $(VENV)/.installed-test
+	@$(VENV_PYTHON) -m tests.fuzz $(FUZZ)
 
 lint: $(VENV)/.installed-lint
 	@$(VENV_PYTHON) -m ruff check .

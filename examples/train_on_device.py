@@ -254,7 +254,7 @@ def run(args: DeviceArguments, recipe: Recipe) -> None:
     data = load_data(args, recipe.stages[-1]["sample_size"], device)
     class_names = data[0].class_names
     schedulers = stage_noise_schedules(
-        DDPMScheduler(**recipe.scheduler), len(recipe.stages), args.noise_shifts, args.prediction_types
+        recipe.noise_schedule(), len(recipe.stages), args.noise_shifts, args.prediction_types
     )
     defaults = {}
     if args.pretrained_model_name_or_path is not None:

@@ -269,7 +269,7 @@ def dry_run(args: TrainingArguments, recipe: Recipe | None, accelerator: Acceler
 def describe_stages(recipe: Recipe | None, pretrained: PISDMCascadePipeline | None) -> tuple[list[dict], list]:
     """Each stage's configuration without its classes, and noise schedule: the recipe's, or those of the cascade."""
     if recipe is not None:
-        return recipe.stages, [DDPMScheduler(**recipe.scheduler)] * len(recipe.stages)
+        return recipe.stages, [recipe.noise_schedule()] * len(recipe.stages)
     of_the_data = ("num_classes", "class_factors")
     configs = [
         {key: value for key, value in stage.config.items() if not key.startswith("_") and key not in of_the_data}

@@ -78,7 +78,7 @@ def find_fault(checkpoint: str | Path, digests: bool = True) -> str | None:
         files = state["files"]
         if "digest" in state and state.pop("digest") != _digest_of_state(state):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"its {STATE_FILE} is missing or damaged"
     for name, size in files.items():
         path = Path(checkpoint) / name

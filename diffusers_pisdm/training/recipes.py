@@ -26,6 +26,7 @@ from .checkpoints import CheckpointError
 
 T = TypeVar("T")
 
+MAX_TIMESTEPS = 100_000
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, CheckpointError)  # whose message is enough
 
 
@@ -46,6 +47,19 @@ class Recipe:
     stages: list[dict[str, Any]]
     vae: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+
+    def noise_schedule(self) -> DDPMScheduler:
+        """Makes the noise schedule; raises ValueError if there is none with these arguments."""
+        steps = self.scheduler.get("num_train_timesteps", 1000)
+        if not isinstance(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
+            raise ValueError(f"`num_train_timesteps` must be an integer from 1 to {MAX_TIMESTEPS:,}, got {steps!r}.")
+        try:
+            schedule = DDPMScheduler(**self.scheduler)
+        except (TypeError, ValueError, NotImplementedError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"There is no noise schedule with {self.scheduler}: {error}") from error
+        if not schedule.alphas_cumprod.isfinite().all():
+            raise ValueError(f"The noise schedule of {self.scheduler} has values that are not finite.")
+        return schedule
 
 
 def read_recipe(file: str | Path) -> Recipe:
