@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 
 from ..ops.cached_table import cached_table
 from ..ops.conv.dispatch import causal_conv
@@ -23,6 +24,8 @@ from ..ops.scan.dispatch import selective_scan
 from ..ops.scan_paths import SCAN_DIRECTIONS, check_scan_direction, move_tokens, scan_transitions
 from .strict_loading import StrictLoadingMixin
 
+
+logger = logging.get_logger(__name__)
 
 # The paper's 0.9B model is DiM-Huge; S and L shrink it as DiM does. Keyword arguments of PISDMTransformer2DModel.
 PISDM_SIZES = {
@@ -551,6 +554,20 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             return (sample, features)
         return PISDMTransformer2DModelOutput(sample=sample, features=features)
 
+    @wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, *args, **kwargs) -> None:
+        names = sorted(getattr(self, "peft_config", {}))
+        if names:
+            logger.warning(
+                f"The saved model is without its LoRA adapters ({', '.join(names)}), unless they are fused: save them"
+                " with `save_lora_weights`, or call `fuse_lora` before."
+            )
+        hook = self.register_state_dict_post_hook(_drop_adapters)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            hook.remove()
+
     def set_class_factors(self, class_factors: Sequence[Sequence[int]] | None, num_classes: int) -> int:
         """Sets which rows of the class embedding make up a class, and returns how many rows it needs."""
         ids, starts, num_rows = None, None, num_classes + 1
@@ -600,6 +617,14 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
                 f"`low_res` must have shape {tuple(expected)}, upsampled to the size of `hidden_states`, got"
                 f" {tuple(low_res.shape)}."
             )
+
+
+def _drop_adapters(model: nn.Module, state_dict: dict[str, torch.Tensor], *args) -> None:
+    # PEFT wraps a layer that it adapts, which changes the names of the layer's own weights.
+    for name in list(state_dict):
+        weight = state_dict.pop(name)
+        if ".lora_" not in name:
+            state_dict[name.replace(".base_layer.", ".")] = weight
 
 
 def get_class_embedding(transformer: PISDMTransformer2DModel) -> torch.Tensor:

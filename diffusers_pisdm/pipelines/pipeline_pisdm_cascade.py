@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -35,6 +35,7 @@ from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
 from ..schedulers import check_residual_scheduler, check_scheduler, relay_start, set_timesteps
+from .class_names import ClassLabels, check_id2label, flatten_labels, ids_by_name
 from .lora_loading import PISDMLoraLoaderMixin
 
 
@@ -49,9 +50,6 @@ SCHEDULERS = ("scheduler", "scheduler_2", "scheduler_3", "scheduler_4")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Schedulers compute a table of all their timesteps when they are made, and plans hold all steps of a run.
 MOST_TIMESTEPS = 100_000
-
-
-ClassLabels = int | str | Sequence | np.ndarray | torch.Tensor  # sequences may be nested, as in DiTPipeline
 
 
 @dataclass
@@ -264,10 +262,14 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        r"""Saves all components like [`DiffusionPipeline.save_pretrained`], with those that were set later."""
+        r"""
+        Saves all components like [`DiffusionPipeline.save_pretrained`], with those that were set later. LoRA adapters
+        have files of their own and are left out with a warning, unless they are fused.
+        """
         # diffusers would leave out a component that was None at first and was then set as an attribute.
         self.register_modules(**self.components)
-        super().save_pretrained(save_directory, **kwargs)
+        with self._base_classes():
+            super().save_pretrained(save_directory, **kwargs)
 
     def enable_guidance_slicing(self) -> None:
         """
@@ -320,14 +322,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     @property
     def labels(self) -> dict[str, int]:
         """Class ids by name, sorted, from `config.id2label`: full names and synonyms, each of just one class."""
-        return {name: ids[0] for name, ids in sorted(self._ids_by_name().items()) if len(ids) == 1}
-
-    def _ids_by_name(self) -> dict[str, list[int]]:
-        ids_by_name: dict[str, list[int]] = {}
-        for class_id, label in (self.config.id2label or {}).items():
-            for name in {label, *(synonym.strip() for synonym in label.split(","))}:
-                ids_by_name.setdefault(name, []).append(class_id)
-        return ids_by_name
+        return {name: ids[0] for name, ids in sorted(ids_by_name(self.config.id2label).items()) if len(ids) == 1}
 
     def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
         """
@@ -344,7 +339,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             TypeError: A label is neither an integer nor a name.
             ValueError: There are no labels, an id is out of range, or a name is unknown or that of several classes.
         """
-        labels = list(_flatten(class_labels))
+        labels = list(flatten_labels(class_labels))
         if len(labels) == 0:
             raise ValueError("`class_labels` is empty. Pass at least one class id or name.")
         return [self._get_label_id(label) for label in labels]
@@ -364,23 +359,22 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         return int(label)
 
     def _find_class(self, name: str) -> int:
-        ids_by_name = self._ids_by_name()
-        if not ids_by_name:
+        known = ids_by_name(self.config.id2label)
+        if not known:
             raise ValueError(
                 f"Cannot look up {name!r}: this pipeline has no class names. Pass class ids, or give the pipeline"
                 " names with `id2label`."
             )
-        if name not in ids_by_name:
-            nearest = difflib.get_close_matches(name, ids_by_name, n=1, cutoff=0.0)[0]
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"`class_labels` contains {name!r}, which is not a class of this pipeline. Did you mean {nearest!r}?"
             )
-        ids = ids_by_name[name]
-        if len(ids) > 1:
+        if len(known[name]) > 1:
             raise ValueError(
-                f"`class_labels` contains {name!r}, the name of several classes: {ids}. Pass one of these ids."
+                f"`class_labels` contains {name!r}, the name of several classes: {known[name]}. Pass one of these ids."
             )
-        return ids[0]
+        return known[name][0]
 
     def check_stages(self) -> None:
         """Raises a `ValueError` if a stage is missing or does not fit the one before, or a scheduler its stage."""
@@ -459,6 +453,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         eta: float,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
+        attention_kwargs: dict[str, Any] | None,
     ) -> None:
         """
         Raises a `TypeError` or `ValueError` that names the first wrong argument, of those that are the same for all
@@ -480,6 +475,13 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` has to be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}.")
+        if attention_kwargs:
+            if set(attention_kwargs) != {"scale"}:
+                raise ValueError(
+                    f"`attention_kwargs` has {sorted(attention_kwargs)}, but this model has no attention: only"
+                    ' `{"scale": ...}`, the strength of the LoRA adapters, has an effect.'
+                )
+            _check_number("attention_kwargs['scale']", attention_kwargs["scale"])
         _check_callback(callback_on_step_end)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -805,6 +807,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         | MultiPipelineCallbacks
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; only read
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> PISDMCascadePipelineOutput | tuple:
         r"""
         Generates images.
@@ -863,6 +866,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 What `callback_kwargs` holds: `"latents"`, `"low_res"` (the noised condition; `None` in the first
                 stage), `"class_labels"` and `"stage"` (from 1). At a stage's last step, `latents` is its image; before
                 that, in a stage with `residual_scale`, the noisy residual.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": s}` multiplies the strength of the LoRA adapters by `s` for this call, as in diffusers.
 
         Returns:
             [`PISDMCascadePipelineOutput`], or a tuple of its values if `return_dict` is `False`.
@@ -898,6 +903,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             eta,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            attention_kwargs,
         )
         stages = self.plan_stages(
             len(label_ids) * num_images_per_prompt,
@@ -931,15 +937,16 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             if stage.number > 1:
                 upsampled, low_res = self.prepare_low_res(stage, latents, generator)  # (B, C, H, W) each
             latents = self.prepare_latents(stage, upsampled, generator)  # (B, C, H, W)
-            latents, class_labels = self.denoise(
-                stage,
-                latents,
-                upsampled,
-                low_res,
-                class_labels,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-            )
+            with self._scaled_adapters((attention_kwargs or {}).get("scale", 1.0)):
+                latents, class_labels = self.denoise(
+                    stage,
+                    latents,
+                    upsampled,
+                    low_res,
+                    class_labels,
+                    callback_on_step_end,
+                    callback_on_step_end_tensor_inputs,
+                )
             if output_stages:
                 stage_latents.append(latents)
             if self.interrupt:
@@ -984,46 +991,6 @@ def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     names = TRANSFORMERS[dropped[0] :] + SCHEDULERS[dropped[0] :]
     return {**dict.fromkeys(names), **kwargs}
-
-
-def check_id2label(id2label: dict | Sequence | None, num_classes: int) -> dict[int, str] | None:
-    """
-    Returns class names by id, from a dictionary (whose ids JSON may have made strings) or a list in order of ids.
-    Raises a TypeError or ValueError unless ids are in `0..num_classes - 1` and names are text.
-    """
-    if id2label is None:
-        return None
-    if isinstance(id2label, (list, tuple)):
-        id2label = dict(enumerate(id2label))
-    if not isinstance(id2label, dict):
-        raise TypeError(
-            f"`id2label` has to be a dictionary of class names by id, or a list, but is {id2label!r:.100}."
-        )
-    names = {}
-    for key, name in id2label.items():
-        is_id = isinstance(key, Integral) and not isinstance(key, bool)
-        is_id = is_id or (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10)
-        if not is_id or not 0 <= int(key) < num_classes or int(key) in names:
-            raise ValueError(
-                f"`id2label` has {key!r:.100} as an id, but ids have to be the integers 0 to {num_classes - 1}"
-                " (`num_classes`), each at most once."
-            )
-        if not isinstance(name, str):
-            raise TypeError(
-                f"`id2label` names class {key} {name!r:.100}, of {type(name)}, but names have to be `str`."
-            )
-        names[int(key)] = name
-    return names
-
-
-def _flatten(labels: ClassLabels) -> Iterator[Any]:
-    if isinstance(labels, (torch.Tensor, np.ndarray)):
-        labels = labels.tolist()
-    if isinstance(labels, Sequence) and not isinstance(labels, (str, bytes)):
-        for label in labels:
-            yield from _flatten(label)
-    else:
-        yield labels
 
 
 def _check_callback(callback: Callable | None) -> None:
@@ -1096,6 +1063,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "guidance_start": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "guidance_stop": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "noise_level": ("in [0, 1)", lambda value: _is_real(value) and 0 <= value < 1),
+    "attention_kwargs['scale']": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
     "eta": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "relay_strength": ("None or in (0, 1]", lambda value: value is None or (_is_real(value) and 0 < value <= 1)),
 }
