@@ -30,7 +30,7 @@ from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from typing_extensions import Self
 
-from ..models.latents import decode_latents, vae_scale_factor
+from ..models.latents import cast_vae, decode_latents, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
@@ -211,10 +211,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         r"""
-        Loads a saved pipeline like [`DiffusionPipeline.from_pretrained`], with two differences: it reads weights from
-        safetensors only, unless `use_safetensors=False` asks for pickled ones, and `transformer_2=None` (or 3, 4)
-        shortens the cascade to the stages before. To pass components, call this method on the class itself:
-        `DiffusionPipeline.from_pretrained` ignores those that have defaults.
+        Loads a saved pipeline like [`DiffusionPipeline.from_pretrained`], with three differences: it reads weights
+        from safetensors only, unless `use_safetensors=False` asks for pickled ones; `transformer_2=None` (or 3, 4)
+        shortens the cascade to the stages before; and with `dtype=torch.float16`, an autoencoder with `force_upcast`
+        stays in float32. To pass components, call this method on the class itself: `DiffusionPipeline.from_pretrained`
+        ignores those that have defaults.
 
         Raises:
             OSError: Weights are missing, pickled, truncated or corrupt.
@@ -222,7 +223,16 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             ValueError: The configuration holds an unknown key, weights are NaN or infinite, or the stages do not fit
                 together.
         """
-        return super().from_pretrained(pretrained_model_name_or_path, **_drop_higher_stages(kwargs))
+        kwargs = _drop_higher_stages(kwargs)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if dtype != torch.float16 or "vae" in kwargs:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = {"default": dtype, "vae": torch.float32}
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if pipe.vae is not None:
+            cast_vae(pipe.vae, dtype)
+        return pipe
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Any:
