@@ -36,10 +36,11 @@ def cast_vae(
     vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC, dtype: torch.dtype
 ) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
     """
-    Casts an autoencoder in place, but leaves one with `force_upcast`, which float16 is too narrow for, in float32;
-    raises ValueError if its weights are not finite.
+    Casts a float32 autoencoder in place; one with `force_upcast` stays as it is where `dtype` is too narrow for its
+    weights. Raises ValueError if weights are not finite.
     """
-    if dtype != torch.float16 or not vae.config.get("force_upcast"):
+    fits = all(weight.to(dtype).isfinite().all() for weight in vae.parameters())
+    if fits or not vae.config.get("force_upcast"):
         vae.to(dtype)
     check_finite_weights(f"the autoencoder {vae.config.get('_name_or_path', '')}", vae)
     return vae

@@ -64,6 +64,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
     the former classes; scaling, disabling or deactivating the adapter does not.
     """
 
+    transformer_name = "transformer"  # as in diffusers' mixins
     _former_classes: FormerClasses | None = None
 
     @classmethod

@@ -214,8 +214,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         Loads a saved pipeline like [`DiffusionPipeline.from_pretrained`], with three differences: it reads weights
         from safetensors only, unless `use_safetensors=False` asks for pickled ones; `transformer_2=None` (or 3, 4)
         shortens the cascade to the stages before; and with `dtype=torch.float16`, an autoencoder with `force_upcast`
-        stays in float32. To pass components, call this method on the class itself: `DiffusionPipeline.from_pretrained`
-        ignores those that have defaults.
+        whose weights need it stays in float32. To pass components, call this method on the class itself:
+        `DiffusionPipeline.from_pretrained` ignores those that have defaults.
 
         Raises:
             OSError: Weights are missing, pickled, truncated or corrupt.

@@ -129,12 +129,12 @@ def test_an_autoencoder_that_is_too_wide_for_half_precision_runs_in_single():
     assert not decode_latents(make_overflowing_kl(1e5, force_upcast=False).half(), latents).isfinite().all()
 
 
-@pytest.mark.parametrize("force_upcast", [True, False])
-def test_an_autoencoder_that_is_too_wide_for_half_precision_is_loaded_in_single(tmp_path, force_upcast):
-    vae = make_overflowing_kl(1e6 if force_upcast else 1.0, force_upcast=force_upcast)
+@pytest.mark.parametrize(("scale", "force_upcast"), [(1e6, True), (1.0, True), (1.0, False)])
+def test_an_autoencoder_that_is_too_wide_for_half_precision_is_loaded_in_single(tmp_path, scale, force_upcast):
+    vae = make_overflowing_kl(scale, force_upcast=force_upcast)
     pipe = make_cascade(1, in_channels=4, vae=vae)
     pipe.save_pretrained(tmp_path)
-    wanted = torch.float32 if force_upcast else torch.float16
+    wanted = torch.float32 if scale > 1 else torch.float16
     assert load_vae(str(tmp_path / "vae"), 4, torch.float16).dtype == wanted
     for name in ("dtype", "torch_dtype"):
         half = type(pipe).from_pretrained(tmp_path, **{name: torch.float16})

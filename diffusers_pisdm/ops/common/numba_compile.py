@@ -3,8 +3,9 @@
 Numba's cache only watches the kernel's own file, not the modules whose functions it inlines, and it writes its index
 before the code: an edit or a killed process can leave old code under a new name. Here the file name carries a digest
 of all kernel sources, so code is only ever loaded for the sources it was compiled from. Numba also runs whatever bytes
-it finds there, and one flipped bit can end the process. Here each file ends with a digest of its content; a damaged one
-is compiled anew and replaced. If the cache cannot be written or read, the kernel is compiled for this process only.
+it finds there, and one flipped bit can end the process. Here each file ends with a digest of its content; a damaged
+file is compiled anew and replaced. If the cache cannot be written or read, the kernel is compiled for this process
+only.
 """
 
 from __future__ import annotations
