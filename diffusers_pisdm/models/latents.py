@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
 from diffusers.utils.torch_utils import randn_tensor
+
+from .strict_loading import check_finite_weights
 
 
 def load_vae(
@@ -12,9 +17,9 @@ def load_vae(
 ) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
     """
     Loads a frozen autoencoder of any of the three classes in evaluation mode; raises ValueError if it is of another
-    class or its latents do not have `channels` channels.
+    class, its latents do not have `channels` channels or its weights are not finite. See `cast_vae` for its precision.
     """
-    vae = AutoModel.from_pretrained(name_or_path, torch_dtype=dtype)
+    vae = AutoModel.from_pretrained(name_or_path, torch_dtype=torch.float32 if dtype == torch.float16 else dtype)
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderDC)):
         raise ValueError(
             f"{name_or_path} is a {type(vae).__name__}: it must be an AutoencoderKL, AutoencoderTiny or AutoencoderDC."
@@ -24,7 +29,21 @@ def load_vae(
             f"The stages have {channels} channels (`in_channels`), but the latents of {name_or_path} have"
             f" {vae.config.latent_channels}."
         )
-    return vae.eval().requires_grad_(False)
+    return cast_vae(vae.eval().requires_grad_(False), dtype)
+
+
+def cast_vae(
+    vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC, dtype: torch.dtype
+) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
+    """
+    Casts a float32 autoencoder in place; one with `force_upcast` stays as it is where `dtype` is too narrow for its
+    weights. Raises ValueError if weights are not finite.
+    """
+    fits = all(weight.to(dtype).isfinite().all() for weight in vae.parameters())
+    if fits or not vae.config.get("force_upcast"):
+        vae.to(dtype)
+    check_finite_weights(f"the autoencoder {vae.config.get('_name_or_path', '')}", vae)
+    return vae
 
 
 def vae_scale_factor(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None) -> int:
@@ -36,6 +55,19 @@ def vae_scale_factor(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+@contextmanager
+def _upcast(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC) -> Iterator[None]:
+    # As in diffusers' pipelines: such an autoencoder (SDXL's) overflows in float16. Its weights come back exactly.
+    needs_upcasting = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    if needs_upcasting:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if needs_upcasting:
+            vae.to(torch.float16)
+
+
 def encode_moments(
     vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -43,7 +75,8 @@ def encode_moments(
     The float32 mean and standard deviation that `encode_latents` samples from, for images (B, 3, H, W) in [-1, 1].
     Only an `AutoencoderKL` has a standard deviation; the other autoencoders' latents are the mean.
     """
-    encoded = vae.encode(images.to(vae.dtype))
+    with _upcast(vae):
+        encoded = vae.encode(images.to(vae.dtype))
     std = None
     if isinstance(vae, AutoencoderKL):
         mean = encoded.latent_dist.mean
@@ -77,7 +110,8 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None, 
     if vae is None:
         return latents
     latents = latents / vae.config.scaling_factor + _shift_factor(vae)
-    return vae.decode(latents.to(vae.dtype)).sample.float()
+    with _upcast(vae):
+        return vae.decode(latents.to(vae.dtype)).sample.float()
 
 
 def _shift_factor(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC) -> float:

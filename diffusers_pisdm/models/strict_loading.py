@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +30,26 @@ KEYS_OF_DIFFUSERS = (
 
 class StrictLoadingMixin:
     """
-    Put it before `ModelMixin` or `DiffusionPipeline` in a class's bases. A configuration may not contain unknown keys:
-    a misspelt one would otherwise silently fall back to the default.
+    Put it before `ModelMixin` or `DiffusionPipeline` in a class's bases. Neither a configuration nor a call may have
+    unknown keys, as a misspelt one would silently fall back to the default. The weights must be exactly those of the
+    configured model, all of them finite.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
         Loads like diffusers, but only from safetensors unless `use_safetensors=False` asks for pickled weights.
-        Raises OSError if weights are missing, incomplete or corrupt, ValueError for unknown configuration keys.
+        Raises OSError if weights are missing, incomplete, corrupt or not those of the configuration; ValueError for
+        unknown configuration keys or weights that are not finite; TypeError for unknown arguments.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
+        is_model = issubclass(cls, torch.nn.Module)
+        wants_info = is_model and kwargs.pop("output_loading_info", False)
+        default_dtype = torch.get_default_dtype()
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            options = {**kwargs, "output_loading_info": True} if is_model else kwargs
+            loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
         except OSError as error:
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             if not folder.is_dir() or "Remedy:" in str(error):  # from the Hub, or already complete
@@ -54,15 +63,28 @@ class StrictLoadingMixin:
                     " `use_safetensors=False`."
                 )
             raise OSError(f"{str(error).strip()} {remedy}") from error
-        if isinstance(loaded, torch.nn.Module) and getattr(loaded, "hf_device_map", None) is None:
-            # diffusers only warns about parameters missing from the file and leaves them on the meta device.
-            missing = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
-            if missing:
-                raise OSError(
-                    f"The weights of {cls.__name__} in {pretrained_model_name_or_path} lack {', '.join(missing)}."
-                    f" Remedy: copy or download weights and `{cls.config_name}` again; they do not belong together."
-                )
-        return loaded
+        finally:
+            torch.set_default_dtype(default_dtype)  # a load that fails in between leaves the model's
+        if not is_model:
+            for name, component in loaded.components.items():
+                if isinstance(component, torch.nn.Module) and not isinstance(component, StrictLoadingMixin):
+                    check_finite_weights(f"`{name}` in {pretrained_model_name_or_path}", component)
+            return loaded
+        model, info = loaded
+        where = f"{cls.__name__} in {pretrained_model_name_or_path}"
+        # diffusers only warns about these; it leaves what is missing on the meta device.
+        missing = [name for name, _ in model.named_parameters() if name in info.get("missing_keys", ())]
+        surplus = [] if getattr(model, "hf_quantizer", None) else sorted(info.get("unexpected_keys", ()))
+        problems = [
+            f"{verb} {', '.join(names)}" for verb, names in (("lack", missing), ("also hold", surplus)) if names
+        ]
+        if problems:
+            raise OSError(
+                f"The weights of {where} {' and '.join(problems)}. Remedy: copy or download weights and"
+                f" `{cls.config_name}` again; they do not belong together."
+            )
+        check_finite_weights(where, model)
+        return loaded if wants_info else model
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
@@ -74,4 +96,22 @@ class StrictLoadingMixin:
                 f"`{cls.config_name}` of {cls.__name__} contains unknown keys: {', '.join(unknown)}. Correct or remove"
                 f" them. Known keys: {', '.join(sorted(known - {'self'}))}."
             )
+        # Arguments of `from_pretrained` arrive here after diffusers has taken out its own.
+        unknown = [key for key in kwargs if key not in known]
+        if unknown:
+            options = re.findall(r'kwargs\.pop\("(\w+)"', inspect.getsource(super().from_pretrained))
+            nearest = difflib.get_close_matches(unknown[0], [*known - {"self"}, *options], n=1, cutoff=0.0)[0]
+            raise TypeError(
+                f"{cls.__name__} got an unexpected keyword argument {unknown[0]!r}. Did you mean {nearest!r}?"
+            )
         return super().extract_init_dict(config_dict, **kwargs)
+
+
+def check_finite_weights(where: str, model: torch.nn.Module) -> None:
+    """Raises a `ValueError` that names the first parameter of a model with NaN or infinite values."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not weight.to(torch.float32).isfinite().all():
+            raise ValueError(
+                f"`{name}` of {where} holds NaN or infinite weights. Copy or download them again, or take an earlier"
+                " checkpoint; if you load in half precision, try `dtype=torch.float32`."
+            )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial, wraps
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 
 from ..ops.cached_table import cached_table
 from ..ops.conv.dispatch import causal_conv
@@ -22,6 +25,8 @@ from ..ops.scan_paths import SCAN_DIRECTIONS, check_scan_direction, move_tokens,
 from .strict_loading import StrictLoadingMixin
 
 
+logger = logging.get_logger(__name__)
+
 # The paper's 0.9B model is DiM-Huge; S and L shrink it as DiM does. Keyword arguments of PISDMTransformer2DModel.
 PISDM_SIZES = {
     "S": {"num_layers": 25, "hidden_size": 512},
@@ -29,16 +34,52 @@ PISDM_SIZES = {
     "H": {"num_layers": 49, "hidden_size": 1536},
 }
 
+# The least and the most of each size: more than any sensible model has, but too little to hang or fill the memory.
+SIZE_RANGES = {
+    "sample_size": (1, 16_384),
+    "patch_size": (1, 256),
+    "in_channels": (1, 4096),
+    "out_channels": (1, 4096),
+    "num_layers": (1, 1000),
+    "hidden_size": (4, 8192),
+    "state_size": (1, 256),
+    "conv_kernel": (1, 64),
+    "expand": (1, 8),
+    "time_step_rank": (1, 8192),
+    "num_classes": (1, 1_000_000),
+    "low_res_channels": (1, 4096),
+    "num_padding_tokens": (0, 1000),
+    "pixel_head_channels": (1, 4096),
+}
+OPTIONAL_SIZES = ("out_channels", "time_step_rank", "low_res_channels", "pixel_head_channels")
+FLAGS = ("snake", "local_enhancement", "long_skips", "overlapping_patches")
+
 NUM_PREFIX_TOKENS = 2  # timestep and class
 TIME_FREQUENCIES = 256  # width of the sinusoidal embedding, as in DDPM, DiT and DiM
 NOISE_LEVEL_SCALE = 1000.0  # maps noise levels in [0, 1) to the range of the timesteps' sinusoids
 
 
+def check_sizes(config: dict[str, Any]) -> None:
+    """Raises a `ValueError` that names the first of a model's sizes and flags with a wrong type or out of range."""
+    for name, (least, most) in SIZE_RANGES.items():
+        size = config[name]
+        is_integer = isinstance(size, Integral) and not isinstance(size, bool)
+        if not (is_integer and least <= size <= most) and not (size is None and name in OPTIONAL_SIZES):
+            optional = "None or " if name in OPTIONAL_SIZES else ""
+            raise ValueError(f"`{name}` must be {optional}an integer from {least} to {most}, got {size!r}.")
+    for name in FLAGS:
+        if not isinstance(config[name], bool):
+            raise ValueError(f"`{name}` must be True or False, got {config[name]!r}.")
+
+
 def check_class_factors(class_factors: Sequence[Sequence[int]], num_classes: int) -> list[int]:
     """
     The number of ids of each factor; raises ValueError if there is not one row per class, rows differ in length, or an
-    id is negative.
+    id is negative or not below the largest number of classes.
     """
+    is_list = isinstance(class_factors, (list, tuple))
+    if not is_list or not all(isinstance(row, (list, tuple)) for row in class_factors):
+        raise ValueError(f"`class_factors` must be a list with one list of ids per class, got {class_factors!r:.200}.")
     if len(class_factors) != num_classes:
         raise ValueError(
             f"`class_factors` must have one row for each of the {num_classes} classes (`num_classes`), got"
@@ -47,9 +88,10 @@ def check_class_factors(class_factors: Sequence[Sequence[int]], num_classes: int
     lengths = {len(row) for row in class_factors}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"`class_factors` must give every class the same number of ids, got rows of {lengths}.")
+    most = SIZE_RANGES["num_classes"][1]
     for index, row in enumerate(class_factors):
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in row):
-            raise ValueError(f"`class_factors` must hold non-negative `int` ids, but class {index} has {row}.")
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < most for i in row):
+            raise ValueError(f"`class_factors` must hold `int` ids from 0 to {most - 1}, but class {index} has {row}.")
     return [max(column) + 1 for column in zip(*class_factors)]
 
 
@@ -76,10 +118,11 @@ def sincos_position_embedding(
     Fixed 2-D sine-cosine position embeddings (height * width, dim), float32. A grid of any size spans the range of the
     `base_size x base_size` grid the model is trained on, so positions interpolate.
     """
-    frequencies = torch.exp(torch.arange(dim // 4, device=device) * (-math.log(10000.0) / (dim // 4)))  # (D/4,)
+    arange = partial(torch.arange, dtype=torch.float32, device=device)  # whatever the default dtype
+    frequencies = torch.exp(arange(dim // 4) * (-math.log(10000.0) / (dim // 4)))  # (D/4,)
 
     def along(length: int) -> torch.Tensor:
-        centres = (torch.arange(length, device=device) + 0.5) * (base_size / length) - 0.5  # (length,)
+        centres = (arange(length) + 0.5) * (base_size / length) - 0.5  # (length,)
         angles = centres[:, None] * frequencies  # (length, D/4)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (length, D/2)
 
@@ -309,31 +352,26 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         class_factors: tuple[tuple[int, ...], ...] | None = None,
     ):
         super().__init__()
+        check_sizes(self.config)
         if hidden_size % 4 != 0:
             raise ValueError(f"`hidden_size` must be divisible by 4 for 2-D sine-cosine positions, got {hidden_size}.")
         if sample_size % patch_size != 0:
             raise ValueError(f"`sample_size` ({sample_size}) must be divisible by `patch_size` ({patch_size}).")
-        if num_layers < 1:
-            raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
-        if num_padding_tokens < 0:
-            raise ValueError(f"`num_padding_tokens` must be 0 or more, got {num_padding_tokens}.")
-        if isinstance(scan_directions, str):
-            raise ValueError(f"`scan_directions` must be a tuple of names, got a string: `{scan_directions}`.")
+        if not isinstance(scan_directions, (list, tuple)):
+            raise ValueError(f"`scan_directions` must be a tuple of names, got `{scan_directions}`.")
         if len(scan_directions) == 0:
             raise ValueError(f"`scan_directions` must name at least one of {', '.join(SCAN_DIRECTIONS)}.")
         for direction in scan_directions:
             check_scan_direction(direction)
         if overlapping_patches and patch_size % 2 != 0:
             raise ValueError(f"`overlapping_patches` needs an even `patch_size`, got {patch_size}.")
-        if pixel_head_channels is not None and pixel_head_channels < 1:
-            raise ValueError(f"`pixel_head_channels` must be None or at least 1, got {pixel_head_channels}.")
         if residual_scale is not None and low_res_channels is None:
             raise ValueError(
                 "`residual_scale` makes a higher stage diffuse what its condition lacks, but this is a first stage"
                 " (`low_res_channels` is None). Pass `residual_scale=None` or set `low_res_channels`."
             )
-        if residual_scale is not None and not 0 < residual_scale < math.inf:
-            raise ValueError(f"`residual_scale` must be None or a positive number, got {residual_scale}.")
+        if residual_scale is not None and not (isinstance(residual_scale, Real) and 0 < residual_scale < math.inf):
+            raise ValueError(f"`residual_scale` must be None or a positive number, got {residual_scale!r}.")
         time_step_rank = time_step_rank or math.ceil(hidden_size / 16)
         num_outputs = out_channels or in_channels
         num_inputs = in_channels + (low_res_channels or 0)
@@ -517,6 +555,20 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             return (sample, features)
         return PISDMTransformer2DModelOutput(sample=sample, features=features)
 
+    @wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, *args, **kwargs) -> None:
+        names = sorted(getattr(self, "peft_config", {}))
+        if names:
+            logger.warning(
+                f"The saved model is without its LoRA adapters ({', '.join(names)}), unless they are fused: save them"
+                " with `save_lora_weights`, or call `fuse_lora` before."
+            )
+        hook = self.register_state_dict_post_hook(_drop_adapters)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            hook.remove()
+
     def set_class_factors(self, class_factors: Sequence[Sequence[int]] | None, num_classes: int) -> int:
         """Sets which rows of the class embedding make up a class, and returns how many rows it needs."""
         ids, starts, num_rows = None, None, num_classes + 1
@@ -566,6 +618,14 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
                 f"`low_res` must have shape {tuple(expected)}, upsampled to the size of `hidden_states`, got"
                 f" {tuple(low_res.shape)}."
             )
+
+
+def _drop_adapters(model: nn.Module, state_dict: dict[str, torch.Tensor], *args) -> None:
+    # PEFT wraps a layer that it adapts, which changes the names of the layer's own weights.
+    for name in list(state_dict):
+        weight = state_dict.pop(name)
+        if ".lora_" not in name:
+            state_dict[name.replace(".base_layer.", ".")] = weight
 
 
 def get_class_embedding(transformer: PISDMTransformer2DModel) -> torch.Tensor:

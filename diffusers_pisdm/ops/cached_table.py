@@ -14,14 +14,14 @@ Table = TypeVar("Table")
 
 def cached_table(maxsize: int) -> Callable[[Callable[..., Table]], Callable[..., Table]]:
     """
-    Caches the constant tensor that a function of hashable arguments and `device` returns, for eager calls. Compiled
-    and exported graphs build their own, as sizes may be symbolic, and so do calls under a mode that makes other
-    tensors (fake ones, say).
+    Caches the constant tensor that a function of hashable arguments and `device` returns, for eager calls, by these
+    and the default dtype. Compiled and exported graphs build their own, as sizes may be symbolic, and so do calls
+    under a mode that makes other tensors (fake ones, say).
     """
 
     def decorate(build: Callable[..., Table]) -> Callable[..., Table]:
         @lru_cache(maxsize=maxsize)
-        def build_once(*args, **kwargs) -> Table:
+        def build_once(default_dtype: torch.dtype, *args, **kwargs) -> Table:
             # A tensor made inside `torch.inference_mode()` could never be used for training later.
             with torch.inference_mode(False):
                 return build(*args, **kwargs)
@@ -34,7 +34,7 @@ def cached_table(maxsize: int) -> Callable[[Callable[..., Table]], Callable[...,
             probe = torch.empty(0, device=device)
             if type(probe) is not torch.Tensor:
                 return build(*args, device=device, **kwargs)
-            return build_once(*args, device=probe.device, **kwargs)
+            return build_once(probe.dtype, *args, device=probe.device, **kwargs)
 
         return table
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
-from diffusers.utils import USE_PEFT_BACKEND, _get_model_file
+from diffusers.utils import USE_PEFT_BACKEND, _get_model_file, logging
 from safetensors import SafetensorError, safe_open
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel, get_class_embedding, set_class_embedding
+from ..utils.files import write_whole
+from .lora_fit import (
+    CLASS_EMBEDDING,
+    PIPELINE,
+    check_adapter_fits,
+    quote,
+    read_config,
+    read_id2label,
+    split_by_component,
+)
 
 
-CLASS_EMBEDDING = "class_embedding.weight"
-_REMEDY = "Load it into the cascade that it was trained for, with all stages."
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -32,6 +44,16 @@ class FormerClasses:
     id2label: dict[int, str] | None
 
 
+class class_or_instance_method:
+    """A method whose first argument is the instance that it is called on or, called on a class, the class."""
+
+    def __init__(self, function: Callable):
+        functools.update_wrapper(self, function)
+
+    def __get__(self, instance: Any, owner: type) -> Callable:
+        return MethodType(self.__wrapped__, owner if instance is None else instance)
+
+
 class PISDMLoraLoaderMixin(LoraBaseMixin):
     r"""
     Loads, saves, combines and fuses LoRA adapters for a cascade. Adapters are trained with
@@ -42,6 +64,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
     the former classes; scaling, disabling or deactivating the adapter does not.
     """
 
+    transformer_name = "transformer"  # as in diffusers' mixins
     _former_classes: FormerClasses | None = None
 
     @classmethod
@@ -55,6 +78,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         cache_dir: str | os.PathLike | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        use_safetensors: bool | None = None,
         return_lora_metadata: bool = False,
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
         r"""
@@ -71,6 +95,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             cache_dir (`str` or `os.PathLike`, *optional*): Where downloads are cached.
             force_download (`bool`, defaults to `False`): Whether to download even if the file is cached.
             local_files_only (`bool`, defaults to `False`): Whether to use only local files, without downloading.
+            use_safetensors (`bool`, *optional*): As in diffusers; `False` is refused, as pickles can run code.
             return_lora_metadata (`bool`, defaults to `False`): Whether to also return the adapter's configuration.
 
         Returns:
@@ -81,13 +106,15 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             OSError: The file is missing or damaged.
             ValueError: The file is not a safetensors file.
         """
+        if use_safetensors is not None:
+            _check_is_safetensors("use_safetensors", use_safetensors)
         if isinstance(pretrained_model_name_or_path_or_dict, dict):
             state_dict, metadata = pretrained_model_name_or_path_or_dict, None
         else:
             source = os.fspath(pretrained_model_name_or_path_or_dict)
             if os.path.isdir(source) and subfolder is not None:
                 source, subfolder = os.path.join(source, subfolder), None  # diffusers would look outside it first
-            _check_is_safetensors(source if os.path.isfile(source) else weight_name)
+            _check_name(source if os.path.isfile(source) else weight_name)
             try:
                 file = _get_model_file(
                     source,
@@ -107,13 +134,14 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             try:
                 with safe_open(file, framework="pt") as opened:
                     state_dict = {key: opened.get_tensor(key) for key in opened.keys()}
-                    metadata = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
-            except SafetensorError as error:
+                    metadata = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
+                    if not isinstance(metadata, (dict, type(None))):
+                        raise ValueError(f"`{LORA_ADAPTER_METADATA_KEY}` is not a dictionary")
+            except (SafetensorError, ValueError, RecursionError) as error:
                 raise OSError(
                     f"Unable to load LoRA weights from {file}: {error}. The file is truncated or corrupt; copy it"
                     " again, or download it with `force_download=True`."
                 ) from error
-            metadata = json.loads(metadata) if metadata is not None else None
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(
@@ -128,10 +156,13 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         cache_dir: str | os.PathLike | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
         r"""
         Loads an adapter into the stages it was trained for and activates it alone; `set_adapters` combines several. An
-        adapter that does not fit raises an error before anything is changed.
+        adapter that cannot be loaded raises an error and leaves the pipeline as it was. Of the file's configuration,
+        only what plain LoRA and DoRA adapters need is read.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
@@ -140,8 +171,10 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             adapter_name (`str`, *optional*): The adapter's name; by default `"default_0"` and so on.
             hotswap (`bool`, defaults to `False`):
                 Whether to replace the weights of the adapter with this name in place, without recompiling.
-            weight_name, subfolder, revision, token, cache_dir, force_download, local_files_only:
+            weight_name, subfolder, revision, token, cache_dir, force_download, local_files_only, use_safetensors:
                 See `lora_state_dict`.
+            low_cpu_mem_usage (`bool`, defaults to `False`):
+                Whether to make the adapter's layers without random weights first, which is faster.
 
         Raises:
             ImportError: PEFT is not installed.
@@ -159,18 +192,27 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             cache_dir=cache_dir,
             force_download=force_download,
             local_files_only=local_files_only,
+            use_safetensors=use_safetensors,
             return_lora_metadata=True,
         )
-        weights, metadata = _split_by_component(state_dict), _split_by_component(metadata or {})
+        weights, metadata = split_by_component(state_dict), split_by_component(metadata or {})
+        foreign = [name for name in weights if name not in self._lora_loadable_modules]
+        weights = {name: layers for name, layers in weights.items() if name not in foreign}
+        if foreign and not weights:
+            self.transformer.load_lora_adapter(state_dict, prefix="transformer")  # for diffusers' warning
+            return
+        if foreign:
+            logger.warning(f"The adapter has weights for {quote(foreign)}, which no cascade has: they are ignored.")
         adapter_name = adapter_name or self._make_adapter_name()
         transformers = self._get_lora_transformers()
 
         # Check everything before changing anything.
-        _check_adapter_fits(weights, transformers)
+        check_adapter_fits(weights, transformers)
         embeddings = {
             name: layers.pop(CLASS_EMBEDDING) for name, layers in weights.items() if CLASS_EMBEDDING in layers
         }
         weights = {name: layers for name, layers in weights.items() if layers}
+        configs = {name: read_config(name, metadata[name], weights[name]) for name in weights if name in metadata}
         self._check_adapter_name(adapter_name, list(weights), hotswap)
         replaced = self._former_classes.adapter_name if self._former_classes is not None else None
         if embeddings and replaced is not None and not (hotswap and replaced == adapter_name):
@@ -178,85 +220,135 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
                 f"The adapter brings its own classes, but `{replaced}` already did. Call"
                 f" `delete_adapters({replaced!r})` first."
             )
-
-        if hotswap:
-            self._restore_classes([adapter_name])
         if embeddings:
-            former = {name: transformer.class_embedding.weight for name, transformer in transformers.items()}
-            factors = {name: transformer.config.class_factors for name, transformer in transformers.items()}
-            former_classes = FormerClasses(adapter_name, former, factors, self.config.id2label)
-            id2label = metadata.get("pipeline", {}).get("id2label")
-            if id2label is not None:
-                id2label = {int(i): name for i, name in id2label.items()}  # JSON turned the ids into strings
-            self._set_classes(embeddings, dict.fromkeys(embeddings), id2label)
-            self._former_classes = former_classes
-        try:
+            num_classes = len(next(iter(embeddings.values()))) - 1
+            id2label = read_id2label(metadata.get(PIPELINE, {}), num_classes)
+
+        with self._unchanged_on_error():
+            if hotswap:
+                self._restore_classes([adapter_name])
+            if embeddings:
+                former_classes = self._get_classes(adapter_name)
+                self._set_classes(embeddings, dict.fromkeys(embeddings), id2label)
+                self._former_classes = former_classes
             for name, layers in weights.items():
                 transformers[name].load_lora_adapter(
                     layers,
                     prefix=None,
                     adapter_name=adapter_name,
-                    metadata=metadata.get(name),
+                    metadata=configs.get(name),
                     hotswap=hotswap,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
                     _pipeline=self,
                 )
-        except Exception:
-            self.delete_adapters(adapter_name)  # from the stages already loaded
-            raise
-        if not hotswap:
-            # PEFT activates it only in its own stages; the others would keep the previous adapter active.
-            self.set_adapters(adapter_name)
+            if not hotswap:
+                # PEFT activates it only in its own stages; the others would keep the previous adapter active.
+                self.set_adapters(adapter_name)
 
+    @class_or_instance_method
     def save_lora_weights(
-        self,
+        pipeline,
         save_directory: str | os.PathLike,
+        transformer_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = LORA_WEIGHT_NAME_SAFE,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        transformer_2_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
+        transformer_2_lora_adapter_metadata: dict[str, Any] | None = None,
+        transformer_3_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
+        transformer_3_lora_adapter_metadata: dict[str, Any] | None = None,
+        transformer_4_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
+        transformer_4_lora_adapter_metadata: dict[str, Any] | None = None,
         adapter_name: str | None = None,
-        weight_name: str = LORA_WEIGHT_NAME_SAFE,
         save_class_embeddings: bool = False,
     ) -> None:
         r"""
-        Saves an adapter from all of its stages into one file, for [`~load_lora_weights`]. Unlike in diffusers'
-        pipelines, this is not a class method: the pipeline has everything that goes into the file.
+        Saves an adapter from all of its stages into one file, for [`~load_lora_weights`]. Called on the class, as in
+        diffusers' pipelines, it saves the layers that it is given; called on a pipeline without layers, those of one
+        of the pipeline's adapters, with their configuration.
 
         Args:
             save_directory (`str` or `os.PathLike`): A folder, created if it does not exist.
-            adapter_name (`str`, *optional*): The adapter's name; required if there are several.
+            transformer_lora_layers, transformer_2_lora_layers, ... (`dict[str, torch.Tensor]`, *optional*):
+                A stage's weights by layer, as PEFT's `get_peft_model_state_dict` returns them.
+            is_main_process (`bool`, defaults to `True`): Whether this process writes the file; others do nothing.
             weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`): The file's name.
+            save_function (`Callable`, *optional*): Called as `save_function(weights, path)` instead of safetensors'.
+            safe_serialization (`bool`, defaults to `True`): As in diffusers; `False` is refused.
+            transformer_lora_adapter_metadata, transformer_2_lora_adapter_metadata, ... (`dict`, *optional*):
+                A stage's `LoraConfig.to_dict()`. Without it, alpha equals the rank once the file is loaded.
+            adapter_name (`str`, *optional*): The pipeline's adapter to save; required if there are several.
             save_class_embeddings (`bool`, defaults to `False`):
                 Whether to also save all stages' class embeddings and the class names. Required if the adapter was
                 trained for other classes than those of the pipeline it will be loaded into.
 
         Raises:
             ImportError: PEFT is not installed.
-            ValueError: There is no such adapter, the path is not a folder, or the name does not end in `.safetensors`.
+            OSError: The file cannot be written.
+            ValueError: There are no layers or no such adapter, the path is not a folder, or the file would not be a
+                safetensors file.
         """
         _require_peft()
-        from peft import get_peft_model_state_dict
-
-        _check_is_safetensors(weight_name)
+        weight_name = weight_name or LORA_WEIGHT_NAME_SAFE
+        _check_name(weight_name)
+        _check_is_safetensors("safe_serialization", safe_serialization)
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` is a file: {save_directory}. Pass a folder.")
+        given = {
+            "transformer": (transformer_lora_layers, transformer_lora_adapter_metadata),
+            "transformer_2": (transformer_2_lora_layers, transformer_2_lora_adapter_metadata),
+            "transformer_3": (transformer_3_lora_layers, transformer_3_lora_adapter_metadata),
+            "transformer_4": (transformer_4_lora_layers, transformer_4_lora_adapter_metadata),
+        }
+        layers = {name: weights for name, (weights, _) in given.items() if weights}
+        metadata = {name: config for name, (_, config) in given.items() if name in layers}
+        for name, weights in layers.items():
+            if not isinstance(weights, (dict, torch.nn.Module)):
+                raise TypeError(
+                    f"`{name}_lora_layers` has to hold weights by layer but is {weights!r}. To save an adapter of a"
+                    " pipeline, pass its name as `adapter_name`."
+                )
+        if layers and (adapter_name is not None or save_class_embeddings):
+            raise ValueError(
+                "`adapter_name` and `save_class_embeddings` are for a pipeline's adapter: pass no layers."
+            )
+        if not layers:
+            if isinstance(pipeline, type):
+                raise ValueError(
+                    "You must pass at least one of `transformer_lora_layers`, `transformer_2_lora_layers` and so on,"
+                    " or save the adapter of a pipeline: `pipe.save_lora_weights(...)`."
+                )
+            layers, metadata = pipeline._collect_adapter(adapter_name, save_class_embeddings)
+        if is_main_process:
+            with write_whole(Path(save_directory, weight_name)) as unfinished:
+                pipeline._save_lora_weights(
+                    unfinished.parent,
+                    lora_layers=layers,
+                    lora_metadata=metadata,
+                    weight_name=unfinished.name,
+                    save_function=save_function,
+                )
+
+    def _collect_adapter(
+        self, adapter_name: str | None, with_classes: bool
+    ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
+        """Returns the weights and configuration of one of the pipeline's adapters by stage."""
+        from peft import get_peft_model_state_dict
+
         adapter_name = self._get_saved_adapter_name(adapter_name)
-        state_dict, metadata = {}, {}
+        layers, metadata = {}, {}
         for name, transformer in self._get_lora_transformers().items():
             if adapter_name in getattr(transformer, "peft_config", {}):
-                layers = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
-                state_dict.update(self.pack_weights(layers, name))
-                metadata.update(self.pack_weights(transformer.peft_config[adapter_name].to_dict(), name))
-            if save_class_embeddings:
+                layers[name] = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
+                metadata[name] = transformer.peft_config[adapter_name].to_dict()
+            if with_classes:
                 weight = get_class_embedding(transformer).detach()
-                state_dict.update(self.pack_weights({CLASS_EMBEDDING: weight}, name))
-        if save_class_embeddings:
-            metadata.update(self.pack_weights({"id2label": self.config.id2label}, "pipeline"))
-        self.write_lora_layers(
-            state_dict,
-            save_directory,
-            is_main_process=True,
-            weight_name=weight_name,
-            save_function=None,
-            safe_serialization=True,
-            lora_adapter_metadata=metadata,
-        )
+                layers[name] = {**layers.get(name, {}), CLASS_EMBEDDING: weight}
+        if with_classes:
+            metadata[PIPELINE] = {"id2label": self.config.id2label}
+        return layers, metadata
 
     def unload_lora_weights(self) -> None:
         r"""
@@ -276,6 +368,9 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         """
         self._restore_classes([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().delete_adapters(adapter_names)
+        for transformer in self._get_lora_transformers().values():
+            if not getattr(transformer, "peft_config", None):
+                transformer.unload_lora()  # PEFT leaves its layers, with other weight names, around the model's own
 
     def fuse_lora(
         self,
@@ -336,14 +431,20 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         present = [stage for stage, names in self.get_list_adapters().items() if adapter_name in names]
         if hotswap and sorted(present) != sorted(stages):
             raise ValueError(
-                f"`hotswap=True` needs an adapter `{adapter_name}` on the new one's stages, {_quote(stages)}, but it"
-                f" is on {_quote(present) or 'none'}. Load the new one under another name, without `hotswap`."
+                f"`hotswap=True` needs an adapter `{adapter_name}` on the new one's stages, {quote(stages)}, but it"
+                f" is on {quote(present) or 'none'}. Load the new one under another name, without `hotswap`."
             )
         if present and not hotswap:
             raise ValueError(
                 f"The pipeline already has an adapter `{adapter_name}`. Pass another `adapter_name`, or call"
                 f" `delete_adapters({adapter_name!r})` first."
             )
+
+    def _get_classes(self, adapter_name: str) -> FormerClasses:
+        transformers = self._get_lora_transformers()
+        embeddings = {name: transformer.class_embedding.weight for name, transformer in transformers.items()}
+        factors = {name: transformer.config.class_factors for name, transformer in transformers.items()}
+        return FormerClasses(adapter_name, embeddings, factors, self.config.id2label)
 
     def _set_classes(
         self, embeddings: dict[str, torch.Tensor], class_factors: dict[str, Any], id2label: dict[int, str] | None
@@ -356,10 +457,75 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         former = self._former_classes
         if former is None or former.adapter_name not in removed_adapters:
             return
-        modules = itertools.chain(*(transformer.modules() for transformer in self._get_lora_transformers().values()))
-        if not any(former.adapter_name in getattr(module, "merged_adapters", ()) for module in modules):
+        if not self._is_fused(former.adapter_name):
             self._set_classes(former.embeddings, former.class_factors, former.id2label)
         self._former_classes = None
+
+    def _is_fused(self, adapter_name: str) -> bool:
+        modules = itertools.chain(*(transformer.modules() for transformer in self._get_lora_transformers().values()))
+        return any(adapter_name in getattr(module, "merged_adapters", ()) for module in modules)
+
+    @contextlib.contextmanager
+    def _base_classes(self) -> Iterator[None]:
+        """Inside this context, the pipeline has the classes that its weights without adapters were trained for."""
+        former = self._former_classes
+        if former is None or self._is_fused(former.adapter_name):
+            yield
+            return
+        current = self._get_classes(former.adapter_name)
+        self._set_classes(former.embeddings, former.class_factors, former.id2label)
+        try:
+            yield
+        finally:
+            self._set_classes(current.embeddings, current.class_factors, current.id2label)
+
+    @contextlib.contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """Undoes what the block did to the stages' modules, adapters and classes if it raises an error."""
+        transformers = self._get_lora_transformers().values()
+        modules = list(itertools.chain(*(transformer.modules() for transformer in transformers)))
+        attributes = [
+            {name: value.copy() if type(value) in (dict, list) else value for name, value in vars(module).items()}
+            for module in modules
+        ]
+        flags = [(p, p.requires_grad) for transformer in transformers for p in transformer.parameters()]
+        adapters = [
+            (p, p.detach().clone())
+            for transformer in transformers
+            for name, p in transformer.named_parameters()
+            if ".lora_" in name
+        ]
+        classes = (self._former_classes, self.config.id2label)
+        try:
+            yield
+        except Exception as error:
+            for module, former in zip(modules, attributes):
+                vars(module).clear()
+                vars(module).update(former)
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
+            for parameter, data in adapters:
+                parameter.data = data
+            self._former_classes = classes[0]
+            self.register_to_config(id2label=classes[1])
+            if isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError)):
+                raise
+            raise ValueError(f"The adapter cannot be loaded, and the pipeline is as before: {error}") from error
+
+    @contextlib.contextmanager
+    def _scaled_adapters(self, scale: float) -> Iterator[None]:
+        """Multiplies the strength of all adapters that are not fused by `scale` inside this context."""
+        transformers = self._get_lora_transformers().values() if scale != 1 else ()
+        modules = itertools.chain(*(transformer.modules() for transformer in transformers))
+        scalings = [module.scaling for module in modules if hasattr(module, "lora_A")]
+        before = [dict(scaling) for scaling in scalings]
+        for scaling in scalings:
+            scaling.update({name: value * scale for name, value in scaling.items()})
+        try:
+            yield
+        finally:
+            for scaling, former in zip(scalings, before):
+                scaling.update(former)
 
 
 def _require_peft() -> None:
@@ -369,78 +535,14 @@ def _require_peft() -> None:
         )
 
 
-def _check_is_safetensors(name: str) -> None:
+def _check_is_safetensors(option: str, value: bool) -> None:
+    if not value:
+        raise ValueError(f"`{option}={value}` asks for a pickle, which can run code. Adapters are always safetensors.")
+
+
+def _check_name(name: str) -> None:
     if Path(name).suffix != ".safetensors":
         raise ValueError(
             f"`{name}` is not a safetensors file. LoRA weights are only read and written as safetensors, as pickles"
             " can run code: pass a name that ends in `.safetensors`."
-        )
-
-
-def _split_by_component(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    # `transformer_2.transformer_blocks.0...` belongs to `transformer_2`
-    components: dict[str, dict[str, Any]] = {}
-    for key in sorted(values):
-        component, _, rest = key.partition(".")
-        components.setdefault(component, {})[rest] = values[key]
-    return components
-
-
-def _check_adapter_fits(
-    weights: dict[str, dict[str, torch.Tensor]], transformers: dict[str, PISDMTransformer2DModel]
-) -> None:
-    # PEFT would only notice with the adapter half loaded, or merely warn.
-    absent = [name for name in weights if name not in transformers]
-    if absent:
-        raise ValueError(
-            f"The adapter has weights for {_quote(absent)}, but this pipeline's stages are {_quote(transformers)}."
-            f" {_REMEDY}"
-        )
-    if not any(".lora_" in key for layers in weights.values() for key in layers):
-        raise ValueError("The adapter has no LoRA weights. Pass one written by `save_lora_weights`.")
-    for name, layers in weights.items():
-        for key, weight in layers.items():
-            if key == CLASS_EMBEDDING:
-                _check_embedding(name, transformers[name], weight)
-            else:
-                _check_layer(name, transformers[name], key, weight)
-    with_classes = [name for name, layers in weights.items() if CLASS_EMBEDDING in layers]
-    without = [name for name in transformers if name not in with_classes]
-    if with_classes and without:
-        raise ValueError(
-            f"The adapter brings its own classes, but not for {_quote(without)}, and all stages need the same classes."
-            f" Load the pipeline without this stage (`{without[0]}=None`), or an adapter that was saved with it."
-        )
-
-
-def _quote(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _check_embedding(name: str, transformer: PISDMTransformer2DModel, weight: torch.Tensor) -> None:
-    width = transformer.config.hidden_size
-    if weight.ndim != 2 or weight.shape[1] != width:
-        raise ValueError(
-            f"The adapter's `{name}.{CLASS_EMBEDDING}` has shape {tuple(weight.shape)}, but `{name}` needs rows of"
-            f" {width} (`hidden_size`). {_REMEDY}"
-        )
-
-
-def _check_layer(name: str, transformer: PISDMTransformer2DModel, key: str, weight: torch.Tensor) -> None:
-    path, lora, matrix = key.partition(".lora_")
-    if not lora:
-        raise ValueError(
-            f"`{name}.{key}` is not a LoRA weight. Keys have to look like `{name}.<layer>.lora_A.weight`: convert"
-            " other formats first."
-        )
-    try:
-        layer = transformer.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(f"The adapter adapts `{path}` of `{name}`, which has no such layer. {_REMEDY}") from error
-    dim, size = {"A.weight": (1, "in_features"), "B.weight": (0, "out_features")}.get(matrix, (None, ""))
-    expected = getattr(layer, size, None)  # PEFT checks layers other than linear ones
-    if expected is not None and weight.shape[dim] != expected:
-        raise ValueError(
-            f"The adapter's `{name}.{key}` has shape {tuple(weight.shape)}, but `{path}` has"
-            f" {size}={expected}. {_REMEDY}"
         )

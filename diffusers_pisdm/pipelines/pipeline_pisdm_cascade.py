@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
-import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,22 +26,30 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from typing_extensions import Self
 
-from ..models.latents import decode_latents, vae_scale_factor
+from ..models.latents import cast_vae, decode_latents, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
 from ..schedulers import check_residual_scheduler, check_scheduler, relay_start, set_timesteps
+from .class_names import ClassLabels, check_id2label, flatten_labels, ids_by_name
 from .lora_loading import PISDMLoraLoaderMixin
 
+
+logger = logging.get_logger(__name__)
+
+# What an option of a stage must equal in the stage before.
+_FITTING = {"low_res_channels": "in_channels", "in_channels": "in_channels", "num_classes": "num_classes"}
 
 # Numbered components are the one container of stages that diffusers saves, loads, offloads and shards.
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_3", "transformer_4")
 SCHEDULERS = ("scheduler", "scheduler_2", "scheduler_3", "scheduler_4")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Schedulers compute a table of all their timesteps when they are made, and plans hold all steps of a run.
+MOST_TIMESTEPS = 100_000
 
 
 @dataclass
@@ -108,7 +118,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         vae ([`AutoencoderKL`], [`AutoencoderTiny`] or [`AutoencoderDC`], *optional*):
             The autoencoder whose latents all stages work on. Without it, they work on pixels in [-1, 1].
         id2label (`dict[int, str]` or `list[str]`, *optional*):
-            Class names by id, saved with the pipeline. A name may list synonyms separated by commas.
+            Class names by id, all or some of `0..num_classes - 1`, saved with the pipeline. A name may list synonyms
+            separated by commas.
         default_guidance_scale (`float` or `list[float]`, defaults to 4.0),
         default_num_inference_steps (`int` or `list[int]`, defaults to 20),
         default_noise_level (`float` or `list[float]`, defaults to 0.1):
@@ -116,7 +127,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             the checkpoint best. Saved with the pipeline. A shortened cascade uses the first values of a list.
 
     Raises:
-        ValueError: There is a gap between the stages, they do not fit together, or a scheduler does not fit its stage.
+        ValueError: There is a gap between the stages, they do not fit together, a scheduler does not fit its stage, or
+            a default or class name is wrong.
     """
 
     model_cpu_offload_seq = "->".join((*TRANSFORMERS, "vae"))
@@ -136,7 +148,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         scheduler_3: SchedulerMixin | None = None,
         scheduler_4: SchedulerMixin | None = None,
         vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None = None,
-        id2label: dict | list | None = None,
+        id2label: dict | Sequence | None = None,
         default_guidance_scale: float | list[float] = 4.0,
         default_num_inference_steps: int | list[int] = 20,
         default_noise_level: float | list[float] = 0.1,
@@ -153,18 +165,16 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             scheduler_4=scheduler_4,
             vae=vae,
         )
-        if isinstance(id2label, list):
-            id2label = dict(enumerate(id2label))
-        if id2label is not None:
-            id2label = {int(i): name for i, name in id2label.items()}  # JSON made the ids strings
-        self.register_to_config(
-            id2label=id2label,
-            default_guidance_scale=_first_values(default_guidance_scale, self.num_stages),
-            default_num_inference_steps=_first_values(default_num_inference_steps, self.num_stages),
-            default_noise_level=_first_values(default_noise_level, self.num_stages - 1),
-        )
-        self.image_processor = VaeImageProcessor(do_resize=False)
         self.check_stages()
+        defaults = {
+            "default_guidance_scale": _first_values(default_guidance_scale, self.num_stages),
+            "default_num_inference_steps": _first_values(default_num_inference_steps, self.num_stages),
+            "default_noise_level": _first_values(default_noise_level, self.num_stages - 1),
+        }
+        for name, value in defaults.items():
+            _per_stage(name, value, self.num_stages)
+        self.register_to_config(id2label=check_id2label(id2label, self.transformer.config.num_classes), **defaults)
+        self.image_processor = VaeImageProcessor(do_resize=False)
 
     @classmethod
     def from_stages(
@@ -201,32 +211,75 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         r"""
-        Loads a saved pipeline like [`DiffusionPipeline.from_pretrained`], with two differences: it reads weights from
-        safetensors only, unless `use_safetensors=False` asks for pickled ones, and `transformer_2=None` (or 3, 4)
-        shortens the cascade to the stages before. To pass components, call this method on the class itself:
+        Loads a saved pipeline like [`DiffusionPipeline.from_pretrained`], with three differences: it reads weights
+        from safetensors only, unless `use_safetensors=False` asks for pickled ones; `transformer_2=None` (or 3, 4)
+        shortens the cascade to the stages before; and with `dtype=torch.float16`, an autoencoder with `force_upcast`
+        whose weights need it stays in float32. To pass components, call this method on the class itself:
         `DiffusionPipeline.from_pretrained` ignores those that have defaults.
 
         Raises:
             OSError: Weights are missing, pickled, truncated or corrupt.
-            ValueError: The configuration holds an unknown key, or the stages do not fit together.
+            TypeError: There is no such argument.
+            ValueError: The configuration holds an unknown key, weights are NaN or infinite, or the stages do not fit
+                together.
         """
-        return super().from_pretrained(pretrained_model_name_or_path, **_drop_higher_stages(kwargs))
+        kwargs = _drop_higher_stages(kwargs)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if dtype != torch.float16 or "vae" in kwargs:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = {"default": dtype, "vae": torch.float32}
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if pipe.vae is not None:
+            cast_vae(pipe.vae, dtype)
+        return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Any:
+        """Reads a pipeline's configuration like diffusers, and refuses a folder whose schedulers are absurdly long."""
+        for path in sorted(Path(pretrained_model_name_or_path).glob("scheduler*/scheduler_config.json")):
+            num_timesteps = cls._dict_from_json_file(path).get("num_train_timesteps", 1)
+            if not _is_positive_integer(num_timesteps) or num_timesteps > MOST_TIMESTEPS:
+                raise ValueError(
+                    f"`num_train_timesteps` in {path} has to be an integer from 1 to {MOST_TIMESTEPS} but is"
+                    f" {num_timesteps!r}. Correct it, or copy or download the file again."
+                )
+        return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs) -> Self:
         r"""
-        Makes a pipeline from another one's components like [`DiffusionPipeline.from_pipe`]; `transformer_2=None` (or
-        3, 4) shortens the cascade to the stages before. Guidance slicing stays on where it was on.
+        Makes a pipeline from another one's components, without copying their weights; `transformer_2=None` (or 3, 4)
+        shortens the cascade to the stages before. Guidance slicing stays on where it was on.
+
+        Args:
+            pipeline ([`DiffusionPipeline`]): The pipeline to take components and configuration from.
+            dtype (`torch.dtype`, *optional*):
+                The new pipeline's precision: models of another one are copied, so that `pipeline` keeps its own. By
+                default, all models are shared as they are.
+            kwargs (*optional*): Arguments of the class, instead of what `pipeline` has.
         """
-        pipe = super().from_pipe(pipeline, **_drop_higher_stages(kwargs))
+        dtype = kwargs.pop("torch_dtype", dtype)  # diffusers' former name
+        known = inspect.signature(cls).parameters
+        arguments = {**pipeline.config, **pipeline.components, **_drop_higher_stages(kwargs)}
+        arguments = {name: value for name, value in arguments.items() if name in known or name in kwargs}
+        for name, value in arguments.items():
+            if dtype is not None and isinstance(value, torch.nn.Module) and value.dtype != dtype:
+                arguments[name] = copy.deepcopy(value).to(dtype)
+        pipe = cls(**arguments)
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         pipe._guidance_slicing = getattr(pipeline, "_guidance_slicing", False)
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        r"""Saves all components like [`DiffusionPipeline.save_pretrained`], with those that were set later."""
+        r"""
+        Saves all components like [`DiffusionPipeline.save_pretrained`], with those that were set later. LoRA adapters
+        have files of their own and are left out with a warning, unless they are fused.
+        """
         # diffusers would leave out a component that was None at first and was then set as an attribute.
         self.register_modules(**self.components)
-        super().save_pretrained(save_directory, **kwargs)
+        with self._base_classes():
+            super().save_pretrained(save_directory, **kwargs)
 
     def enable_guidance_slicing(self) -> None:
         """
@@ -276,12 +329,17 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def get_label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class ids by name, sorted, from `config.id2label`: full names and synonyms, each of just one class."""
+        return {name: ids[0] for name, ids in sorted(ids_by_name(self.config.id2label).items()) if len(ids) == 1}
+
+    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
         """
         Turns `class_labels` in any form into class ids.
 
         Args:
-            class_labels (`int`, `str`, a list of either, or an integer `torch.Tensor` of at most one dimension):
+            class_labels (`int`, `str`, or a sequence, `np.ndarray` or `torch.Tensor` of these, nested or not):
                 Class ids, or names from `config.id2label`: full ones, or one of a name's comma-separated synonyms.
 
         Returns:
@@ -291,13 +349,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             TypeError: A label is neither an integer nor a name.
             ValueError: There are no labels, an id is out of range, or a name is unknown or that of several classes.
         """
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        if not isinstance(class_labels, (list, tuple)):
-            class_labels = [class_labels]
-        if len(class_labels) == 0:
+        labels = list(flatten_labels(class_labels))
+        if len(labels) == 0:
             raise ValueError("`class_labels` is empty. Pass at least one class id or name.")
-        return [self._get_label_id(label) for label in class_labels]
+        return [self._get_label_id(label) for label in labels]
 
     def _get_label_id(self, label: int | str) -> int:
         if isinstance(label, bool) or not isinstance(label, (Integral, str)):
@@ -314,33 +369,30 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         return int(label)
 
     def _find_class(self, name: str) -> int:
-        if not self.config.id2label:
+        known = ids_by_name(self.config.id2label)
+        if not known:
             raise ValueError(
                 f"Cannot look up {name!r}: this pipeline has no class names. Pass class ids, or give the pipeline"
                 " names with `id2label`."
             )
-        names_by_id = {
-            class_id: {label, *(synonym.strip() for synonym in label.split(","))}
-            for class_id, label in self.config.id2label.items()
-        }
-        ids = [class_id for class_id, names in names_by_id.items() if name in names]
-        if len(ids) > 1:
-            raise ValueError(
-                f"`class_labels` contains {name!r}, the name of several classes: {ids}. Pass one of these ids."
-            )
-        if not ids:
-            known = itertools.chain.from_iterable(names_by_id.values())
+        if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"`class_labels` contains {name!r}, which is not a class of this pipeline. Did you mean {nearest!r}?"
             )
-        return ids[0]
+        if len(known[name]) > 1:
+            raise ValueError(
+                f"`class_labels` contains {name!r}, the name of several classes: {known[name]}. Pass one of these ids."
+            )
+        return known[name][0]
 
     def check_stages(self) -> None:
         """Raises a `ValueError` if a stage is missing or does not fit the one before, or a scheduler its stage."""
         present = [name for name in TRANSFORMERS if getattr(self, name) is not None]
         if self.transformer is None:
             raise ValueError("`transformer` is None, but a cascade needs its first stage. Pass `transformer`.")
+        if self.scheduler is None:
+            raise ValueError("`scheduler` is None, but a cascade needs at least that one. Pass `scheduler`.")
         gaps = [name for name in TRANSFORMERS[: len(present)] if name not in present]
         if gaps:
             higher = [name for name in present if name > gaps[0]]
@@ -366,7 +418,15 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     def _check_transformer(
         self, name: str, transformer: PISDMTransformer2DModel, lower: PISDMTransformer2DModel | None
     ) -> None:
-        config = transformer.config
+        config = getattr(transformer, "config", {})
+        absent = [
+            option for option in (*_FITTING, "sample_size", "patch_size", "out_channels") if option not in config
+        ]
+        if absent:
+            raise ValueError(
+                f"`{name}` is of {type(transformer)}, which has no `{absent[0]}` in its configuration. Pass a"
+                " `PISDMTransformer2DModel`."
+            )
         if config.out_channels not in (None, config.in_channels):
             raise ValueError(
                 f"`{name}` has {config.out_channels} output channels (`out_channels`) for {config.in_channels} of its"
@@ -379,13 +439,20 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     " first. Pass a transformer with `low_res_channels=None`."
                 )
             return
-        wanted = {"low_res_channels": "in_channels", "in_channels": "in_channels", "num_classes": "num_classes"}
-        for option, of_lower in wanted.items():
+        for option, of_lower in _FITTING.items():
             if config[option] != lower.config[of_lower]:
                 raise ValueError(
                     f"`{name}` has `{option}={config[option]}`, but the stage before has"
                     f" `{of_lower}={lower.config[of_lower]}`. Pass stages that were trained as one cascade."
                 )
+        factors, lower_factors = (
+            json.dumps(c.get("class_factors")) for c in (config, lower.config)
+        )  # tuples or lists
+        if factors != lower_factors:
+            raise ValueError(
+                f"`{name}` has other `class_factors` than the stage before: {factors:.100} and {lower_factors:.100}."
+                " Pass stages that were trained as one cascade."
+            )
 
     def check_inputs(
         self,
@@ -393,10 +460,24 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
+        eta: float,
+        callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
+        attention_kwargs: dict[str, Any] | None,
     ) -> None:
-        """Raises a `ValueError` that names the first wrong argument, of those that are the same for all stages."""
+        """
+        Raises a `TypeError` or `ValueError` that names the first wrong argument, of those that are the same for all
+        stages.
+        """
         _check_number("num_images_per_prompt", num_images_per_prompt)
+        _check_number("eta", eta)
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        wrong = [item for item in generators if not isinstance(item, torch.Generator)]
+        if wrong:
+            raise TypeError(
+                f"`generator` has to be a `torch.Generator`, or a list of one per image, but has {wrong[0]!r}, a"
+                f" {type(wrong[0])}. Pass `torch.Generator().manual_seed(seed)`."
+            )
         if isinstance(generator, list) and len(generator) != batch_size * num_images_per_prompt:
             raise ValueError(
                 f"You have passed a list of generators of length {len(generator)}, but requested an effective batch"
@@ -404,6 +485,14 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` has to be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}.")
+        if attention_kwargs:
+            if set(attention_kwargs) != {"scale"}:
+                raise ValueError(
+                    f"`attention_kwargs` has {sorted(attention_kwargs)}, but this model has no attention: only"
+                    ' `{"scale": ...}`, the strength of the LoRA adapters, has an effect.'
+                )
+            _check_number("attention_kwargs['scale']", attention_kwargs["scale"])
+        _check_callback(callback_on_step_end)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -453,6 +542,13 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             for setting in settings[1:]:
                 setting["guidance_scale"] = None
 
+        for setting in settings:
+            if setting["guidance_start"] > setting["guidance_stop"]:
+                raise ValueError(
+                    f"`guidance_start` is {setting['guidance_start']}, after `guidance_stop`, which is"
+                    f" {setting['guidance_stop']}. Pass a start that is not above the stop; to turn guidance off, pass"
+                    " `guidance_scale=1.0`."
+                )
         for setting, size in zip(settings, self.get_stage_sizes(height, width)):
             setting["shape"] = (batch_size, self.transformer.config.in_channels, *size)
             if setting["latents"] is not None:
@@ -499,10 +595,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         units = [full * c.patch_size // math.gcd(c.sample_size, full * c.patch_size) for c in configs]
         unit = math.lcm(*units)
         if not _is_positive_integer(length) or length % unit != 0:
-            nearest = max(unit, round(length / unit) * unit) if isinstance(length, Real) else full
+            is_number = isinstance(length, Real) and math.isfinite(length)
+            nearest = max(unit, round(length / unit) * unit) if is_number else full
             raise ValueError(
-                f"`{name}` has to be divisible by {unit}, so that every stage has whole patches, but is {length}. Pass"
-                f" `{name}={nearest}`."
+                f"`{name}` has to be a positive integer divisible by {unit}, so that every stage has whole patches,"
+                f" but is {length!r}. Pass `{name}={nearest}`."
             )
         return [length * config.sample_size // full for config in configs]
 
@@ -547,6 +644,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 f"`latents` is on {latents.device}, but the pipeline runs on {device}. Move it with"
                 f" `latents.to('{device}')`."
             )
+        if not latents.is_meta and not latents.isfinite().all():
+            raise ValueError(f"`latents` holds NaN or infinity. Pass `torch.randn({shape})`, or noise like it.")
 
     def prepare_extra_step_kwargs(
         self, scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float
@@ -679,6 +778,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     }
                     callback_kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                     callback_outputs = callback_on_step_end(self, stage.first_step + i, t, callback_kwargs)
+                    if not isinstance(callback_outputs, dict):
+                        raise TypeError(
+                            "`callback_on_step_end` has to return a dictionary of what it changed, but returned"
+                            f" {callback_outputs!r}. Let it return its `callback_kwargs`, or {{}}."
+                        )
                     latents = callback_outputs.pop("latents", latents)
                     low_res = callback_outputs.pop("low_res", low_res)
                     class_labels = callback_outputs.pop("class_labels", class_labels)
@@ -690,7 +794,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list[int | str] | torch.Tensor,
+        class_labels: ClassLabels,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -713,6 +817,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         | MultiPipelineCallbacks
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; only read
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> PISDMCascadePipelineOutput | tuple:
         r"""
         Generates images.
@@ -721,8 +826,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         `relay_strength` only concern the higher stages: their lists begin with the second stage's value.
 
         Args:
-            class_labels (`int`, `str`, a list of either, or an integer `torch.Tensor` of at most one dimension):
-                Class ids, or names from `config.id2label`.
+            class_labels (`int`, `str`, or a sequence, `np.ndarray` or `torch.Tensor` of these, nested or not):
+                Class ids, or names from `config.id2label` (`pipe.labels` lists them).
             height, width (`int`, *optional*):
                 Size of the final images in pixels; the last stage's `sample_size` by default. Lower stages scale with
                 it.
@@ -740,7 +845,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 half the work. The paper's value is 4.0.
             guidance_start, guidance_stop (`float` or `list[float]`, default to 0.0 and 1.0):
                 Guidance is on from the share `start` of a stage's steps, counted from the noisy end, until before the
-                share `stop`, per stage; both in [0, 1]. The other steps skip the unconditional half.
+                share `stop`, per stage; both in [0, 1], the start not above the stop. The other steps skip the
+                unconditional half.
             noise_level (`float` or `list[float]`, *optional*):
                 Noise on the low-resolution condition in [0, 1), per higher stage; `config.default_noise_level` by
                 default. A little hides what tells a generated condition from the real ones of training; a lot makes
@@ -748,7 +854,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             relay_strength (`float` or `list[float | None]`, *optional*):
                 Relay start, per higher stage: begin with the upsampled lower image, noised to this share of the
                 schedule in (0, 1], instead of pure noise, and run only that share of the steps.
-            eta (`float`, defaults to 0.0): Stochasticity of [`DDIMScheduler`]; ignored by other schedulers.
+            eta (`float`, defaults to 0.0):
+                Stochasticity of [`DDIMScheduler`] in [0, 1]; ignored by other schedulers.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes images reproducible. A list holds one generator per image, which draws all of that image's noise
                 (initial, augmentation, the scheduler's): the image is then the same in any batch, up to rounding. A
@@ -763,17 +870,20 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             callback_on_step_end (`Callable`, [`PipelineCallback`] or [`MultiPipelineCallbacks`], *optional*):
                 Called as `callback(pipe, step, timestep, callback_kwargs)` after every step; `step` counts over all
                 stages, up to `pipe.num_timesteps - 1`. It returns a dictionary, whose `latents`, `low_res` and
-                `class_labels` take effect. Setting `pipe._interrupt` ends the run with the running stage's image.
+                `class_labels` take effect. Setting `pipe._interrupt` ends the run with the running stage's image; a
+                warning says which stage that was unless it was the last.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 What `callback_kwargs` holds: `"latents"`, `"low_res"` (the noised condition; `None` in the first
                 stage), `"class_labels"` and `"stage"` (from 1). At a stage's last step, `latents` is its image; before
                 that, in a stage with `residual_scale`, the noisy residual.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": s}` multiplies the strength of the LoRA adapters by `s` for this call, as in diffusers.
 
         Returns:
             [`PISDMCascadePipelineOutput`], or a tuple of its values if `return_dict` is `False`.
 
         Raises:
-            TypeError: A label or `latents` has the wrong type.
+            TypeError: A label, `latents`, `generator`, the callback or what it returns has the wrong type.
             ValueError: An argument has a wrong value, length, shape or device; the message names it.
 
         Latents, noise and scheduler steps are float32 whatever the precision of the transformers, so that half
@@ -796,7 +906,14 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         self.check_stages()
         label_ids = self.get_label_ids(class_labels)
         self.check_inputs(
-            len(label_ids), num_images_per_prompt, generator, output_type, callback_on_step_end_tensor_inputs
+            len(label_ids),
+            num_images_per_prompt,
+            generator,
+            output_type,
+            eta,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            attention_kwargs,
         )
         stages = self.plan_stages(
             len(label_ids) * num_images_per_prompt,
@@ -830,18 +947,25 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             if stage.number > 1:
                 upsampled, low_res = self.prepare_low_res(stage, latents, generator)  # (B, C, H, W) each
             latents = self.prepare_latents(stage, upsampled, generator)  # (B, C, H, W)
-            latents, class_labels = self.denoise(
-                stage,
-                latents,
-                upsampled,
-                low_res,
-                class_labels,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-            )
+            with self._scaled_adapters((attention_kwargs or {}).get("scale", 1.0)):
+                latents, class_labels = self.denoise(
+                    stage,
+                    latents,
+                    upsampled,
+                    low_res,
+                    class_labels,
+                    callback_on_step_end,
+                    callback_on_step_end_tensor_inputs,
+                )
             if output_stages:
                 stage_latents.append(latents)
             if self.interrupt:
+                if stage.number < self.num_stages:
+                    height, width = (length * vae_scale_factor(self.vae) for length in stage.shape[2:])
+                    logger.warning(
+                        f"The run was interrupted in stage {stage.number} of {self.num_stages}: its images are that"
+                        f" stage's, of {height}x{width} pixels."
+                    )
                 break
 
         # 3. Turn latents into images
@@ -879,6 +1003,27 @@ def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(names), **kwargs}
 
 
+def _check_callback(callback: Callable | None) -> None:
+    if callback is None:
+        return
+    if not callable(callback):
+        raise TypeError(
+            f"`callback_on_step_end` has to be a function but is {callback!r}. Pass one that takes `pipe, step,"
+            " timestep, callback_kwargs`."
+        )
+    try:
+        signature = inspect.signature(callback)
+    except ValueError:  # a builtin that does not tell its arguments
+        return
+    try:
+        signature.bind(None, 0, None, {})
+    except TypeError as error:
+        raise TypeError(
+            f"`callback_on_step_end` has to take four arguments, `pipe, step, timestep, callback_kwargs`, but takes"
+            f" {signature}."
+        ) from error
+
+
 def _first_values(value: Any, num_values: int) -> Any:
     # The default may come from a cascade that has since been shortened.
     return value[:num_values] if isinstance(value, (list, tuple)) else value
@@ -895,7 +1040,7 @@ def _per_stage(name: str, value: Any, num_stages: int) -> list:
     if is_list and name in ("timesteps", "sigmas"):
         # One stage's value is also a list, but of numbers.
         is_list = all(item is None or not isinstance(item, Real) for item in value)
-    only_higher = name in ("noise_level", "relay_strength")
+    only_higher = name in ("noise_level", "default_noise_level", "relay_strength")
     num_values, unit = (num_stages - 1, "higher stage") if only_higher else (num_stages, "stage")
     values = list(value) if is_list else [value] * num_values
     if len(values) != num_values:
@@ -903,7 +1048,7 @@ def _per_stage(name: str, value: Any, num_stages: int) -> list:
             f"`{name}` has {len(values)} values, but this pipeline has {num_values} {unit}{'s' * (num_values != 1)}."
             f" Pass one value for all, or a list with one value per {unit}."
         )
-    if name in _NUMBERS:
+    if name.removeprefix("default_") in _NUMBERS:
         for number in values:
             _check_number(name, number)
     return [None, *values] if only_higher else values
@@ -920,16 +1065,21 @@ def _is_positive_integer(value: Any) -> bool:
 # What a number has to be: in words, and as a test.
 _NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_images_per_prompt": ("a positive integer", _is_positive_integer),
-    "num_inference_steps": ("a positive integer", _is_positive_integer),
+    "num_inference_steps": (
+        f"a positive integer up to {MOST_TIMESTEPS}",
+        lambda value: _is_positive_integer(value) and value <= MOST_TIMESTEPS,
+    ),
     "guidance_scale": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
     "guidance_start": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "guidance_stop": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "noise_level": ("in [0, 1)", lambda value: _is_real(value) and 0 <= value < 1),
+    "attention_kwargs['scale']": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
+    "eta": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "relay_strength": ("None or in (0, 1]", lambda value: value is None or (_is_real(value) and 0 < value <= 1)),
 }
 
 
 def _check_number(name: str, value: Any) -> None:
-    wanted, is_valid = _NUMBERS[name]
+    wanted, is_valid = _NUMBERS[name.removeprefix("default_")]
     if not is_valid(value):
         raise ValueError(f"`{name}` has to be {wanted} but is {value!r} of type {type(value)}.")

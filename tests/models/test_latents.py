@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_pisdm.models.latents import decode_latents, encode_latents, encode_moments, vae_scale_factor
+from diffusers_pisdm.models.latents import decode_latents, encode_latents, encode_moments, load_vae, vae_scale_factor
 from tests.models.tiny_vae import KINDS, make_dc, make_kl
 from tests.pipelines.tiny_cascade import generators, make_cascade
 
@@ -102,6 +102,56 @@ def test_cascade_with_its_autoencoder_is_saved(make_vae, tmp_path):
     arguments = {"num_inference_steps": 2, "output_type": "pt"}
     images = [p([1], generator=generators(0), **arguments).images for p in (pipe, loaded)]
     assert torch.equal(*images)
+
+
+def make_overflowing_kl(scale, **config):
+    """Activations, and with a larger `scale` weights, beyond float16, which norms hide from the images."""
+    torch.manual_seed(0)
+    vae = make_kl(latent_channels=4, **config)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight *= scale
+        vae.encoder.conv_in.weight *= scale
+    return vae.eval()
+
+
+@torch.no_grad()
+def test_an_autoencoder_that_is_too_wide_for_half_precision_runs_in_single():
+    vae, half = make_overflowing_kl(1e5), make_overflowing_kl(1e5).half()
+    latents, images = torch.randn(2, 4, 4, 4), make_images()
+    weights = half.decoder.conv_in.weight.clone()
+    torch.testing.assert_close(decode_latents(half, latents), decode_latents(vae, latents), rtol=0, atol=2e-2)
+    for found, wanted in zip(encode_moments(half, images), encode_moments(vae, images)):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-2)
+    assert half.dtype == torch.float16 and torch.equal(half.decoder.conv_in.weight, weights)
+    with pytest.raises(RuntimeError):
+        decode_latents(half, torch.randn(1, 3, 4, 4))
+    assert half.dtype == torch.float16
+    assert not decode_latents(make_overflowing_kl(1e5, force_upcast=False).half(), latents).isfinite().all()
+
+
+@pytest.mark.parametrize(("scale", "force_upcast"), [(1e6, True), (1.0, True), (1.0, False)])
+def test_an_autoencoder_that_is_too_wide_for_half_precision_is_loaded_in_single(tmp_path, scale, force_upcast):
+    vae = make_overflowing_kl(scale, force_upcast=force_upcast)
+    pipe = make_cascade(1, in_channels=4, vae=vae)
+    pipe.save_pretrained(tmp_path)
+    wanted = torch.float32 if scale > 1 else torch.float16
+    assert load_vae(str(tmp_path / "vae"), 4, torch.float16).dtype == wanted
+    for name in ("dtype", "torch_dtype"):
+        half = type(pipe).from_pretrained(tmp_path, **{name: torch.float16})
+        assert (half.transformer.dtype, half.vae.dtype) == (torch.float16, wanted)
+    half.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 2, "output_type": "np"}
+    images = [p([1], generator=generators(0), **arguments).images for p in (half, pipe)]
+    assert abs(images[0] - images[1]).mean() < 0.02
+    given = type(pipe).from_pretrained(tmp_path, dtype=torch.float16, vae=vae)
+    assert given.vae is vae and vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [float("nan"), 1e6])
+def test_an_autoencoder_whose_weights_are_not_finite_is_named(tmp_path, scale):
+    make_overflowing_kl(scale, force_upcast=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"conv_in\.weight` of the autoencoder {tmp_path} holds NaN or infinite"):
+        load_vae(str(tmp_path), 4, torch.float16)
 
 
 def test_cascade_in_half_precision_with_an_autoencoder(make_vae):

@@ -43,6 +43,21 @@ def test_unknown_key(tmp_path):
         Model.from_config({"width": 3, "widht": 4, "length": 1})
 
 
+def test_unknown_argument(tmp_path):
+    Model().save_pretrained(tmp_path)
+    for name, nearest in (("widht", "width"), ("torch_dtyp", "torch_dtype"), ("sub_folder", "subfolder")):
+        with pytest.raises(TypeError, match=rf"Model got .*argument '{name}'\. Did you mean '{nearest}'\?"):
+            Model.from_pretrained(tmp_path, **{name: 1})
+    with pytest.raises(TypeError, match="'widht'"):
+        Model.from_config({"width": 3}, widht=4)
+
+
+def test_loading_info(tmp_path):
+    Model().save_pretrained(tmp_path)
+    model, info = Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, Model) and info["missing_keys"] == info["unexpected_keys"] == []
+
+
 def test_keys_that_diffusers_adds_are_known(tmp_path):
     Model().save_pretrained(tmp_path)
     change_config(tmp_path, _private=1, auto_map={"AutoModel": "model.Model"})

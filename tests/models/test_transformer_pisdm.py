@@ -8,7 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_pisdm import PISDM_SIZES, PISDMTransformer2DModel
-from diffusers_pisdm.models.transformer_pisdm import PISDMBlock, PISDMSkipBlock, sincos_position_embedding
+from diffusers_pisdm.models.transformer_pisdm import (
+    FLAGS,
+    OPTIONAL_SIZES,
+    SIZE_RANGES,
+    PISDMBlock,
+    PISDMSkipBlock,
+    sincos_position_embedding,
+)
 from diffusers_pisdm.ops import SCAN_DIRECTIONS, invert_scan_path, scan_path
 from tests.models.tiny_model import CONFIG, NUM_CLASSES, make_inputs, make_model
 
@@ -575,12 +582,25 @@ def test_a_first_stage_takes_no_condition(name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        *(
+            ({name: size}, rf"`{name}` must be .*integer from \d+ to \d+, got {size!r}\.")
+            for name in SIZE_RANGES
+            for size in (-1, "2", 2.0, True, 10**9)
+        ),
+        *(
+            ({name: 0}, rf"`{name}` must be .* from [14] to .* got 0\.")
+            for name in SIZE_RANGES
+            if "padding" not in name
+        ),
+        *(({name: None}, rf"`{name}` must be an integer") for name in {*SIZE_RANGES} - {*OPTIONAL_SIZES}),
+        *(({name: "no"}, rf"`{name}` must be True or False, got 'no'") for name in FLAGS),
+        ({"num_layers": 10**6}, "`num_layers`.* to 1000, got 1000000"),
         ({"hidden_size": 30}, "`hidden_size`.* 4 .* 30"),
         ({"sample_size": 9}, r"`sample_size` \(9\).*`patch_size` \(2\)"),
-        ({"num_layers": 0}, "`num_layers`.* 1.* 0"),
-        ({"num_padding_tokens": -1}, "`num_padding_tokens`.* 0 .*-1"),
         ({"scan_directions": ()}, "`scan_directions`.* at least one of row_top_left"),
         ({"scan_directions": ("row_top_left", "zigzag")}, "`zigzag`.*Choose from row_top_left"),
+        ({"scan_directions": 5}, "`scan_directions`.* tuple .*`5`"),
+        ({"scan_directions": (1,)}, "`1`.*Choose from row_top_left"),
         ({"scan_directions": "row_top_left"}, "`scan_directions`.* tuple .*`row_top_left`"),
     ],
 )

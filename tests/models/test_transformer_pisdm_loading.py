@@ -231,6 +231,56 @@ def test_incomplete_weights(folder):
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "surplus"),
+    [
+        ("num_layers", 2, r"transformer_blocks\.2\.mixer\.A_log"),
+        ("long_skips", False, r"transformer_blocks\.2\.skip_proj\.bias"),
+        ("local_enhancement", False, r"local_in\.bias"),
+        ("num_padding_tokens", 0, "padding_tokens"),
+        ("pixel_head_channels", None, r"pixel_head\.conv_in\.bias"),
+    ],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_surplus_weights(tmp_path, option, value, surplus, sharded):
+    """A model without parts that the file has would load and draw other images."""
+    make_model(pixel_head_channels=4).save_pretrained(tmp_path, max_shard_size="60KB" if sharded else "1GB")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), option: value}))
+    with pytest.raises(OSError, match=rf"weights of PISDM.* also hold .*{surplus}.* Remedy: .*not belong together"):
+        PISDMTransformer2DModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite(folder, value):
+    path = folder / WEIGHTS
+    tensors = load_file(path)
+    tensors["transformer_blocks.1.mixer.D"][3] = value
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=rf"`transformer_blocks\.1\.mixer\.D` of .*{folder.name}.*NaN or infinite"):
+        PISDMTransformer2DModel.from_pretrained(folder)
+
+
+def test_weights_beyond_half_precision(folder):
+    path = folder / WEIGHTS
+    tensors = load_file(path)
+    tensors["proj_out.bias"][0] = 1e5
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"`proj_out\.bias` .*try `dtype=torch\.float32`"):
+        PISDMTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float16)
+    assert torch.get_default_dtype() == torch.float32
+    assert PISDMTransformer2DModel.from_pretrained(folder).proj_out.bias[0] == 1e5
+
+
+def test_a_refused_configuration_leaves_the_default_precision(folder):
+    """diffusers sets it while it makes the model."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 10**6}))
+    with pytest.raises(ValueError, match="`num_layers` must be an integer from 1 to 1000, got 1000000"):
+        PISDMTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float16)
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_weights_of_another_shape(folder):
     path = folder / WEIGHTS
     tensors = load_file(path)

@@ -119,6 +119,32 @@ def test_forms_of_one_label(shared_pipe, class_labels):
     assert shared_pipe.get_label_ids(class_labels) == [4]
 
 
+@pytest.mark.parametrize(
+    "class_labels",
+    [
+        [["apple"], [5], [6]],
+        ([[4, 5]], 6),
+        range(4, 7),
+        [4, range(5, 7)],
+        np.array([4, 5, 6], dtype=np.uint8),
+        np.array([["apple"], ["fish"], ["b/c"]]),
+        torch.tensor([[4], [5], [6]]),
+        [np.array([4, 5]), torch.tensor(6)],
+    ],
+    ids=repr,
+)
+def test_labels_are_flattened(shared_pipe, class_labels):
+    assert shared_pipe.get_label_ids(class_labels) == [4, 5, 6]
+
+
+def test_labels_by_name(shared_pipe):
+    """As DiTPipeline has them: sorted, with synonyms; without names that would be refused."""
+    names = ["apple", "b/c", "cat", "d", "dog", "dog, hound", "e", "f", "fish", "hound"]
+    assert list(shared_pipe.labels) == names
+    assert [shared_pipe.labels[name] for name in names] == shared_pipe.get_label_ids(names)
+    assert make_cascade(1).labels == {}
+
+
 def test_ids_names_and_synonyms_mix(shared_pipe):
     assert shared_pipe.get_label_ids([0, "hound", "dog", "dog, hound", "b/c"]) == [0, 1, 1, 1, 6]
 
@@ -514,13 +540,6 @@ def test_a_shortened_cascade_takes_the_first_settings(tmp_path):
     late = make_cascade(3, **DEFAULTS)
     late.transformer_3 = None
     assert settings_of(late) == [(2, "guided", None), (3, "plain", 0.3)]
-
-
-def test_wrong_settings_of_a_pipeline_are_named():
-    with pytest.raises(ValueError, match="`guidance_scale` has 2 values, but this pipeline has 3 stages"):
-        run(make_cascade(3, default_guidance_scale=[1.0, 2.0]))
-    with pytest.raises(ValueError, match=r"`noise_level` has to be in \[0, 1\) but is 2"):
-        run(make_cascade(2, default_noise_level=2.0))
 
 
 # --- Lists of stages -------------------------------------------------------------------------------------------------

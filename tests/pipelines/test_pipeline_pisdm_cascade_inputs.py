@@ -64,14 +64,15 @@ def test_no_labels(pipe, labels):
         pipe(labels)
 
 
-@pytest.mark.parametrize("label", [True, 1.0, None, np.float32(1), np.bool_(True), [1], b"cat"], ids=repr)
+@pytest.mark.parametrize("label", [True, 1.0, None, np.float32(1), np.bool_(True), {1}, b"cat"], ids=repr)
 def test_label_of_another_type(pipe, label):
     with raises(TypeError, "`class_labels`", "`int`", "`str`", f"has {label!r}, a", "class"):
         pipe([label])
 
 
 @pytest.mark.parametrize(
-    ("labels", "culprit"), [(torch.ones(1), "1.0"), (torch.tensor(True), "True"), (torch.ones(1, 1).long(), "[1]")]
+    ("labels", "culprit"),
+    [(torch.ones(1), "1.0"), (torch.tensor(True), "True"), (np.ones((1, 1)), "1.0"), ([[1], [None]], "None")],
 )
 def test_label_tensor_of_another_kind(pipe, labels, culprit):
     with raises(TypeError, "`class_labels` has to hold class ids (`int`)", f"has {culprit}, a"):
@@ -83,13 +84,13 @@ def test_label_tensor_of_another_kind(pipe, labels, culprit):
 
 @pytest.mark.parametrize(("name", "value", "nearest"), [("height", 30, 32), ("width", 41, 40), ("height", 1, 8)])
 def test_size_that_leaves_a_fraction_of_a_patch(pipe, name, value, nearest):
-    with raises(ValueError, f"`{name}` has to be divisible by 8,", f"but is {value}. Pass `{name}={nearest}`."):
+    with raises(ValueError, f"`{name}` has to be", "divisible by 8,", f"but is {value}. Pass `{name}={nearest}`."):
         pipe(1, **{name: value})
 
 
-@pytest.mark.parametrize("value", [0, -8, 32.0, True])
+@pytest.mark.parametrize("value", [0, -8, 32.0, True, "8", [8], float("nan"), float("inf")])
 def test_size_that_is_no_positive_integer(pipe, value):
-    with raises(ValueError, "`height` has to be divisible by 8,", f"but is {value}. Pass `height="):
+    with raises(ValueError, "`height` has to be a positive integer", f"but is {value!r}. Pass `height="):
         pipe(1, height=value)
 
 
@@ -145,6 +146,76 @@ def test_classes_do_not_fit_between_stages():
         PISDMCascadePipeline(make_transformer(1), make_scheduler(), make_transformer(2, num_classes=7))
 
 
+def test_class_factors_do_not_fit_between_stages():
+    """The same in a list and in tuples are equal, as JSON makes lists."""
+    factors = [(i % 2, i // 2) for i in range(10)]
+    for other in (None, [(i // 2, i % 2) for i in range(10)]):
+        with raises(ValueError, "`transformer_2` has other `class_factors`", "one cascade"):
+            PISDMCascadePipeline(
+                make_transformer(1, class_factors=other), make_scheduler(), make_transformer(2, class_factors=factors)
+            )
+    stages = [make_transformer(1, class_factors=factors), make_transformer(2, class_factors=[*map(list, factors)])]
+    assert PISDMCascadePipeline.from_stages(stages, make_scheduler()).num_stages == 2
+
+
+def test_model_of_another_class():
+    for other in (AutoencoderKL(), torch.nn.Linear(1, 1)):
+        with raises(ValueError, f"`transformer` is of {type(other)}", "Pass a `PISDMTransformer2DModel`."):
+            PISDMCascadePipeline(other, make_scheduler())
+
+
+def test_no_scheduler():
+    with raises(ValueError, "`scheduler` is None", "Pass `scheduler`."):
+        PISDMCascadePipeline(make_transformer(1), None)
+
+
+# Settings that are saved with the pipeline
+
+
+@pytest.mark.parametrize(
+    ("default", "value", "wanted"),
+    [
+        ("guidance_scale", [1.0], "has 1 values, but this pipeline has 2 stages"),
+        ("guidance_scale", float("nan"), "has to be a finite number"),
+        ("guidance_scale", "4", "has to be a finite number"),
+        ("guidance_scale", [1.0, None], "has to be a finite number"),
+        ("num_inference_steps", [5], "has 1 values, but this pipeline has 2 stages"),
+        ("num_inference_steps", 0, "has to be a positive integer"),
+        ("num_inference_steps", 10**9, "has to be a positive integer up to"),
+        ("noise_level", [], "has 0 values, but this pipeline has 1 higher stage"),
+        ("noise_level", 1.0, "has to be in [0, 1)"),
+        ("noise_level", None, "has to be in [0, 1)"),
+    ],
+)
+def test_default_that_is_wrong(default, value, wanted):
+    """Found when the pipeline is made, not when it draws."""
+    with raises(ValueError, f"`default_{default}` {wanted}"):
+        make_cascade(2, **{f"default_{default}": value})
+
+
+@pytest.mark.parametrize(
+    ("names", "exception", "culprit"),
+    [
+        ({"10": "a"}, ValueError, "'10' as an id"),
+        ({-1: "a"}, ValueError, "-1 as an id"),
+        ({"one": "a"}, ValueError, "'one' as an id"),
+        ({"²": "a"}, ValueError, "'²' as an id"),
+        ({1.0: "a"}, ValueError, "1.0 as an id"),
+        ({True: "a"}, ValueError, "True as an id"),
+        ({1: "a", "1": "b"}, ValueError, "'1' as an id"),
+        (["a"] * 11, ValueError, "10 as an id"),
+        ({1: 5}, TypeError, "names class 1 5, of <class 'int'>"),
+        (["a", None], TypeError, "names class 1 None"),
+        ("cat", TypeError, "but is 'cat'"),
+        ({"a", "b"}, TypeError, "but is {"),
+    ],
+    ids=repr,
+)
+def test_class_names_that_are_wrong(names, exception, culprit):
+    with raises(exception, "`id2label`", culprit):
+        make_cascade(1, id2label=names)
+
+
 def test_autoencoder_does_not_fit():
     with raises(
         ValueError, "`vae` has 4 latent channels (`latent_channels`), but `transformer` has 3", "Pass the auto"
@@ -180,6 +251,14 @@ def test_latents_of_another_dtype(pipe, latents):
 def test_latents_that_are_no_tensor(pipe):
     with raises(TypeError, "`latents` has to be a floating point tensor but is <class 'numpy.ndarray'>. Pass `torch."):
         pipe(1, latents=[np.zeros((1, 3, 8, 8)), None, None])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_latents_that_are_not_finite(pipe, value):
+    latents = torch.randn(1, 3, 16, 16)
+    latents[0, 1, 2, 3] = value
+    with raises(ValueError, "`latents` holds NaN or infinity. Pass `torch.randn((1, 3, 16, 16))`"):
+        pipe(1, latents=[None, latents, None])
 
 
 def test_latents_on_another_device(pipe):
@@ -230,7 +309,7 @@ def test_generators_of_another_number(pipe):
 @pytest.mark.parametrize("name", ["num_inference_steps", "num_images_per_prompt"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "3"])
 def test_count_that_is_no_positive_integer(pipe, name, value):
-    with raises(ValueError, f"`{name}` has to be a positive integer but is {value!r} of type {type(value)}."):
+    with raises(ValueError, f"`{name}` has to be a positive integer", f"but is {value!r} of type {type(value)}."):
         pipe(1, **{name: value})
 
 
@@ -247,13 +326,52 @@ def test_count_that_is_no_positive_integer(pipe, name, value):
         ("noise_level", [0.1, None], "in [0, 1)"),
         ("relay_strength", 0.0, "None or in (0, 1]"),
         ("relay_strength", 1.1, "None or in (0, 1]"),
-        ("num_inference_steps", [3, 0, 3], "a positive integer"),
+        ("num_inference_steps", [3, 0, 3], "a positive integer up to 100000"),
+        ("num_inference_steps", 10**9, "a positive integer up to 100000"),
+        ("eta", 1.5, "in [0, 1]"),
+        ("eta", -0.1, "in [0, 1]"),
+        ("eta", float("nan"), "in [0, 1]"),
+        ("eta", "1", "in [0, 1]"),
     ],
 )
 def test_number_out_of_range(pipe, name, value, wanted):
     culprit = value[1] if isinstance(value, list) else value
     with raises(ValueError, f"`{name}` has to be {wanted} but is {culprit!r} of type"):
         pipe(1, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0.8, 0.2), ([0.0, 0.5, 0.0], [1.0, 0.4, 1.0]), ([0.0, 0.0, 0.7], 0.6)], ids=repr
+)
+def test_guidance_that_stops_before_it_starts(pipe, start, stop):
+    with raises(ValueError, "`guidance_start` is", "`guidance_stop`", "Pass a start", "`guidance_scale=1.0`"):
+        pipe(1, guidance_start=start, guidance_stop=stop)
+
+
+@pytest.mark.parametrize("generator", [3, "0", [3], [None], (torch.Generator(),)], ids=repr)
+def test_generator_that_is_none(pipe, generator):
+    with raises(TypeError, "`generator` has to be a `torch.Generator`, or a list", "Pass `torch.Generator()"):
+        pipe(1, generator=generator)
+
+
+def test_callback_that_is_no_function(pipe):
+    with raises(TypeError, "`callback_on_step_end` has to be a function but is 'print'. Pass one that takes `pipe,"):
+        pipe(1, callback_on_step_end="print")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [lambda pipe, step, timestep: {}, lambda *, pipe: {}, lambda: {}, lambda pipe, step, timestep, tensors, more: {}],
+)
+def test_callback_of_other_arguments(pipe, callback):
+    with raises(TypeError, "`callback_on_step_end` has to take four arguments", "but takes ("):
+        pipe(1, callback_on_step_end=callback)
+
+
+@pytest.mark.parametrize("returned", [None, [], (1,), torch.zeros(1)], ids=repr)
+def test_callback_that_returns_no_dictionary(pipe, returned):
+    with raises(TypeError, "`callback_on_step_end` has to return a dictionary", "returned", "Let it return"):
+        pipe(1, callback_on_step_end=lambda *arguments: returned, num_inference_steps=1)
 
 
 def test_unknown_output_type(pipe):

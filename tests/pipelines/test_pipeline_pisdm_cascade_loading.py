@@ -11,7 +11,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from diffusers_pisdm import PISDMCascadePipeline
+from tests.models.tiny_vae import make_tiny
 from tests.pipelines.tiny_cascade import generators, make_cascade, make_transformer
+from tests.pipelines.tiny_dit import make_dit
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -106,6 +108,34 @@ def test_from_pipe():
     assert other.transformer is pipe.transformer
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_from_pipe_leaves_the_original_its_precision(name):
+    pipe = make_cascade(2)
+    pipe.transformer_2.to(torch.bfloat16)
+    expected = run(pipe)
+    other = PISDMCascadePipeline.from_pipe(pipe, **{name: torch.bfloat16})
+    assert [transformer.dtype for transformer in other.stages] == [torch.bfloat16] * 2
+    assert other.transformer_2 is pipe.transformer_2
+    assert [transformer.dtype for transformer in pipe.stages] == [torch.float32, torch.bfloat16]
+    assert [transformer.dtype for transformer in PISDMCascadePipeline.from_pipe(pipe).stages] == [
+        torch.float32,
+        torch.bfloat16,
+    ]
+    assert np.array_equal(run(pipe), expected)
+
+
+def test_from_pipe_takes_what_another_kind_of_pipeline_has_in_common(folder):
+    dit = make_dit()
+    with pytest.raises(ValueError, match=r"`transformer` is of .*DiTTransformer2DModel.*`PISDMTransformer2DModel`"):
+        PISDMCascadePipeline.from_pipe(dit)
+    pipe = PISDMCascadePipeline.from_pipe(dit, transformer=make_transformer(1, in_channels=4))
+    assert (pipe.vae, pipe.scheduler) == (dit.vae, dit.scheduler)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'id2labels'"):
+        PISDMCascadePipeline.from_pipe(pipe, id2labels=NAMES)
+    pipe = PISDMCascadePipeline.from_pretrained(folder)
+    assert PISDMCascadePipeline.from_pipe(pipe).name_or_path == pipe.name_or_path
+
+
 def test_variant(tmp_path):
     make_cascade(2).to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert (tmp_path / "transformer_2" / "diffusion_pytorch_model.fp16.safetensors").is_file()
@@ -196,6 +226,43 @@ def test_unknown_key_of_a_model(copy, loader):
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_layer": 2}))
     with pytest.raises(ValueError, match=r"`config\.json` of PISDMTransformer2DModel .* unknown keys: num_layer\."):
         loader.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("loader", [PISDMCascadePipeline, DiffusionPipeline])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("id2labels", "id2label"), ("torch_dtyp", "torch_dtype"), ("tranformer_2", "transformer_2")]
+)
+def test_unknown_argument(folder, loader, name, nearest):
+    with pytest.raises(TypeError, match=rf"PISDMCascadePipeline got .*'{name}'\. Did you mean '{nearest}'\?"):
+        loader.from_pretrained(folder, **{name: None})
+
+
+@pytest.mark.parametrize("loader", [PISDMCascadePipeline, DiffusionPipeline])
+def test_class_names_of_another_cascade(copy, loader):
+    path = copy / "model_index.json"
+    names = {str(i): "class" for i in range(11)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": names}))
+    with pytest.raises(ValueError, match=r"`id2label` has '10' as an id, .* 0 to 9 \(`num_classes`\)"):
+        loader.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("value", [10**9, 0, "1000", None])
+def test_absurd_number_of_timesteps(copy, value):
+    path = copy / "scheduler_3" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": value}))
+    with pytest.raises(ValueError, match=rf"`num_train_timesteps` in .*scheduler_3.* 1 to 100000 but is {value!r}\."):
+        PISDMCascadePipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["transformer_2", "vae"])
+def test_weights_that_are_not_finite(tmp_path, name, value):
+    pipe = make_cascade(2, in_channels=4, vae=make_tiny(latent_channels=4))
+    parameter_name, parameter = [*getattr(pipe, name).named_parameters()][-1]
+    parameter.data.view(-1)[-1] = value
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"`{parameter_name}` of .*{name}.* NaN or infinite weights\. Copy"):
+        PISDMCascadePipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "file"), [("", "model_index.json"), ("transformer", "config.json")])

@@ -1,11 +1,12 @@
 """LoRA adapters of a cascade: trained, saved, loaded elsewhere, combined, fused and removed."""
 
 import json
+import logging
 import shutil
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -399,6 +400,26 @@ def test_classes_with_group_offloading(pipe, with_classes, base):
 # What does not fit is refused, and leaves the pipeline as it was
 
 
+STAGES = ("transformer", "transformer_2")
+
+
+def everything(pipe):
+    """All that an adapter may change: weights by name, modules, gradient flags, adapters, configurations."""
+    weights = {f"{name}.{key}": w.clone() for name in STAGES for key, w in getattr(pipe, name).state_dict().items()}
+    modules = [module for transformer in pipe.stages for module in transformer.modules()]
+    flags = [parameter.requires_grad for transformer in pipe.stages for parameter in transformer.parameters()]
+    adapters = [repr(getattr(transformer, "peft_config", None)) for transformer in pipe.stages]
+    scales = [(layer.scaling.copy(), layer.active_adapters) for layer in adapted_layers(pipe.stages)]
+    configs = [dict(transformer.config) for transformer in pipe.stages]
+    return weights, pipe.config.id2label, modules, flags, adapters, scales, configs, pipe.get_list_adapters()
+
+
+def assert_same(found, before):
+    assert list(found[0]) == list(before[0])
+    assert all(torch.equal(found[0][name], weight) for name, weight in before[0].items())
+    assert found[1:] == before[1:]
+
+
 def changed(weights, key, value):
     return {**weights, key: value}
 
@@ -409,7 +430,33 @@ UNFIT = {
         lambda w: changed(w, PROJECTION.replace("_2", "_3"), w[PROJECTION]),
         r"for `transformer_3`, but this pipeline's stages are `transformer`, `transformer_2`\. Load it into",
     ),
-    "other model": (lambda w: {"unet.conv.lora_A.weight": w[PROJECTION]}, r"has weights for `unet`, but"),
+    "not finite": (
+        lambda w: changed(w, PROJECTION, w[PROJECTION] * float("nan")),
+        rf"`{PROJECTION}` does not hold finite numbers\. .*save the adapter again",
+    ),
+    "integers": (
+        lambda w: changed(w, PROJECTION, w[PROJECTION].int()),
+        rf"`{PROJECTION}` does not hold finite numbers",
+    ),
+    "one number": (lambda w: changed(w, PROJECTION, torch.tensor(1.0)), r"shape \(\), but `.*` has in_features=16\."),
+    "no layer": (lambda w: changed(w, "transformer.lora_A.weight", w[PROJECTION]), r"is not a LoRA weight"),
+    "kind of layer": (
+        lambda w: changed(w, "transformer.norm_out.lora_B.weight", torch.zeros(16, 2)),
+        r"cannot be loaded, and the pipeline is as before: Target module",
+    ),
+    "rank": (lambda w: changed(w, PROJECTION, w[PROJECTION][:1]), r"and the pipeline is as before: .*size mismatch"),
+    "numbers of classes": (
+        lambda w: {
+            **w,
+            "transformer.class_embedding.weight": torch.zeros(4, 16),
+            "transformer_2.class_embedding.weight": torch.zeros(5, 16),
+        },
+        r"different numbers of classes: .*4.*5",
+    ),
+    "no classes": (
+        lambda w: {**w, **{f"{name}.class_embedding.weight": torch.zeros(1, 16) for name in STAGES}},
+        r"`transformer\.class_embedding\.weight` has shape \(1, 16\), but .* one for none",
+    ),
     "hidden size": (
         lambda w: changed(w, PROJECTION, torch.zeros(2, 24)),
         rf"`{PROJECTION}` has shape \(2, 24\), but `transformer_blocks\.0\.mixer\.in_proj` has in_features=16\. Load",
@@ -441,16 +488,263 @@ UNFIT = {
 @pytest.mark.parametrize("case", UNFIT)
 def test_unfit_adapters(pipe, trained, base, case):
     change, message = UNFIT[case]
-    with pytest.raises(ValueError, match=message):
+    before = everything(pipe)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         pipe.load_lora_weights(change(load_file(trained[0] / FILE)))
-    assert adapted_layers(pipe.stages) == []
+    assert_same(everything(pipe), before)
     assert torch.equal(run(pipe), base)
+
+
+@pytest.mark.parametrize("hotswap", [False, True])
+def test_a_failed_load_leaves_earlier_adapters(pipe, trained, with_classes, hotswap, monkeypatch):
+    """The second stage fails when the first one and the classes are done."""
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    pipe.load_lora_weights(trained[0], adapter_name="b")
+    pipe.set_adapters(["a", "b"], [0.5, 0.25])
+    before, images = everything(pipe), run(pipe)
+
+    def fail(*arguments, **keywords):
+        type(pipe.transformer_2).load_lora_adapter(pipe.transformer_2, *arguments, **keywords)
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr(pipe.transformer_2, "load_lora_adapter", fail, raising=False)
+    with pytest.raises(ValueError, match="the pipeline is as before: the disk is gone"):
+        pipe.load_lora_weights(with_classes[0], adapter_name="b" if hotswap else "c", hotswap=hotswap)
+    monkeypatch.undo()
+    assert_same(everything(pipe), before)
+    assert torch.equal(run(pipe), images)
+    pipe.delete_adapters(["a", "b"])
+    pipe.load_lora_weights(with_classes[0])
+    torch.testing.assert_close(run(pipe, NEW_NAMES[:2]), with_classes[1])
+
+
+def test_foreign_weights_are_warned_of(pipe, trained, base, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    weights = load_file(trained[0] / FILE)
+    foreign = {"lora_foo": torch.zeros(1), "unet.conv.lora_A.weight": torch.zeros(2, 3)}
+    pipe.load_lora_weights(foreign)
+    assert "No LoRA keys associated to PISDMTransformer2DModel" in caplog.text
+    assert torch.equal(run(pipe), base)
+    pipe.load_lora_weights({**weights, **foreign, f"{PROJECTION}.cats": torch.zeros(1)})
+    assert "weights for `lora_foo`, `unet`, which no cascade has: they are ignored" in caplog.text
+    assert "unexpected keys" in caplog.text and ".cats" in caplog.text
+    pipe.set_adapters("default_0", 2.0)
+    torch.testing.assert_close(run(pipe), trained[1])
+
+
+# Metadata that is damaged or dangerous
+
+
+def resaved(source, target, change):
+    """Copies an adapter's file with other metadata: `change` gets and returns the dictionary, or text."""
+    with safe_open(source / FILE, "pt") as file:
+        metadata = change(json.loads(file.metadata()["lora_adapter_metadata"]))
+    metadata = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    save_file(load_file(source / FILE), target / FILE, metadata={"lora_adapter_metadata": metadata})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("target_modules", r"(\w+\.?)+(\w+\.?)+(\w+\.?)+!"),
+        ("target_modules", ["in_proj", "(a+)+$"]),
+        ("target_modules", [["in_proj"]]),
+        ("target_modules", 5),
+        ("target_modules", [f"layer_{i}" for i in range(5000)]),
+        ("rank_pattern", {"(.*)*x": 2}),
+        ("rank_pattern", {"in_proj": 0}),
+        ("rank_pattern", {"in_proj": "2"}),
+        ("rank_pattern", ["in_proj"]),
+        ("rank_pattern", {"in_proj": 3}),
+        ("alpha_pattern", {"(.*)*x": 2}),
+        ("alpha_pattern", {"in_proj": float("inf")}),
+        ("r", 0),
+        ("r", "2"),
+        ("r", 3),
+        ("r", 10**9),
+        ("r", None),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", [4]),
+        ("lora_alpha", None),
+        ("use_dora", "yes"),
+        ("use_rslora", 1),
+        ("lora_dropout", 2.0),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", ["gaussian"]),
+        ("kasa_config", {"beta": 1e-4}),
+        ("peft_type", "LOHA"),
+        ("target_parameters", ["a"]),
+        ("modules_to_save", ["norm_out"]),
+        ("layer_replication", [[0, 2]]),
+        ("megatron_config", {"a": 1}),
+        ("bias", "all"),
+    ],
+)
+def test_configurations_that_are_not_plain_are_refused(pipe, trained, tmp_path, option, value):
+    folder = resaved(trained[0], tmp_path, lambda metadata: {**metadata, f"transformer_2.{option}": value})
+    before = everything(pipe)
+    with pytest.raises(ValueError, match=rf"`transformer_2\.({option}|transformer_blocks.*rank)"):
+        pipe.load_lora_weights(folder)
+    assert_same(everything(pipe), before)
+
+
+@pytest.mark.parametrize("option", ["r", "lora_alpha"])
+def test_metadata_without_what_is_needed(pipe, trained, tmp_path, option):
+    folder = resaved(
+        trained[0], tmp_path, lambda metadata: {k: v for k, v in metadata.items() if k != f"transformer.{option}"}
+    )
+    with pytest.raises(ValueError, match=rf"no `transformer\.{option}`\. The file is damaged"):
+        pipe.load_lora_weights(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "[" * 100_000, '"a"'], ids=lambda text: text[:5])
+def test_metadata_that_is_no_dictionary(pipe, trained, tmp_path, text):
+    with pytest.raises(OSError, match=rf"Unable to load LoRA weights from .*{FILE}: .*truncated or corrupt; copy it"):
+        pipe.load_lora_weights(resaved(trained[0], tmp_path, lambda metadata: text))
+
+
+@pytest.mark.parametrize("names", [{"7": "a"}, {"x": "a"}, {"0": 1}, "abc", 5])
+def test_class_names_that_are_wrong(pipe, with_classes, tmp_path, names):
+    folder = resaved(with_classes[0], tmp_path, lambda metadata: {**metadata, "pipeline.id2label": names})
+    before = everything(pipe)
+    with pytest.raises(ValueError, match=r"class names are wrong: `id2label`.*The file is damaged"):
+        pipe.load_lora_weights(folder)
+    assert_same(everything(pipe), before)
+
+
+def test_what_makes_no_difference_is_not_read(pipe, trained, tmp_path):
+    changes = {"task_type": "x", "layers_pattern": "(a+)+$", "exclude_modules": "(.*)*x", "init_lora_weights": "eva"}
+    changes = {f"transformer.{name}": value for name, value in {**changes, "of_a_later_peft": {"a": 1}}.items()}
+    pipe.load_lora_weights(resaved(trained[0], tmp_path, lambda metadata: {**metadata, **changes}))
+    torch.testing.assert_close(run(pipe), trained[1])
+
+
+# Saved pipelines
+
+
+@pytest.mark.filterwarnings("ignore:.*merge:UserWarning:peft")
+@pytest.mark.parametrize("state", ["loaded", "two", "one deleted", "deleted", "unloaded", "fused"])
+def test_a_pipeline_with_adapters_is_saved_without_them(
+    pipe, with_classes, trained, upper, base, tmp_path, state, caplog, monkeypatch
+):
+    pipe.load_lora_weights(with_classes[0], adapter_name="a")
+    if state in ("two", "one deleted"):
+        pipe.load_lora_weights(upper[0], adapter_name="b")
+    if state in ("deleted", "one deleted"):
+        pipe.delete_adapters("a")
+    if state == "unloaded":
+        pipe.unload_lora_weights()
+    if state == "fused":
+        pipe.fuse_lora()
+    labels = NEW_NAMES[:2] if state in ("loaded", "two", "fused") else (1, 2)
+    before, images = everything(pipe), run(pipe, labels)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(run(pipe, labels), images)
+    assert_same(everything(pipe)[:2], before[:2])
+    assert ("without its LoRA adapters" in caplog.text) == (state not in ("deleted", "unloaded"))
+    loaded = PISDMCascadePipeline.from_pretrained(tmp_path)
+    if state == "fused":
+        torch.testing.assert_close(run(loaded, labels), with_classes[1], atol=1e-4, rtol=1e-4)
+    else:
+        assert torch.equal(run(loaded), base)
+        assert loaded.config.id2label == dict(enumerate(OLD_NAMES))
+
+
+# As diffusers' trainers call it
+
+
+def layers_of(pipe):
+    """What trainers pass: each stage's weights and configuration."""
+    names = [name for name in STAGES if getattr(pipe, name) is not None]
+    layers = {f"{name}_lora_layers": get_peft_model_state_dict(getattr(pipe, name)) for name in names}
+    configs = {f"{name}_lora_adapter_metadata": getattr(pipe, name).peft_config["default"].to_dict() for name in names}
+    return layers, configs
+
+
+def assert_same_files(folder, other):
+    contents = []
+    for path in (folder / FILE, other / FILE):
+        with safe_open(path, "pt") as file:
+            contents.append((file.metadata(), {key: file.get_tensor(key).tolist() for key in file.keys()}))
+    assert contents[0] == contents[1]
+
+
+def test_saved_by_the_class(pipe, trained, tmp_path):
+    made = make_trained()
+    layers, configs = layers_of(made)
+    PISDMCascadePipeline.save_lora_weights(tmp_path / "all", **layers, **configs)
+    assert_same_files(tmp_path / "all", trained[0])
+    made.save_lora_weights(tmp_path / "instance", **layers, **configs, weight_name=None, safe_serialization=True)
+    assert_same_files(tmp_path / "instance", trained[0])
+    assert [path.name for path in (tmp_path / "all").iterdir()] == [FILE]
+
+    first = layers["transformer_lora_layers"]
+    PISDMCascadePipeline.save_lora_weights(tmp_path / "first", first, weight_name="first.safetensors")
+    pipe.load_lora_weights(tmp_path / "first", weight_name="first.safetensors")
+    assert list(pipe.get_list_adapters()) == ["transformer"]
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 2  # without metadata: the rank
+
+    PISDMCascadePipeline.save_lora_weights(tmp_path / "other", first, is_main_process=False)
+    assert not (tmp_path / "other").exists()
+    written = []
+    PISDMCascadePipeline.save_lora_weights(
+        tmp_path, first, save_function=lambda weights, path: written.extend(weights) or save_file(weights, path)
+    )
+    assert written == [f"transformer.{key}" for key in first]
+
+
+def test_saving_by_the_class_what_there_is_not(tmp_path):
+    layers = {"norm_out.lora_A.weight": torch.zeros(1, 1)}
+    save = PISDMCascadePipeline.save_lora_weights
+    with pytest.raises(ValueError, match=r"at least one of `transformer_lora_layers`, .*`pipe\.save_lora_weights"):
+        save(tmp_path)
+    with pytest.raises(ValueError, match=r"`safe_serialization=False` asks for a pickle"):
+        save(tmp_path, layers, safe_serialization=False)
+    with pytest.raises(TypeError, match=r"`transformer_lora_layers` has to hold weights .*'a'.*`adapter_name`"):
+        save(tmp_path, "a")
+    with pytest.raises(ValueError, match=r"`adapter_name` and .* pass no layers"):
+        save(tmp_path, layers, adapter_name="a")
+    with pytest.raises(TypeError, match="unet_lora_layers"):
+        save(tmp_path, unet_lora_layers=layers)
+
+
+def test_loaded_with_diffusers_options(pipe, trained):
+    pipe.load_lora_weights(trained[0], low_cpu_mem_usage=True, use_safetensors=True)
+    torch.testing.assert_close(run(pipe), trained[1])
+    with pytest.raises(ValueError, match=r"`use_safetensors=False` asks for a pickle"):
+        pipe.load_lora_weights(trained[0], use_safetensors=False)
+
+
+def test_scale_of_one_call(pipe, trained, upper, base):
+    pipe.load_lora_weights(trained[0], adapter_name="a")
+    pipe.set_adapters("a", 0.5)
+    half = run(pipe)
+    torch.testing.assert_close(run(pipe, attention_kwargs={"scale": 2.0}), trained[1])
+    torch.testing.assert_close(run(pipe, attention_kwargs={"scale": 0.0}), base)
+    for kwargs in ({"scale": 1.0}, {}, None):
+        assert torch.equal(run(pipe, attention_kwargs=kwargs), half)
+    with pytest.raises(RuntimeError, match="stop"):
+        run(pipe, attention_kwargs={"scale": 0.0}, callback_on_step_end=stop)
+    assert torch.equal(run(pipe), half)
+    with pytest.raises(ValueError, match=r"`attention_kwargs` has \['scal'\], .*only `\{\"scale\": \.\.\.\}`"):
+        run(pipe, attention_kwargs={"scal": 1.0})
+    with pytest.raises(ValueError, match=r"`attention_kwargs\['scale'\]` has to be a finite number but is 'x'"):
+        run(pipe, attention_kwargs={"scale": "x"})
+
+
+def stop(pipe, step, timestep, tensors):
+    raise RuntimeError("stop")
 
 
 def test_a_failure_in_a_later_stage_undoes_the_ones_before(pipe, with_classes, base):
     weights = load_file(with_classes[0] / FILE)
     weights[PROJECTION] = weights[PROJECTION][:1]  # rank 1 of one matrix, 2 of the other
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"(?s)pipeline is as before: .*size mismatch"):
         pipe.load_lora_weights(weights, adapter_name="a")
     assert not any(pipe.get_list_adapters().values())
     assert pipe.config.id2label == dict(enumerate(OLD_NAMES))

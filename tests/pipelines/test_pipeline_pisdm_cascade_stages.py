@@ -1,5 +1,7 @@
 """Four stages, each with its own value of every argument: what the models are called with, by the formulas."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,7 +212,7 @@ def test_what_a_callback_makes_of_the_condition_lasts_for_its_stage():
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_an_interrupted_run_ends_with_the_running_stages_image(step):
+def test_an_interrupted_run_ends_with_the_running_stages_image(step, caplog, monkeypatch):
     """Two steps per stage, the second of which diffuses residuals: before its last step, latents are such."""
     stages = [make_transformer(1), make_transformer(2, residual_scale=RESIDUAL_SCALE), make_transformer(3)]
     pipe = PISDMCascadePipeline.from_stages(stages, make_schedulers()[2])
@@ -223,7 +225,11 @@ def test_an_interrupted_run_ends_with_the_running_stages_image(step):
         return {}
 
     arguments = {"num_inference_steps": 2, "generator": generators(0), "output_type": "latent", "output_stages": True}
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     output = pipe(1, callback_on_step_end=interrupt, **arguments)
+    side = (8, 16, 32)[step // 2]
+    said = f"interrupted in stage {step // 2 + 1} of 3: its images are that stage's, of {side}x{side} pixels"
+    assert [said in record.getMessage() for record in caplog.records] == ([True] if step < 4 else [])
     whole = pipe(1, **{**arguments, "generator": generators(0)}).stage_images
     assert len(seen) == step + 1
     assert len(output.stage_images) == step // 2 + 1

@@ -19,6 +19,7 @@ from .autograd import register_conv_autograd
 CHANNELS = 64  # per program and tile
 STEPS = 16  # per tile
 BACKWARD_STEPS = 16  # per tile in the backward, which holds 2 * taps - 1 tiles
+MAX_CHUNKS = 65_535  # CUDA's limit on the second axis of a launch
 # A backward program adds several tiles to one partial sum as long as this many programs remain.
 WANTED_PROGRAMS = 2048
 
@@ -32,9 +33,12 @@ def _kernels():
 
 
 def split_steps(batch: int, blocks: int, length: int, tile: int, programs: int) -> tuple[int, int]:
-    """The number of chunks per sequence, at most `programs`, and the steps per chunk, a multiple of `tile`."""
+    """
+    The number of chunks per sequence, with about as many `programs` at most, and the steps per chunk, a multiple of
+    `tile`.
+    """
     tiles = ceil_div(length, tile)
-    steps = tile * max(1, tiles * batch * blocks // programs)
+    steps = tile * max(1, tiles * batch * blocks // programs, ceil_div(tiles, MAX_CHUNKS))
     return ceil_div(length, steps), steps
 
 
@@ -55,9 +59,9 @@ def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, acti
     check_device(x, _kernels().conv_forward_kernel)
     x = adjacent_channels(x)
     tensors = (x, weight.t().contiguous(), None if bias is None else bias.contiguous(), out)
-    chunks = ceil_div(x.shape[2], STEPS)
+    split = split_steps(1, 1, x.shape[2], STEPS, programs=x.shape[2])  # a tile each, unless there are too many
     constants = {"SILU": activation == "silu", "STEPS": STEPS}
-    _start(_kernels().conv_forward_kernel, chunks, STEPS, x, tensors, strides_of(x), weight.shape[1], **constants)
+    _start(_kernels().conv_forward_kernel, *split, x, tensors, strides_of(x), weight.shape[1], **constants)
     return out
 
 

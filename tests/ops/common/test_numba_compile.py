@@ -10,6 +10,9 @@ from diffusers_pisdm import ops
 
 pytest.importorskip("numba")
 
+from diffusers_pisdm.ops.common import numba_compile
+
+
 COMMON = Path(ops.__file__).parent / "common"
 # A package whose kernel inlines a function of another folder: what Numba's own cache would not see change.
 HELPER = """
@@ -75,6 +78,39 @@ def test_cache_is_used_and_never_stale(package):
     for file in package.rglob("*.nbc"):
         file.write_bytes(file.read_bytes()[:100])  # a full disk, say
     assert run_probe(package) == (2.0, 1)
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_damaged_cache_is_compiled_anew_and_replaced(package, suffix):
+    assert run_probe(package) == (1.0, 1)
+    (path,) = package.rglob(f"*.{suffix}")
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    for i in range(len(whole) // 4, len(whole), 64):  # machine code of another processor, say
+        damaged[i] ^= 0xFF
+    path.write_bytes(damaged)
+    assert run_probe(package) == (1.0, 1)
+    assert path.read_bytes() != damaged
+    assert run_probe(package) == (1.0, 0)
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    """An unpickled entry is code that runs: nothing is unpickled before its digest."""
+    files = numba_compile._CheckedFiles(str(tmp_path), "kernel", "stamp")
+    files.save("key", ("code", b"of a kernel"))
+    assert files.load("key") == ("code", b"of a kernel")
+    for path in tmp_path.iterdir():
+        whole = path.read_bytes()
+        for i in range(8 * len(whole)):
+            flipped = bytearray(whole)
+            flipped[i // 8] ^= 1 << i % 8
+            path.write_bytes(flipped)
+            assert files.load("key") is None
+        for damaged in (b"", whole[:-1], whole[:10], bytes(len(whole)), whole + b"0"):
+            path.write_bytes(damaged)
+            assert files.load("key") is None
+        path.write_bytes(whole)
+    assert files.load("key") == ("code", b"of a kernel")
 
 
 def test_works_without_a_cache(package):

@@ -27,6 +27,27 @@ def test_chunks_cover_the_sequence_and_follow_the_programs():
     assert split_steps(2, 5, 16 * 40, 16, 100) == (10, 64)
 
 
+@pytest.mark.parametrize("length", [16 * 65_535, 16 * 65_535 + 1, 10**7, 2**31])
+def test_chunks_fit_a_launch_whatever_the_length(length):
+    for programs in (2048, length):
+        chunks, steps = split_steps(1, 1, length, 16, programs)
+        assert chunks <= 65_535 and steps % 16 == 0 and (chunks - 1) * steps < length <= chunks * steps
+
+
+def test_a_sequence_longer_than_a_launch_equals_its_definition(monkeypatch):
+    monkeypatch.setattr(conv_module, "MAX_CHUNKS", 3)
+    tensors = make_inputs(2, 70, 16 * 7 + 5, 3)
+    wanted, wanted_gradients = run(convolve_by_definition, tensors, "silu", torch.float64)
+    grids, start = [], conv_module._start
+    monkeypatch.setattr(
+        conv_module, "_start", lambda *arguments, **kw: grids.append(arguments[1]) or start(*arguments, **kw)
+    )
+    out, gradients = run(causal_conv_triton, tensors, "silu", torch.float32, DEVICE)
+    assert grids == [3, 3]
+    assert relative_error(out, wanted) <= 1e-6
+    assert all(relative_error(*pair) <= 5e-6 for pair in zip(gradients, wanted_gradients))
+
+
 @pytest.mark.parametrize("taps", [1, 4])
 def test_a_program_of_the_backward_walks_several_tiles(taps, monkeypatch):
     monkeypatch.setattr(conv_module, "WANTED_PROGRAMS", 2)

@@ -1,0 +1,63 @@
+"""Classes of a pipeline by id and by name, in all the forms that users give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+
+
+ClassLabels = int | str | Sequence | np.ndarray | torch.Tensor  # sequences may be nested, as in DiTPipeline
+
+
+def flatten_labels(labels: ClassLabels) -> Iterator[Any]:
+    """Yields the labels of nested sequences, arrays and tensors one by one."""
+    if isinstance(labels, (torch.Tensor, np.ndarray)):
+        labels = labels.tolist()
+    if isinstance(labels, Sequence) and not isinstance(labels, (str, bytes)):
+        for label in labels:
+            yield from flatten_labels(label)
+    else:
+        yield labels
+
+
+def ids_by_name(id2label: dict[int, str] | None) -> dict[str, list[int]]:
+    """The ids of the classes with each name, in full or one of its comma-separated synonyms."""
+    ids: dict[str, list[int]] = {}
+    for class_id, label in (id2label or {}).items():
+        for name in {label, *(synonym.strip() for synonym in label.split(","))}:
+            ids.setdefault(name, []).append(class_id)
+    return ids
+
+
+def check_id2label(id2label: dict | Sequence | None, num_classes: int) -> dict[int, str] | None:
+    """
+    Returns class names by id, from a dictionary (whose ids JSON may have made strings) or a list in order of ids.
+    Raises a TypeError or ValueError unless ids are in `0..num_classes - 1` and names are text.
+    """
+    if id2label is None:
+        return None
+    if isinstance(id2label, (list, tuple)):
+        id2label = dict(enumerate(id2label))
+    if not isinstance(id2label, dict):
+        raise TypeError(
+            f"`id2label` has to be a dictionary of class names by id, or a list, but is {id2label!r:.100}."
+        )
+    names = {}
+    for key, name in id2label.items():
+        is_id = isinstance(key, Integral) and not isinstance(key, bool)
+        is_id = is_id or (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10)
+        if not is_id or not 0 <= int(key) < num_classes or int(key) in names:
+            raise ValueError(
+                f"`id2label` has {key!r:.100} as an id, but ids have to be the integers 0 to {num_classes - 1}"
+                " (`num_classes`), each at most once."
+            )
+        if not isinstance(name, str):
+            raise TypeError(
+                f"`id2label` names class {key} {name!r:.100}, of {type(name)}, but names have to be `str`."
+            )
+        names[int(key)] = name
+    return names

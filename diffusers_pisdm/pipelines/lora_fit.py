@@ -1,0 +1,211 @@
+"""What an adapter's file has to hold: read and checked in full before anything of the pipeline is changed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from ..models.transformer_pisdm import SIZE_RANGES, PISDMTransformer2DModel
+from .class_names import check_id2label
+
+
+CLASS_EMBEDDING = "class_embedding.weight"
+PIPELINE = "pipeline"  # what the metadata says of no stage
+_REMEDY = "Load it into the cascade that it was trained for, with all stages."
+_DAMAGED = "The file is damaged, or of another kind: save the adapter again with `save_lora_weights`."
+
+
+def _is_name(value: Any) -> bool:
+    # PEFT takes names for regular expressions, which may take forever. A caret marks a whole name.
+    return isinstance(value, str) and re.fullmatch(r"\^?[\w.-]{1,200}", value, re.ASCII) is not None
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _by_name(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda pattern: (
+        isinstance(pattern, dict) and all(map(_is_name, pattern)) and all(map(is_value, pattern.values()))
+    )
+
+
+# What is read of PEFT's configuration, and what it has to be: in words, and as a test.
+_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a positive integer", _is_rank),
+    "lora_alpha": ("a finite number", _is_number),
+    "rank_pattern": ("positive integers by layer", _by_name(_is_rank)),
+    "alpha_pattern": ("finite numbers by layer", _by_name(_is_number)),
+    "target_modules": (
+        "plain names of layers",
+        lambda value: all(map(_is_name, value)) if isinstance(value, list) else _is_name(value),
+    ),
+    "use_rslora": ("True or False", _is_flag),
+    "use_dora": ("True or False", _is_flag),
+    "lora_bias": ("True or False", _is_flag),
+    "lora_dropout": ("in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
+    # Other ways to initialize an adapter change the weights that it adapts.
+    "init_lora_weights": (
+        "one that leaves the model's weights alone",
+        lambda value: isinstance(value, (bool, str)) and value in (True, False, "gaussian", "orthogonal", "eva"),
+    ),
+}
+_REQUIRED = ("r", "lora_alpha")
+# What makes no difference to an adapter whose weights say which layers it adapts.
+_IRRELEVANT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "megatron_core",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+)
+
+
+def split_by_component(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Splits `transformer_2.transformer_blocks.0...` into what belongs to `transformer_2` and the rest."""
+    components: dict[str, dict[str, Any]] = {}
+    for key in sorted(values):
+        component, _, rest = key.partition(".")
+        components.setdefault(component, {})[rest] = values[key]
+    return components
+
+
+def quote(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def check_adapter_fits(
+    weights: dict[str, dict[str, torch.Tensor]], transformers: dict[str, PISDMTransformer2DModel]
+) -> None:
+    """Raises a `ValueError` unless every weight, by stage and layer, has its place in the cascade."""
+    absent = [name for name in weights if name not in transformers]
+    if absent:
+        raise ValueError(
+            f"The adapter has weights for {quote(absent)}, but this pipeline's stages are {quote(transformers)}."
+            f" {_REMEDY}"
+        )
+    if not any(".lora_" in key for layers in weights.values() for key in layers):
+        raise ValueError("The adapter has no LoRA weights. Pass one written by `save_lora_weights`.")
+    for name, layers in weights.items():
+        for key, weight in layers.items():
+            if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or not weight.isfinite().all():
+                raise ValueError(f"The adapter's `{name}.{key}` does not hold finite numbers. {_DAMAGED}")
+            if key == CLASS_EMBEDDING:
+                _check_embedding(name, transformers[name], weight)
+            else:
+                _check_layer(name, transformers[name], key, weight)
+    sizes = {name: len(layers[CLASS_EMBEDDING]) for name, layers in weights.items() if CLASS_EMBEDDING in layers}
+    without = [name for name in transformers if name not in sizes]
+    if sizes and without:
+        raise ValueError(
+            f"The adapter brings its own classes, but not for {quote(without)}, and all stages need the same classes."
+            f" Load the pipeline without this stage (`{without[0]}=None`), or an adapter that was saved with it."
+        )
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"The adapter's stages have different numbers of classes: {sizes}. {_DAMAGED}")
+
+
+def _check_embedding(name: str, transformer: PISDMTransformer2DModel, weight: torch.Tensor) -> None:
+    width, (least, most) = transformer.config.hidden_size, SIZE_RANGES["num_classes"]
+    if weight.ndim != 2 or weight.shape[1] != width or not least < len(weight) <= most + 1:
+        raise ValueError(
+            f"The adapter's `{name}.{CLASS_EMBEDDING}` has shape {tuple(weight.shape)}, but `{name}` needs rows of"
+            f" {width} (`hidden_size`), one for each class and one for none. {_REMEDY}"
+        )
+
+
+def _check_layer(name: str, transformer: PISDMTransformer2DModel, key: str, weight: torch.Tensor) -> None:
+    path, lora, matrix = key.partition(".lora_")
+    if not lora:
+        raise ValueError(
+            f"`{name}.{key}` is not a LoRA weight. Keys have to look like `{name}.<layer>.lora_A.weight`: convert"
+            " other formats first."
+        )
+    try:
+        layer = transformer.get_submodule(path) if path else None
+    except AttributeError:
+        layer = None
+    if layer is None:
+        raise ValueError(f"The adapter adapts `{path}` of `{name}`, which has no such layer. {_REMEDY}")
+    dim, size = {"A.weight": (1, "in_features"), "B.weight": (0, "out_features")}.get(matrix, (None, ""))
+    expected = getattr(layer, size, None)  # PEFT checks layers other than linear ones
+    if expected is not None and (weight.ndim != 2 or weight.shape[dim] != expected):
+        raise ValueError(
+            f"The adapter's `{name}.{key}` has shape {tuple(weight.shape)}, but `{path}` has"
+            f" {size}={expected}. {_REMEDY}"
+        )
+
+
+def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """
+    The arguments of a stage's `LoraConfig`, from the file's metadata. Raises a `ValueError` if one is of a wrong type,
+    does not fit the weights, or is of a kind of adapter that is more than its weights.
+    """
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+    defaults, config = LoraConfig().to_dict(), {}
+    for key, value in metadata.items():
+        if key in _OPTIONS:
+            wanted, is_valid = _OPTIONS[key]
+            if not is_valid(value) and (value is not None or key in _REQUIRED):
+                raise ValueError(f"The adapter's `{name}.{key}` has to be {wanted} but is {value!r:.100}. {_DAMAGED}")
+            config[key] = defaults[key] if value is None else value
+        elif value and key in defaults and key not in _IRRELEVANT and value != defaults[key]:
+            raise ValueError(
+                f"The adapter is of a kind that cannot be loaded: its metadata has `{name}.{key}={value!r:.100}`."
+                " Pass a plain LoRA or DoRA adapter, such as one written by `save_lora_weights`."
+            )
+    absent = [key for key in _REQUIRED if key not in config]
+    if absent:
+        raise ValueError(f"The adapter's metadata has no `{name}.{absent[0]}`. {_DAMAGED}")
+    config.pop("init_lora_weights", None)  # the weights follow
+    paths = {key.partition(".lora_")[0] for key in layers}
+    for key in ("rank_pattern", "alpha_pattern", "target_modules"):
+        if len(config.get(key, ())) > 200 + len(paths):  # PEFT tries all on every layer
+            raise ValueError(f"The adapter's `{name}.{key}` names {len(config[key])} layers, but it has {len(paths)}.")
+    ranks = config.get("rank_pattern", {})
+    for path in sorted(paths):
+        rank = ranks.get(get_pattern_key(ranks, path), config["r"])
+        found = {weight.shape[:2][dim : dim + 1] for weight, dim in _matrices(path, layers)}
+        if found != {(rank,)}:
+            raise ValueError(
+                f"The adapter's `{name}.{path}` has matrices of rank {sorted(found)}, but its metadata says {rank}."
+                f" {_DAMAGED}"
+            )
+    return config
+
+
+def _matrices(path: str, layers: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
+    # With the axis that is as long as the rank. A layer of embeddings has parameters instead of modules.
+    names = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+    return [(layers[f"{path}.{name}"], dim) for name, dim in names.items() if f"{path}.{name}" in layers]
+
+
+def read_id2label(metadata: dict[str, Any], num_classes: int) -> dict[int, str] | None:
+    """The names of the classes that an adapter brings; raises a `ValueError` if they are not such."""
+    try:
+        return check_id2label(metadata.get("id2label"), num_classes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The adapter's class names are wrong: {error} {_DAMAGED}") from error
