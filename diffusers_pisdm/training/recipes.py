@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from diffusers import DDPMScheduler
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
+from ..pipelines.saved_files import MAX_TIMESTEPS
 from ..utils.arguments import Bounds, bounded
 from ..utils.files import write_whole
 from .checkpoints import CheckpointError
@@ -26,7 +27,6 @@ from .checkpoints import CheckpointError
 
 T = TypeVar("T")
 
-MAX_TIMESTEPS = 100_000
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, CheckpointError)  # whose message is enough
 
 
