@@ -46,6 +46,10 @@ TESTS = {
         "models/test_transformer_pisdm_memory.py",
         "models/test_transformer_pisdm_loading.py",
     ],
+    "schedulers.py": [
+        "test_schedulers.py",
+        "pipelines/test_pipeline_pisdm_cascade_schedulers.py",
+    ],
     "ops/scan_paths.py": ["ops/test_scan_paths.py"],
     "ops/conditioning_augmentation.py": ["ops/test_conditioning_augmentation.py"],
     "training/cascade_objective.py": ["training/test_cascade_objective.py"],
