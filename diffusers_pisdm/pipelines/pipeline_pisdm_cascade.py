@@ -163,7 +163,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             default_num_inference_steps=_first_values(default_num_inference_steps, self.num_stages),
             default_noise_level=_first_values(default_noise_level, self.num_stages - 1),
         )
-        self.image_processor = VaeImageProcessor(do_resize=False)
+        self.image_processor = VaeImageProcessor()
         self.check_stages()
 
     @classmethod
