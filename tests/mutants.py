@@ -66,6 +66,7 @@ TESTS = {
         "pipelines/test_pipeline_pisdm_cascade_inputs.py",
         "pipelines/test_pipeline_pisdm_cascade_guidance.py",
         "pipelines/test_pipeline_pisdm_cascade_loading.py",
+        "models/test_latents.py",
     ],
 }
 LEFT_OUT = ("compiled", "export", "lora", "two_processes_give", "lowers")  # tests of these words are slow

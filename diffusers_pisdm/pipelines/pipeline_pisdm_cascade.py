@@ -330,7 +330,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             )
         if not ids:
             known = itertools.chain.from_iterable(names_by_id.values())
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(name, known, cutoff=0.0)[0]
             raise ValueError(
                 f"`class_labels` contains {name!r}, which is not a class of this pipeline. Did you mean {nearest!r}?"
             )

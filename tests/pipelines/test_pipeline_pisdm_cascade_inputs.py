@@ -41,9 +41,10 @@ def test_label_out_of_range(pipe, label):
         pipe(label)
 
 
-def test_unknown_name(pipe):
-    with raises(ValueError, "`class_labels` contains 'dgo'", "Did you mean 'dog'?"):
-        pipe("dgo")
+@pytest.mark.parametrize(("name", "nearest"), [("dgo", "dog"), ("carnes", "crane"), ("quiet zebra", "crane")])
+def test_unknown_name(pipe, name, nearest):
+    with raises(ValueError, f"`class_labels` contains {name!r}", f"Did you mean {nearest!r}?"):
+        pipe(name)
 
 
 def test_name_of_two_classes(pipe):
