@@ -528,7 +528,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         set_timesteps(scheduler, num_inference_steps, timesteps, sigmas)
         start = 0 if relay_strength is None else relay_start(scheduler, relay_strength)
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(start)  # instead of searching for the first timestep
+            scheduler.set_begin_index(start)  # a search would take the second of two equal timesteps
         return scheduler.timesteps[start:]
 
     def check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -88,9 +88,12 @@ def test_size_that_leaves_a_fraction_of_a_patch(pipe, name, value, nearest):
         pipe(1, **{name: value})
 
 
-@pytest.mark.parametrize("value", [0, -8, 32.0, True])
-def test_size_that_is_no_positive_integer(pipe, value):
-    with raises(ValueError, "`height` has to be divisible by 8,", f"but is {value}. Pass `height="):
+@pytest.mark.parametrize(
+    ("value", "nearest"), [(0, 8), (-8, 8), (16.0, 16), (True, 8), ("16", 32), ([16, 16], 32)], ids=repr
+)
+def test_size_that_is_no_positive_integer(pipe, value, nearest):
+    """For what is no number, the default size is proposed."""
+    with raises(ValueError, "`height` has to be divisible by 8,", f"but is {value}. Pass `height={nearest}`."):
         pipe(1, height=value)
 
 
