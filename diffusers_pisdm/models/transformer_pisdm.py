@@ -76,10 +76,11 @@ def sincos_position_embedding(
     Fixed 2-D sine-cosine position embeddings (height * width, dim), float32. A grid of any size spans the range of the
     `base_size x base_size` grid the model is trained on, so positions interpolate.
     """
-    frequencies = torch.exp(torch.arange(dim // 4, device=device) * (-math.log(10000.0) / (dim // 4)))  # (D/4,)
+    options = {"dtype": torch.float32, "device": device}
+    frequencies = torch.exp(torch.arange(dim // 4, **options) * (-math.log(10000.0) / (dim // 4)))  # (D/4,)
 
     def along(length: int) -> torch.Tensor:
-        centres = (torch.arange(length, device=device) + 0.5) * (base_size / length) - 0.5  # (length,)
+        centres = (torch.arange(length, **options) + 0.5) * (base_size / length) - 0.5  # (length,)
         angles = centres[:, None] * frequencies  # (length, D/4)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (length, D/2)
 

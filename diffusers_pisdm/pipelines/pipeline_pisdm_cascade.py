@@ -568,7 +568,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         upsampled = upsample_low_res(latents, stage.shape[2:], stage.residual_scale)  # (B, C, H, W)
         # Noise is drawn even for level 0, so that only the level differs between levels.
         noise = self._draw_noise(stage, generator)
-        level = torch.full((1,), stage.noise_level, device=noise.device)
+        level = torch.full((1,), stage.noise_level, dtype=noise.dtype, device=noise.device)
         return upsampled, augment_low_res(upsampled, noise, level)
 
     def prepare_latents(

@@ -373,6 +373,17 @@ def test_half_precision(dtype):
     assert run(pipe, output_type="pt").images.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_precision_changes_nothing(shared_pipe, dtype):
+    expected = run(shared_pipe, output_type="latent").images
+    torch.set_default_dtype(dtype)
+    try:
+        latents = run(shared_pipe, output_type="latent").images
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(latents, expected)
+
+
 def test_stages_may_differ_in_precision():
     pipe = make_cascade(2)
     pipe.transformer_2.to(torch.bfloat16)
