@@ -872,7 +872,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
 def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
     # A stage that is explicitly None also removes those above it: they would have no condition.
-    dropped = [i for i, name in enumerate(TRANSFORMERS) if i > 0 and name in kwargs and kwargs[name] is None]
+    dropped = [i for i, name in enumerate(TRANSFORMERS) if name in kwargs and kwargs[name] is None]
     if not dropped:
         return kwargs
     names = TRANSFORMERS[dropped[0] :] + SCHEDULERS[dropped[0] :]
