@@ -243,6 +243,7 @@ def test_count_that_is_no_positive_integer(pipe, name, value):
     [
         ("guidance_scale", float("nan"), "a finite number"),
         ("guidance_scale", "4", "a finite number"),
+        ("guidance_scale", True, "a finite number"),
         ("guidance_start", -0.1, "in [0, 1]"),
         ("guidance_stop", 1.5, "in [0, 1]"),
         ("noise_level", 1.0, "in [0, 1)"),
