@@ -245,6 +245,8 @@ def test_count_that_is_no_positive_integer(pipe, name, value):
         ("guidance_scale", "4", "a finite number"),
         ("guidance_scale", True, "a finite number"),
         ("guidance_start", -0.1, "in [0, 1]"),
+        ("guidance_start", 1.5, "in [0, 1]"),
+        ("guidance_stop", -0.1, "in [0, 1]"),
         ("guidance_stop", 1.5, "in [0, 1]"),
         ("noise_level", 1.0, "in [0, 1)"),
         ("noise_level", -0.1, "in [0, 1)"),
@@ -259,6 +261,12 @@ def test_number_out_of_range(pipe, name, value, wanted):
     culprit = value[1] if isinstance(value, list) else value
     with raises(ValueError, f"`{name}` has to be {wanted} but is {culprit!r} of type"):
         pipe(1, **{name: value})
+
+
+@pytest.mark.parametrize("bound", [0.0, 1.0])
+def test_bounds_are_in_range(pipe, bound):
+    only = {"noise_level": bound} if bound == 0 else {"relay_strength": bound}
+    pipe(1, num_inference_steps=1, guidance_start=bound, guidance_stop=bound, **only)
 
 
 def test_unknown_output_type(pipe):
