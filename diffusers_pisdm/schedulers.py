@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import diffusers
+import torch
 from diffusers import (
     DDIMParallelScheduler,
     DDIMScheduler,
@@ -69,8 +70,7 @@ def shift_noise_schedule(scheduler: DDPMScheduler, shift: float) -> DDPMSchedule
         return scheduler
     abar = scheduler.alphas_cumprod.double()  # (T,)
     abar = abar / (abar + shift**2 * (1 - abar))
-    alphas = abar.clone()
-    alphas[1:] = abar[1:] / abar[:-1]
+    alphas = torch.cat([abar[:1], abar[1:] / abar[:-1]])  # (T,)
     return DDPMScheduler.from_config(scheduler.config, trained_betas=(1 - alphas).tolist())
 
 

@@ -46,6 +46,10 @@ TESTS = {
         "models/test_transformer_pisdm_memory.py",
         "models/test_transformer_pisdm_loading.py",
     ],
+    "schedulers.py": [
+        "test_schedulers.py",
+        "pipelines/test_pipeline_pisdm_cascade_schedulers.py",
+    ],
     "ops/scan_paths.py": ["ops/test_scan_paths.py"],
     "ops/conditioning_augmentation.py": ["ops/test_conditioning_augmentation.py"],
     "training/cascade_objective.py": ["training/test_cascade_objective.py"],
@@ -62,6 +66,7 @@ TESTS = {
         "pipelines/test_pipeline_pisdm_cascade_inputs.py",
         "pipelines/test_pipeline_pisdm_cascade_guidance.py",
         "pipelines/test_pipeline_pisdm_cascade_loading.py",
+        "models/test_latents.py",
     ],
 }
 LEFT_OUT = ("compiled", "export", "lora", "two_processes_give", "lowers")  # tests of these words are slow
@@ -313,6 +318,7 @@ def main() -> None:
     for name in args.files or [f"diffusers_pisdm/{name}" for name in TESTS]:
         file, _, numbers = name.partition(":")
         test_file(ROOT / file, [int(number) for number in numbers.split(",") if number], args.jobs)
+    gc.unfreeze()  # or nanobind reports Triton's frozen objects as leaks
 
 
 if __name__ == "__main__":

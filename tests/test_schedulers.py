@@ -1,13 +1,18 @@
+import re
+
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMParallelScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -15,7 +20,9 @@ from diffusers import (
 from diffusers_pisdm.schedulers import (
     check_residual_scheduler,
     check_scheduler,
+    relay_start,
     sampling_schedulers,
+    set_timesteps,
     shift_noise_schedule,
     stage_noise_schedules,
     swap_scheduler,
@@ -44,8 +51,11 @@ def test_a_stage_without_a_scheduler_stays_without():
 
 @pytest.mark.parametrize("name", ["DDIMSchedular", "PISDMTransformer2DModel", "__version__"])
 def test_what_is_no_scheduler_is_refused(name):
-    with pytest.raises(ValueError, match=rf"diffusers has no scheduler `{name}`. It has .*DDIMScheduler"):
+    with pytest.raises(ValueError, match=rf"diffusers has no scheduler `{name}`") as error:
         swap_scheduler(make_cascade(1), name)
+    known = re.search(r"It has (.*)\.", str(error.value))[1].split(", ")
+    assert "DDIMScheduler" in known
+    assert all(re.fullmatch(r"(?!Flow)\w+Scheduler", scheduler) for scheduler in known)  # flow matching does not fit
 
 
 # --- Schedules of training, and of sampling --------------------------------------------------------------------------
@@ -63,6 +73,10 @@ def test_the_signal_to_noise_ratio_falls_by_the_square(shift, beta_schedule):
     shifted = shift_noise_schedule(scheduler, shift)
     assert shifted.config.prediction_type == "v_prediction"
     torch.testing.assert_close(snr(shifted) * shift**2, snr(scheduler), rtol=2e-3, atol=1e-9)
+    wanted = scheduler.alphas_cumprod.double().numpy()
+    wanted = 1 / (1 + shift**2 * (1 / wanted - 1))
+    # Not rounded to float32 on the way: the last steps' signal is a small difference of large numbers.
+    np.testing.assert_allclose(np.cumprod(1 - np.array(shifted.config.trained_betas)), wanted, rtol=1e-12)
 
 
 def test_the_shift_survives_saving_and_a_change_of_scheduler(tmp_path):
@@ -111,6 +125,25 @@ def test_samplers_are_dpm_solver_with_each_stages_schedule():
         torch.testing.assert_close(sampler.alphas_cumprod, scheduler.alphas_cumprod)
 
 
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_timesteps_are_on_the_cpu_whatever_the_default_device():
+    scheduler = DDPMWuerstchenScheduler()  # diffusers would make its timesteps there
+    with torch.device("meta"):
+        set_timesteps(scheduler, 3)
+    assert scheduler.timesteps.device.type == "cpu"
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize(("strength", "steps"), [(0.01, 1), (0.3, 3), (0.39, 3), (1.0, 10)])
+def test_a_relay_runs_its_share_of_the_steps(scheduler_class, strength, steps):
+    """Rounded down, but at least one; each of Heun's ten steps is two timesteps long, except for the last."""
+    scheduler = scheduler_class()
+    set_timesteps(scheduler, 10)
+    assert relay_start(scheduler, strength) == (10 - steps) * scheduler.order
+
+
 # --- Schedulers that do not fit --------------------------------------------------------------------------------------
 
 
@@ -153,7 +186,9 @@ def test_uneven_steps_are_warned_of(scheduler_class, caplog):
         warn_of_uneven_steps(scheduler_class(timestep_spacing=spacing), 20)
     warn_of_uneven_steps(scheduler_class(timestep_spacing="linspace", num_train_timesteps=21), 6)  # 3 and 4 apart
     warn_of_uneven_steps(scheduler_class(timestep_spacing="linspace", num_train_timesteps=20), 20)  # 1 and 1
-    (message,) = [record.getMessage() for record in caplog.records]
+    (record,) = caplog.records
+    assert record.name == "diffusers_pisdm.schedulers"
+    message = record.getMessage()
     assert "3 timesteps" in message and "6 steps 4.0 apart" in message
     assert f"`{scheduler_class.__name__}.from_config(scheduler.config, timestep_spacing='trailing')`" in message
 

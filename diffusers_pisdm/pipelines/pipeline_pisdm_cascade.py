@@ -174,7 +174,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         for name, value in defaults.items():
             _per_stage(name, value, self.num_stages)
         self.register_to_config(id2label=check_id2label(id2label, self.transformer.config.num_classes), **defaults)
-        self.image_processor = VaeImageProcessor(do_resize=False)
+        self.image_processor = VaeImageProcessor()
 
     @classmethod
     def from_stages(
@@ -625,7 +625,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         set_timesteps(scheduler, num_inference_steps, timesteps, sigmas)
         start = 0 if relay_strength is None else relay_start(scheduler, relay_strength)
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(start)  # instead of searching for the first timestep
+            scheduler.set_begin_index(start)  # a search would take the second of two equal timesteps
         return scheduler.timesteps[start:]
 
     def check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -667,7 +667,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         upsampled = upsample_low_res(latents, stage.shape[2:], stage.residual_scale)  # (B, C, H, W)
         # Noise is drawn even for level 0, so that only the level differs between levels.
         noise = self._draw_noise(stage, generator)
-        level = torch.full((1,), stage.noise_level, device=noise.device)
+        level = torch.full((1,), stage.noise_level, dtype=noise.dtype, device=noise.device)
         return upsampled, augment_low_res(upsampled, noise, level)
 
     def prepare_latents(
@@ -996,7 +996,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
 def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
     # A stage that is explicitly None also removes those above it: they would have no condition.
-    dropped = [i for i, name in enumerate(TRANSFORMERS) if i > 0 and name in kwargs and kwargs[name] is None]
+    dropped = [i for i, name in enumerate(TRANSFORMERS) if name in kwargs and kwargs[name] is None]
     if not dropped:
         return kwargs
     names = TRANSFORMERS[dropped[0] :] + SCHEDULERS[dropped[0] :]

@@ -78,9 +78,10 @@ def test_latents_and_images_are_float32(make_vae, dtype):
     assert latents.dtype == decode_latents(vae, latents).dtype == torch.float32
 
 
-def test_cascade_in_latent_space(make_vae):
+def test_cascade_in_latent_space(make_vae, capsys):
     vae = make_vae()
     pipe = make_cascade(2, in_channels=4, vae=vae)
+    pipe.set_progress_bar_config()
     arguments = {"num_inference_steps": 2, "output_stages": True}
     images = pipe([1, 2], output_type="pt", generator=generators(0, 1), **arguments)
     latents = pipe([1, 2], output_type="latent", generator=generators(0, 1), **arguments)
@@ -91,6 +92,8 @@ def test_cascade_in_latent_space(make_vae):
             decoded = vae.decode(latent / vae.config.scaling_factor).sample
         torch.testing.assert_close(image, (decoded / 2 + 0.5).clamp(0, 1))
     assert pipe.get_stage_sizes(height=128) == [(16, 8), (32, 16)]
+    bars = capsys.readouterr().err  # in pixels
+    assert "stage 1/2 (32x32)" in bars and "stage 2/2 (64x64)" in bars
 
 
 def test_cascade_with_its_autoencoder_is_saved(make_vae, tmp_path):

@@ -317,6 +317,17 @@ def test_positions_are_sines_and_cosines_of_row_and_column(rows, columns, base_s
     )
 
 
+def test_positions_are_float32_whatever_the_default_precision():
+    """The table outlives whoever made it: a rounded one would serve all later calls."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        table = sincos_position_embedding(7, 9, 24, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert table.dtype == torch.float32
+    torch.testing.assert_close(table, positions(7, 9, 24, 8))
+
+
 # --- Conditions ------------------------------------------------------------------------------------------------------
 
 

@@ -151,6 +151,7 @@ def test_gradient_checkpointing(config):
 
 
 @torch.fx.experimental._config.patch(use_duck_shape=False)
+@pytest.mark.parametrize("config", [EXTENSIONS["all"]], ids=["all"])
 def test_compiled_as_one_graph_for_all_sizes(config):
     torch.compiler.reset()
     model = make_extended(num_layers=2, **config)
@@ -162,6 +163,7 @@ def test_compiled_as_one_graph_for_all_sizes(config):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("config", [EXTENSIONS["all"]], ids=["all"])
 def test_export(config):
     model = make_extended(num_layers=2, **config)
     batch, image = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}

@@ -103,6 +103,10 @@ def test_tuple_output(shared_pipe):
     assert np.array_equal(images, output.images)
 
 
+def test_an_output_may_be_without_stages():
+    assert PISDMCascadePipelineOutput(images=[]).stage_images is None
+
+
 def test_nothing_is_recorded_for_autograd(shared_pipe):
     assert not run(shared_pipe, output_type="latent").images.requires_grad
 
@@ -395,6 +399,17 @@ def test_half_precision(dtype):
     assert run(pipe, output_type="pt").images.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_precision_changes_nothing(shared_pipe, dtype):
+    expected = run(shared_pipe, output_type="latent").images
+    torch.set_default_dtype(dtype)
+    try:
+        latents = run(shared_pipe, output_type="latent").images
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(latents, expected)
+
+
 def test_stages_may_differ_in_precision():
     pipe = make_cascade(2)
     pipe.transformer_2.to(torch.bfloat16)
@@ -537,6 +552,7 @@ def test_a_shortened_cascade_takes_the_first_settings(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     assert settings_of(pipe) == [(2, "guided", None), (3, "plain", 0.3)]
     assert SampleSettings(5).resolve(pipe).num_inference_steps == [2, 3]
+    assert [pipe.config[name] for name in DEFAULTS] == [[2, 3], [3.0, 1.0], [0.3]]  # as it is saved again
     late = make_cascade(3, **DEFAULTS)
     late.transformer_3 = None
     assert settings_of(late) == [(2, "guided", None), (3, "plain", 0.3)]

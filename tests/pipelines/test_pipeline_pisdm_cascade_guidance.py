@@ -7,7 +7,8 @@ from diffusers import DDPMScheduler
 from peft import LoraConfig
 
 from diffusers_pisdm import PISDMCascadePipeline
-from tests.pipelines.tiny_cascade import NUM_CLASSES, generators, make_cascade
+from tests.pipelines.tiny_cascade import NUM_CLASSES, generators, make_cascade, make_transformer
+from tests.pipelines.tiny_dit import make_dit
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers' schedulers on NumPy 2
@@ -142,6 +143,7 @@ def test_slicing_belongs_to_the_pipeline_object(tmp_path):
     pipe = make_cascade(2)
     pipe.enable_guidance_slicing()
     assert PISDMCascadePipeline.from_pipe(pipe)._guidance_slicing
+    assert not PISDMCascadePipeline.from_pipe(make_dit(), transformer=make_transformer(1, 4))._guidance_slicing
     assert not make_cascade(2)._guidance_slicing
     pipe.save_pretrained(tmp_path)
     assert "slicing" not in (tmp_path / "model_index.json").read_text()

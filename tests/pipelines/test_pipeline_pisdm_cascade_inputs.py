@@ -41,9 +41,10 @@ def test_label_out_of_range(pipe, label):
         pipe(label)
 
 
-def test_unknown_name(pipe):
-    with raises(ValueError, "`class_labels` contains 'dgo'", "Did you mean 'dog'?"):
-        pipe("dgo")
+@pytest.mark.parametrize(("name", "nearest"), [("dgo", "dog"), ("carnes", "crane"), ("quiet zebra", "crane")])
+def test_unknown_name(pipe, name, nearest):
+    with raises(ValueError, f"`class_labels` contains {name!r}", f"Did you mean {nearest!r}?"):
+        pipe(name)
 
 
 def test_name_of_two_classes(pipe):
@@ -318,7 +319,10 @@ def test_count_that_is_no_positive_integer(pipe, name, value):
     [
         ("guidance_scale", float("nan"), "a finite number"),
         ("guidance_scale", "4", "a finite number"),
+        ("guidance_scale", True, "a finite number"),
         ("guidance_start", -0.1, "in [0, 1]"),
+        ("guidance_start", 1.5, "in [0, 1]"),
+        ("guidance_stop", -0.1, "in [0, 1]"),
         ("guidance_stop", 1.5, "in [0, 1]"),
         ("noise_level", 1.0, "in [0, 1)"),
         ("noise_level", -0.1, "in [0, 1)"),
@@ -372,6 +376,12 @@ def test_callback_of_other_arguments(pipe, callback):
 def test_callback_that_returns_no_dictionary(pipe, returned):
     with raises(TypeError, "`callback_on_step_end` has to return a dictionary", "returned", "Let it return"):
         pipe(1, callback_on_step_end=lambda *arguments: returned, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("bound", [0.0, 1.0])
+def test_bounds_are_in_range(pipe, bound):
+    only = {"noise_level": bound} if bound == 0 else {"relay_strength": bound}
+    pipe(1, num_inference_steps=1, guidance_start=bound, guidance_stop=bound, **only)
 
 
 def test_unknown_output_type(pipe):

@@ -83,6 +83,11 @@ def test_shortened_at_load(folder, name, num_stages, tmp_path):
     assert np.array_equal(run(PISDMCascadePipeline.from_pretrained(tmp_path)), run(pipe))
 
 
+def test_the_first_stage_stays(folder):
+    with pytest.raises(ValueError, match=r"`transformer` is None, .*Pass `transformer`"):
+        PISDMCascadePipeline.from_pretrained(folder, transformer=None)
+
+
 def test_components_set_later_are_saved(tmp_path):
     pipe = make_cascade(3)
     pipe.scheduler_2 = DDIMScheduler(beta_schedule="squaredcos_cap_v2")

@@ -393,6 +393,22 @@ def test_custom_sigmas():
     np.testing.assert_allclose(sigmas, [80.0, 5.0, 0.5], rtol=0.35)  # the nearest training timesteps
 
 
+def test_a_first_timestep_that_comes_twice_is_two_steps():
+    """Two noise levels beyond the schedule's; a search for their timestep would find the second."""
+    pipe, sigmas = make_pipeline(make_scheduler("EulerDiscreteScheduler")), [9e4, 6e4, 5.0, 0.0]
+    inputs, latents = [], []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+
+    def keep(pipe, step, timestep, callback_kwargs):
+        latents.append(callback_kwargs["latents"])
+        return callback_kwargs
+
+    sample(pipe, sigmas=sigmas, callback_on_step_end=keep)
+    assert [call["timestep"].item() for call in pipe.transformer.calls][:2] == [999, 999]
+    for before, sigma, found in zip(latents, sigmas[1:], inputs[1:], strict=False):
+        torch.testing.assert_close(found, before / math.sqrt(sigma**2 + 1))
+
+
 @pytest.mark.parametrize(("name", "schedule"), [("DDIMScheduler", "timesteps"), ("DDPMScheduler", "sigmas")])
 def test_custom_schedule_needs_a_scheduler_that_takes_it(name, schedule):
     pipe = make_pipeline(make_scheduler(name))
