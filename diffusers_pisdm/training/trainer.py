@@ -202,7 +202,7 @@ class Trainer:
 
     def report_bad_images(self, bad_images: list[str]) -> None:
         if bad_images:
-            with (self.output_dir / "bad_images.txt").open("a") as file:
+            with (self.output_dir / "bad_images.txt").open("a", encoding="utf-8") as file:
                 file.writelines(f"{bad}\n" for bad in bad_images)
             tqdm.write("\n".join(f"Skipped: {bad}" for bad in bad_images))
         self.state.bad_images += len(bad_images)
