@@ -25,7 +25,8 @@ from datasets import (
 )
 from datasets.data_files import SPLIT_KEYWORDS, sanitize_patterns
 from datasets.exceptions import DatasetsError
-from huggingface_hub import metadata_load
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCardData, metadata_load
 
 from ..utils.folder_scan import FolderContent, Parts, join_parts, scan_folder, warn_of_left_out, warn_once
 from ..utils.messages import one_line
@@ -67,13 +68,14 @@ def load_folder(
     if _is_saved_to_disk(folder):
         saved = load_from_disk(folder)
         return _select({str(saved.split or "train"): saved} if isinstance(saved, Dataset) else saved, split)
-    config, split_folders = _choose_config(folder, config_name), None
-    if config is not None:
-        if config.get("data_dir") and not config.get("data_files"):
-            return load_folder(os.path.join(folder, config["data_dir"]), split, streaming, label_column, cache_dir)
-        split_folders = _split_folders(folder, config)
+    config_name, config = _choose_config(folder, config_name)
+    split_folders = None
+    if "data_files" in config:
+        split_folders = _split_folders(folder, config["data_files"])
         if split_folders is None:
-            return _load_files(folder, split, streaming, cache_dir, config["config_name"])
+            return _load_files(folder, split, streaming, cache_dir, config_name)
+    elif "data_dir" in config:
+        folder = os.path.join(folder, config["data_dir"])
     content = scan_folder(folder, image_endings())
     images = join_parts(content.images)
     shards = [path for path in join_parts(content.others) if path.lower().endswith(SHARD_ENDINGS)]
@@ -108,32 +110,28 @@ def _select(splits: Mapping[str, Dataset], split: str) -> Dataset:
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def _choose_config(folder: str, config_name: str | None) -> dict | None:
-    """A configuration of the data set's README.md; `None` if it has none."""
+def _choose_config(folder: str, config_name: str | None) -> tuple[str | None, dict]:
+    """A configuration of the data set's README.md and its name; an empty one if it names none."""
     card = os.path.join(folder, "README.md")
     try:
-        configs = (metadata_load(card) or {}).get("configs") or [] if os.path.isfile(card) else []
-    except (ValueError, yaml.YAMLError) as error:
+        data = DatasetCardData(**(metadata_load(card) or {} if os.path.isfile(card) else {}))
+        configs = MetadataConfigs.from_dataset_card_data(data)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"Cannot read the header of {card}: {one_line(error)}. Fix or remove it.") from error
-    if config_name is None and len(configs) > 1:
-        default = [config for config in configs if config.get("default") or config["config_name"] == "default"]
-        configs = default[:1] or configs
-    elif config_name is not None:
-        names = [config["config_name"] for config in configs]
-        configs = [config for config in configs if config["config_name"] == config_name]
-        if not configs:
-            known = f"only {', '.join(names)}" if names else "as its README.md names none"
-            raise DataError(f"{folder} has no configuration {config_name!r}, {known}: see --dataset_config_name.")
-    if len(configs) > 1:
-        names = ", ".join(config["config_name"] for config in configs)
+    names = ", ".join(map(str, configs))
+    if config_name is not None and config_name not in configs:
+        known = f"only {names}" if configs else "as its README.md names none"
+        raise DataError(f"{folder} has no configuration {config_name!r}, {known}: see --dataset_config_name.")
+    config_name = config_name or configs.get_default_config_name()
+    if config_name is None and configs:
         raise DataError(f"{folder} has several configurations, {names}: choose one with --dataset_config_name.")
-    return configs[0] if configs else None
+    return config_name, configs.get(config_name, {})
 
 
-def _split_folders(folder: str, config: Mapping) -> dict[str, Parts] | None:
-    """The folder of each split, if that is all that a configuration says: `data/train/**`."""
+def _split_folders(folder: str, data_files: str | list | Mapping) -> dict[str, Parts] | None:
+    """The folder of each split, if that is all that a configuration's files say, such as `data/train/**`."""
     folders = {}
-    for split, patterns in sanitize_patterns(config["data_files"]).items():
+    for split, patterns in sanitize_patterns(data_files).items():
         top = patterns[0].removesuffix("/**")
         if len(patterns) > 1 or top == patterns[0] or not os.path.isdir(os.path.join(folder, top)):
             return None

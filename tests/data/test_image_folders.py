@@ -257,9 +257,12 @@ def test_configurations(tmp_path, cache, put):
     assert labelled(load(tmp_path, cache)) == expected(tmp_path / "s")
     with pytest.raises(DataError, match=r"no configuration 'x', as its README\.md names none"):
         load(tmp_path / "s", cache, config_name="x")
-    (tmp_path / "README.md").write_text("---\n: [\n---\n")
-    with pytest.raises(DataError, match=r"header of .*README\.md"):
-        load(tmp_path, cache)
+    (tmp_path / "s" / "README.md").write_text("---\nconfigs:\n- config_name: here\n---\n")
+    assert labelled(load(tmp_path / "s", cache)) == expected(tmp_path / "s")
+    for broken in (": [", "- a", "configs: 3", "configs: [{data_dir: s}]", "configs: [3]", "\xff"):
+        (tmp_path / "README.md").write_text(f"---\n{broken}\n---\n", encoding="latin-1")
+        with pytest.raises(DataError, match=r"header of .*README\.md"):
+            load(tmp_path, cache)
 
 
 def test_configurations_of_parquet_files(real_image_files, tmp_path, cache):
