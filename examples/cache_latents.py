@@ -70,7 +70,7 @@ def load_data(args: argparse.Namespace) -> ImageData:
         label_column=args.label_column,
         config_name=args.dataset_config_name,
         class_names=None if args.class_names_file is None else read_class_names(args.class_names_file),
-        class_order=CacheIndex.read(args.output_dir).class_names if is_begun else None,
+        class_order=CacheIndex.read(Path(args.output_dir)).class_names if is_begun else None,
     )
 
 
