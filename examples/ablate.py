@@ -58,7 +58,8 @@ TRAIN_SCRIPT = Path(__file__).with_name("train_pisdm.py")
 # Arguments of the training script that may not stand after `--`, and why.
 REFUSED = {
     **dict.fromkeys(
-        ("cascade_config", "train_data_dir", "image_column", "label_column", "output_dir", "seed"),
+        ("cascade_config", "train_data_dir", "image_column", "label_column", "output_dir", "seed")
+        + ("dataset_config_name",),
         "it belongs to the ablation: pass it before the --",
     ),
     **dict.fromkeys(("sil_weight", *PER_STAGE_ARGUMENTS), "rows change it: set it in the recipe's `training`"),
@@ -84,6 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--report_only", action="store_true", help="Only write the table, from the runs so far.")
     add("--cascade_config", help="A recipe with all components of the paper.")
     add("--train_data_dir", help="As for train_pisdm.py, or a data set on the Hub.")
+    add("--dataset_config_name", help="The data set's configuration, if it has several.")
     add("--held_out_split", default="validation", help="The split to score against; never trained on.")
     add("--image_column", default="image")
     add("--label_column", default="label")
@@ -131,6 +133,8 @@ def read_conditions(args: argparse.Namespace) -> dict:
         **{name: getattr(args, name) for name in ("num_samples", "num_inference_steps", "guidance_scale")},
         **{name: getattr(args, name) for name in ("features", "features_weights")},
     }
+    if args.dataset_config_name is not None:
+        conditions["dataset_config_name"] = args.dataset_config_name
     return json.loads(json.dumps(conditions))  # as it is read again
 
 
@@ -141,6 +145,7 @@ def train(folder: Path, seed: int, conditions: dict, title: str, lock: TextIO) -
         *("--output_dir", str(folder / "model"), "--seed", str(seed)),
         *("--train_data_dir", conditions["train_data_dir"]),
         *("--image_column", conditions["image_column"], "--label_column", conditions["label_column"]),
+        *(["--dataset_config_name", config_name] if (config_name := conditions.get("dataset_config_name")) else []),
         *conditions["training_arguments"],
     ]
     log = folder / "training.log"
@@ -256,6 +261,7 @@ def complete_runs(args: argparse.Namespace, output: AblationFolder) -> None:
             args.held_out_split,
             image_column=args.image_column,
             label_column=args.label_column,
+            config_name=args.dataset_config_name,
         )
         extractor = load_feature_extractor(args.features, args.features_weights, device)
     except (ImportError, OSError, ValueError) as error:

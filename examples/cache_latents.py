@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -20,7 +21,7 @@ from diffusers import AutoencoderKL
 from diffusers_pisdm.data.image_data import ImageData, load_image_data, read_class_names
 from diffusers_pisdm.data.image_rows import ON_BAD_IMAGE, ImageRows
 from diffusers_pisdm.data.image_transform import ImageTransform
-from diffusers_pisdm.data.latent_cache import DTYPES, CacheIndex
+from diffusers_pisdm.data.latent_cache import DTYPES, INDEX_FILE, CacheIndex
 from diffusers_pisdm.data.latent_cache_writer import vae_fingerprint, write_latent_cache
 from diffusers_pisdm.models.latents import load_vae, vae_scale_factor
 from diffusers_pisdm.training.recipes import read_recipe
@@ -43,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data (pass one of the first two)")
     data.add_argument("--dataset_name", help="A data set on the Hub.")
     data.add_argument("--train_data_dir", help="A folder: one subfolder of images per class, parquet or webdataset.")
+    data.add_argument("--dataset_config_name", help="The data set's configuration, if it has several.")
     data.add_argument("--split", default="train")
     data.add_argument("--image_column", default="image")
     data.add_argument("--label_column", default="label")
@@ -61,12 +63,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_data(args: argparse.Namespace) -> ImageData:
+    is_begun = Path(args.output_dir, INDEX_FILE).is_file()
     return load_image_data(
         args.dataset_name or args.train_data_dir,
         args.split,
         image_column=args.image_column,
         label_column=args.label_column,
+        config_name=args.dataset_config_name,
         class_names=None if args.class_names_file is None else read_class_names(args.class_names_file),
+        class_order=CacheIndex.read(Path(args.output_dir)).class_names if is_begun else None,
     )
 
 

@@ -1,8 +1,9 @@
-"""Drawing samples in one process or several, for sample.py and evaluate.py."""
+"""Drawing samples in one process or several, for sample.py and evaluate.py, and what `--classes` means."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,7 @@ def add_drawing_arguments(add: Callable[..., argparse.Action]) -> None:
         nargs="+",
         default=["balanced"],
         metavar="CLASS",
-        help="balanced (the default): equally many of each; uniform: drawn anew for each sample; or class ids.",
+        help="balanced (the default): equally many of each; uniform: drawn anew for each sample; or names or ids.",
     )
     add("--scheduler", help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -47,19 +48,42 @@ def find_processes() -> PartialState:
 
 def draw_sample_set(args: argparse.Namespace, folder: str | Path, state: PartialState) -> None:
     """Draws what is missing of the samples, in all processes, and waits for all."""
-    settings = _read_settings(args)
-    pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype)).to(state.device)
+    pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype))
+    settings = _read_settings(args, pipe)
+    pipe.to(state.device)
     write_sample_set(pipe, folder, settings, args.batch_size, state.process_index, state.num_processes)
     state.wait_for_everyone()
 
 
-def _read_settings(args: argparse.Namespace) -> SampleSettings:
-    if len(args.classes) == 1 and args.classes[0] in CLASS_RULES:
-        classes = args.classes[0]
-    elif all(word.removeprefix("-").isdecimal() for word in args.classes):
-        classes = [int(word) for word in args.classes]
-    else:
-        raise ValueError(f"--classes takes {' or '.join(CLASS_RULES)} or class ids, got {' '.join(args.classes)}.")
+def parse_classes(words: list[str], names: set[str]) -> list[int | str]:
+    """
+    Splits the words of `--classes` into names and ids: what is a name means this class, any other number is an id. A
+    name may contain spaces and commas, so the largest piece that is a known name or a number is taken; what is neither
+    comes back as it is, for the pipeline to refuse.
+    """
+    classes: list[int | str] = []
+    for word in map(str.strip, words):
+        for part in [word] if word in names else filter(None, map(str.strip, word.split(","))):
+            for piece in [part] if part in names else part.split():
+                classes.append(int(piece) if re.fullmatch(r"-?[0-9]+", piece) and piece not in names else piece)
+    return classes
+
+
+def find_class_ids(pipe: DiffusionPipeline, words: list[str]) -> list[int]:
+    """The ids of the classes that `--classes` lists."""
+    names = set(getattr(pipe, "labels", ()))  # DiT's, whose configuration has none
+    for label in (pipe.config.get("id2label") or {}).values():
+        names |= {label, *map(str.strip, label.split(","))}
+    classes = parse_classes(words, names)
+    unknown = [name for name in classes if isinstance(name, str)]
+    if unknown and not hasattr(pipe, "get_label_ids"):
+        raise ValueError(f"{type(pipe).__name__} has no class names: pass class ids to --classes, not {unknown[0]!r}.")
+    return [pipe.get_label_ids([name])[0] if isinstance(name, str) else name for name in classes]
+
+
+def _read_settings(args: argparse.Namespace, pipe: DiffusionPipeline) -> SampleSettings:
+    is_rule = len(args.classes) == 1 and args.classes[0] in CLASS_RULES
+    classes = args.classes[0] if is_rule else find_class_ids(pipe, args.classes)
     values = {name: getattr(args, name) for name in CALL_ARGUMENTS}
     single = {name: value[0] if value is not None and len(value) == 1 else value for name, value in values.items()}
     return SampleSettings(args.num_samples, args.seed, classes, scheduler=args.scheduler, **single)

@@ -76,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     by_what = parser.add_argument_group("how to score")
     by_what.add_argument("--reference", help="Images, as for --samples, or .npz statistics; not needed for IS.")
     by_what.add_argument("--reference_split", help="Read --reference as a data set, and use this split.")
+    by_what.add_argument("--dataset_config_name", help="Configuration of a data set.")
     by_what.add_argument("--image_column", default="image", help="Column of a data set.")
     by_what.add_argument("--label_column", default="label", help="Column of a data set.")
     by_what.add_argument("--image_size", type=COUNT, help="Crop and resize all images to this size.")
@@ -137,7 +138,8 @@ def open_images(path: str, split: str | None, split_argument: str, args: argpars
             return FolderImages(path, decode_image, crop)
         except ImageSourceError as error:
             raise ImageSourceError(f"{error} If it is a data set, name its split with {split_argument}.") from error
-    data = load_image_data(path, split or "train", image_column=args.image_column, label_column=args.label_column)
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    data = load_image_data(path, split or "train", config_name=args.dataset_config_name, **columns)
     return DatasetImages(f"{path} ({split or 'train'})", data, decode_image, crop)
 
 

@@ -7,7 +7,6 @@ Sample a PIS-DM cascade into a labelled grid.
 """
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffusers_pisdm.schedulers import swap_scheduler
 from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
+from drawing import find_class_ids
 
 
 NUM_DEFAULT_CLASSES = 8
@@ -35,7 +35,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--classes",
         nargs="+",
-        help="class names or ids, separated by spaces or commas "
+        help="class names or ids, separated by spaces or commas; a number that is a name is that class "
         f"(default: {NUM_DEFAULT_CLASSES} classes spread evenly over the model's classes)",
     )
     parser.add_argument("--images_per_class", type=COUNT, default=4)
@@ -52,22 +52,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
-
-
-def parse_classes(arguments: list[str], names: set[str]) -> list[int | str]:
-    """
-    Split the words of `--classes` into ids and names. A name may contain spaces and commas, so the largest piece that
-    is a known name or a number is taken; what is neither comes back as it is, for the pipeline to refuse.
-    """
-    classes: list[int | str] = []
-    for argument in arguments:
-        if argument.strip() in names:
-            classes.append(argument.strip())
-            continue
-        for part in filter(None, map(str.strip, argument.split(","))):
-            for word in [part] if part in names else part.split():
-                classes.append(int(word) if re.fullmatch(r"-?\d+", word) and word not in names else word)
-    return classes
 
 
 def draw_stages(stage_images: list[list[Image.Image]], labels: list[str]) -> Image.Image:
@@ -105,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         id2label = pipe.config.id2label or {}
         num_classes = pipe.transformer.config.num_classes
         if args.classes:
-            classes = pipe.get_label_ids(parse_classes(args.classes, set(id2label.values())))
+            classes = pipe.get_label_ids(find_class_ids(pipe, args.classes))
         else:
             classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     except (OSError, ValueError) as error:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import load_dataset
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.data.image_data import load_image_data
+from diffusers_pisdm.data.image_transform import decode_image
 from diffusers_pisdm.evaluation import memorization_report
 from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, PERCENT
 from diffusers_pisdm.utils.image_grid import make_image_grid
@@ -30,7 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="checkpoints/pisdm-emoji128")
     parser.add_argument("--train_data_dir", required=True, help="A folder of images or parquet files.")
+    parser.add_argument("--dataset_config_name", help="The data set's configuration, if it has several.")
     parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label")
     parser.add_argument("--num_samples", type=COUNT, default=500)
     parser.add_argument("--batch_size", type=COUNT, default=50)
     parser.add_argument("--num_inference_steps", type=COUNT, default=None, help="Default: the pipeline's.")
@@ -68,8 +71,10 @@ def main(argv: list[str] | None = None) -> None:
         samples += pipe(class_labels=labels, generator=generators, **settings).images
 
     size = samples[0].size
-    rows = load_dataset(args.train_data_dir, split="train")[args.image_column]
-    training_images = to_tensor([ImageOps.fit(image.convert("RGB"), size, Image.LANCZOS) for image in rows])
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    data = load_image_data(args.train_data_dir, "train", config_name=args.dataset_config_name, **columns)
+    images = (decode_image(data.encoded_image(row)) for row in data.dataset)
+    training_images = to_tensor([ImageOps.fit(image, size, Image.LANCZOS) for image in images])
     report = memorization_report(to_tensor(samples), training_images, args.percentile)
 
     figures = {

@@ -34,7 +34,13 @@ from diffusers_pisdm.training import LOSS_WEIGHTINGS, CascadeObjective
 from diffusers_pisdm.training.checkpoints import find_resume_point
 from diffusers_pisdm.training.denoising_loss import PREDICTION_TYPES
 from diffusers_pisdm.training.device_trainer import DeviceSettings, DeviceTrainer
-from diffusers_pisdm.training.fine_tuning import check_noise_schedules, new_cascade, pretrained_defaults, start_cascade
+from diffusers_pisdm.training.fine_tuning import (
+    check_noise_schedules,
+    known_class_order,
+    new_cascade,
+    pretrained_defaults,
+    start_cascade,
+)
 from diffusers_pisdm.training.recipes import (
     Recipe,
     argument,
@@ -63,6 +69,7 @@ class RunArguments:
     pretrained_model_name_or_path: str | None = argument(
         None, "A cascade of the same stages to start from; its classes may differ."
     )
+    dataset_config_name: str | None = argument(None, "The data set's configuration, if it has several.")
     train_split: str = "train"
     validation_split: str | None = argument(None, "A held-out split on which to measure the loss.")
     flip_column: str | None = argument(None, "A boolean column that says which images may be mirrored.")
@@ -176,14 +183,17 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[DeviceArguments, Reci
     return args, recipe
 
 
-def load_data(args: DeviceArguments, size: int, device: torch.device) -> tuple[LabelledImages, ...]:
+def load_data(
+    args: DeviceArguments, size: int, device: torch.device, class_order: list[str] | None
+) -> tuple[LabelledImages, ...]:
     """Training images and, where a split is named, held-out ones."""
     splits, class_names, data = [args.train_split, args.validation_split], None, []
     for split in filter(None, splits):
-        columns = {"class_names": class_names, "flip_column": args.flip_column}
-        rows = ImageRows(
-            load_image_data(args.train_data_dir, split, **columns), ImageTransform(size), args.on_bad_image
+        options = {"flip_column": args.flip_column, "config_name": args.dataset_config_name}
+        images = load_image_data(
+            args.train_data_dir, split, class_names=class_names, class_order=class_order, **options
         )
+        rows = ImageRows(images, ImageTransform(size), args.on_bad_image)
         data.append(load_labelled_images(rows).to(device))
         class_names = data[0].class_names
     return tuple(data)
@@ -251,14 +261,15 @@ def run(args: DeviceArguments, recipe: Recipe) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
-    data = load_data(args, recipe.stages[-1]["sample_size"], device)
+    pretrained, defaults = None, {}
+    if args.pretrained_model_name_or_path is not None:
+        pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    data = load_data(args, recipe.stages[-1]["sample_size"], device, known_class_order(output_dir, pretrained))
     class_names = data[0].class_names
     schedulers = stage_noise_schedules(
         recipe.noise_schedule(), len(recipe.stages), args.noise_shifts, args.prediction_types
     )
-    defaults = {}
-    if args.pretrained_model_name_or_path is not None:
-        pretrained = PISDMCascadePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    if pretrained is not None:
         stages = start_cascade(pretrained, recipe.stages, class_names)
         check_noise_schedules(pretrained, schedulers)
         defaults = pretrained_defaults(pretrained, len(stages))

@@ -46,6 +46,7 @@ from diffusers_pisdm.training.denoising_loss import PREDICTION_TYPES
 from diffusers_pisdm.training.fine_tuning import (
     add_lora,
     check_noise_schedules,
+    known_class_order,
     new_cascade,
     pretrained_defaults,
     start_cascade,
@@ -96,6 +97,7 @@ class DataArguments:
     shuffle_buffer_size: int = argument(10_000, "Shuffle a stream within this many rows.", minimum=1)
     image_column: str = "image"
     label_column: str = "label"
+    dataset_config_name: str | None = argument(None, "The data set's configuration, if it has several.")
     class_names_file: str | None = argument(None, "A file with one class name per line, if labels are bare numbers.")
     train_split: str = "train"
     validation_split: str | None = argument(None, "A held-out split on which to measure the loss.")
@@ -207,7 +209,7 @@ def fit_to_stages(args: TrainingArguments, num_stages: int) -> None:
 
 
 def load_rows(
-    args: TrainingArguments, sizes: list[int], channels: int, factor: int
+    args: TrainingArguments, sizes: list[int], channels: int, factor: int, class_order: list[str] | None
 ) -> tuple[ImageRows | LatentCache, ImageRows | LatentCache | None, list[str]]:
     """Training rows, held-out rows if there are any, and the names of the classes."""
     if args.latent_cache is not None:
@@ -223,8 +225,8 @@ def load_rows(
 
     def load(split: str, names: list[str] | None, transform: ImageTransform) -> ImageRows:
         columns = {"image_column": args.image_column, "label_column": args.label_column}
-        columns["flip_column"] = args.flip_column
-        data = load_image_data(source, split, args.streaming, class_names=names, **columns)
+        columns |= {"flip_column": args.flip_column, "config_name": args.dataset_config_name}
+        data = load_image_data(source, split, args.streaming, class_names=names, class_order=class_order, **columns)
         return ImageRows(data, transform, args.on_bad_image)
 
     train = load(args.train_split, class_names, ImageTransform(size, args.random_crop, args.random_flip))
@@ -241,10 +243,12 @@ def load_pretrained(args: TrainingArguments) -> PISDMCascadePipeline | None:
 
 
 def dry_run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator) -> None:
-    configs, _ = describe_stages(recipe, load_pretrained(args))
+    pretrained = load_pretrained(args)
+    configs, _ = describe_stages(recipe, pretrained)
     fit_to_stages(args, len(configs))
     sizes, channels = [config["sample_size"] for config in configs], configs[-1]["in_channels"]
-    _, _, class_names = load_rows(args, sizes, channels, factor=1)  # neither the VAE nor images are read
+    class_order = known_class_order(args.output_dir, pretrained)
+    _, _, class_names = load_rows(args, sizes, channels, 1, class_order)  # neither the VAE nor images are read
     num_classes = len(class_names)
     settings = CostSettings(
         gradient_checkpointing=args.gradient_checkpointing,
@@ -420,6 +424,7 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
     configs, schedulers = describe_stages(recipe, pretrained)
     fit_to_stages(args, len(configs))
     sizes, channels = [config["sample_size"] for config in configs], configs[-1]["in_channels"]
+    class_order = known_class_order(args.output_dir, pretrained)
     vae = load_autoencoder(args, pretrained, channels)
     vae = None if vae is None else vae.to(accelerator.device)
     schedulers = stage_noise_schedules(schedulers, len(configs), args.noise_shifts, args.prediction_types)
@@ -429,7 +434,7 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
             check_noise_schedules(pretrained, schedulers)
 
     # Data, models and what is minimised
-    rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae))
+    rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae), class_order)
     stages = make_stages(args, configs, pretrained, class_names)  # refuses a cascade without class names
     new_classes = pretrained is not None and has_new_classes(pretrained, class_names)
     place = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}

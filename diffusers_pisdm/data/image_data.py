@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 
+from ..utils.folder_scan import read_regular_file
+from ..utils.messages import one_line
+from .image_folders import load_folder, sort_class_names
 from .rows import DataError
 
 
@@ -48,7 +52,9 @@ class ImageData:
         path = image.get("path")
         if path is None:
             raise ValueError("the row holds no image")
-        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+        if "://" not in path:
+            return read_regular_file(path)
+        with fsspec.open(path, "rb") as file:
             return file.read()
 
     def class_id(self, row: dict, position: int) -> int:
@@ -80,12 +86,15 @@ def load_image_data(
     class_names: list[str] | None = None,
     cache_dir: str | Path | None = None,
     flip_column: str | None = None,
+    config_name: str | None = None,
+    class_order: Sequence[str] | None = None,
 ) -> ImageData:
     """
-    Loads a labelled image data set with `datasets.load_dataset`: a folder of images with one subfolder per class, a
-    folder of parquet files or webdataset tars, or a data set on the Hub.
+    Loads a labelled image data set: a folder of images with one subfolder per class, or whatever `datasets` reads,
+    such as a folder of parquet files or webdataset tars, one written by `save_to_disk`, or a data set on the Hub.
 
-    The classes are those of the label column if it is a `ClassLabel`, otherwise its sorted values.
+    The classes are those of the label column if it is a `ClassLabel`, otherwise its sorted values; names that are all
+    integers are sorted by value. What lies in a folder and is not read is logged as a warning.
 
     Args:
         name_or_path (`str` or `Path`): A local folder or a data set on the Hub.
@@ -99,6 +108,9 @@ def load_image_data(
             training split.
         cache_dir (`str` or `Path`, *optional*): Where `datasets` caches prepared data.
         flip_column (`str`, *optional*): A boolean column: which images may be mirrored.
+        config_name (`str`, *optional*): The configuration, if the data set has several.
+        class_order (`Sequence[str]`, *optional*):
+            The names of a model's classes in its order, which the data's classes take if they are the same.
 
     Returns:
         [`ImageData`].
@@ -107,7 +119,10 @@ def load_image_data(
         FileNotFoundError: The folder or data set does not exist, or holds nothing readable.
         ValueError: The split or a column does not exist, or the labels do not match the class names.
     """
-    dataset = _load(name_or_path, split, streaming, cache_dir)
+    try:
+        dataset = _load(name_or_path, split, streaming, cache_dir, config_name, label_column)
+    except PermissionError as error:
+        raise DataError(f"Cannot read {name_or_path}: {error}.") from error
     features = dataset.features
     if features is None:
         raise DataError(
@@ -133,11 +148,17 @@ def load_image_data(
     kept = [column for column in (*columns.values(), "__url__") if column in features]
     dataset = dataset.select_columns(kept).cast_column(image_column, Image(decode=False))
     num_rows, labels = None, None
-    if not streaming:
-        num_rows, labels = len(dataset), dataset.unique(label_column)
+    if isinstance(dataset, Dataset):
+        num_rows, labels = len(dataset), None if streaming else dataset.unique(label_column)
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif dataset.info.splits is not None and split in dataset.info.splits:
         num_rows = dataset.info.splits[split].num_examples or None
-    class_names, class_ids = _classes(features[label_column], labels, class_names)
+    if class_names is None:
+        class_names, class_ids = _classes(features[label_column], labels, None)
+        if class_order is not None and sorted(class_names) == sorted(class_order):
+            class_names, class_ids = _classes(features[label_column], labels, list(class_order))
+    else:
+        class_names, class_ids = _classes(features[label_column], labels, class_names)
     unknown = [label for label in labels or [] if label not in class_ids]
     if unknown:
         raise DataError(_unknown_labels(unknown, class_names, f"column {label_column!r} of split {split!r}"))
@@ -150,22 +171,35 @@ def read_class_names(path: str | Path) -> list[str]:
 
 
 def _load(
-    name_or_path: str | Path, split: str, streaming: bool, cache_dir: str | Path | None
+    name_or_path: str | Path,
+    split: str,
+    streaming: bool,
+    cache_dir: str | Path | None,
+    config_name: str | None,
+    label_column: str,
 ) -> Dataset | IterableDataset:
     name = os.path.expanduser(name_or_path)
+    is_folder = os.path.isdir(name)
     is_path = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1  # Hub names have one slash
-    if is_path and not os.path.isdir(name):
+    is_format = name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None  # such as "csv"
+    if not is_folder and (is_path or is_format):
         raise FileNotFoundError(f"There is no folder {name}: check the path.")
     try:
-        return load_dataset(name, split=split, streaming=streaming, cache_dir=cache_dir)
+        if is_folder:
+            return load_folder(os.path.abspath(name), split, streaming, label_column, cache_dir, config_name)
+        return load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
+    except (DataError, PermissionError):
+        raise
     except (FileNotFoundError, ConnectionError) as error:
-        if os.path.isdir(name):
+        if is_folder:
             remedy = "put images (one subfolder per class), parquet files or webdataset tars into it"
         else:
             remedy = "there is no such local folder, and no such data set could be reached on the Hub"
         raise FileNotFoundError(f"No data found in {name}: {remedy}. ({error})") from error
-    except ValueError as error:  # from datasets; it lists the available splits
-        raise DataError(f"Cannot load split {split!r} of {name}: {error}") from error
+    except ValueError as error:  # it lists the splits or configurations that there are
+        raise DataError(
+            f"Cannot load split {split!r} of {name}: {one_line(error)} See also --dataset_config_name."
+        ) from error
 
 
 def _classes(
@@ -182,7 +216,8 @@ def _classes(
             return feature.names, {i: i for i in range(len(feature.names))}
         if labels is None:
             raise DataError("A stream of unnamed labels does not list its classes: pass them with --class_names_file.")
-        values = sorted(label for label in labels if label is not None and (is_text or label >= 0))
+        values = [label for label in labels if label is not None and (is_text or label >= 0)]
+        values = sort_class_names(values) if is_text else sorted(values)
         return [str(value) for value in values], {value: i for i, value in enumerate(values)}
 
     ids = {name: i for i, name in enumerate(class_names)}
@@ -215,4 +250,4 @@ def _unknown_labels(labels: list, class_names: list[str], place: str) -> str:
 
 def _first(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(one_line, names[:5])) + (", ..." if len(names) > 5 else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..utils.messages import one_line
 from .image_data import ImageData
 from .image_transform import ImageTransform, decode_image
 from .rows import BadImageError, TrainingRow
@@ -96,7 +97,8 @@ class ImageRows:
         try:
             image = decode_image(self.data.encoded_image(fields))
         except Exception as error:  # Pillow can raise nearly anything for a damaged file
-            message = f"Cannot read the image of {self.data.place(fields, position)}: {error or type(error).__name__}"
+            reason = str(error) or type(error).__name__
+            message = one_line(f"Cannot read the image of {self.data.place(fields, position)}: {reason}")
             if self.on_bad_image == "stop":
                 message += ". Fix or remove it, or pass --on_bad_image skip."
             raise BadImageError(message) from error

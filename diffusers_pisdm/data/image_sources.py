@@ -13,9 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..utils.folder_scan import read_regular_file, scan_folder, warn_of_left_out
+from ..utils.messages import one_line
+from .image_transform import image_endings
+
 
 # `diffusers_pisdm.data.image_transform` has both: `decode_image`, and a non-random `ImageTransform`. Images should be
-# decoded and cropped as in training, but this module does not import that one.
+# decoded and cropped as in training.
 DecodeImage = Callable[[bytes], Image.Image]
 CropImage = Callable[[Image.Image], torch.Tensor]
 
@@ -81,17 +85,17 @@ class ImageSource(ABC):
 
 class FolderImages(ImageSource):
     """
-    All images in a folder and its subfolders, in any format Pillow reads, sorted by path.
+    All images in a folder and its subfolders, sorted by path; links are followed.
 
     Args:
-        folder (`str` or `Path`): The folder. Files and folders whose names start with a dot are ignored.
+        folder (`str` or `Path`): The folder. What is left out, such as names that start with a dot, is logged.
         decode (`Callable`):
             Turns a file's content into an image in mode RGB, e.g.
             [`~diffusers_pisdm.data.image_transform.decode_image`].
         crop (`Callable`, *optional*): See [`ImageSource`].
 
     Raises:
-        ImageSourceError: The folder does not exist, or holds no images.
+        ImageSourceError: The folder does not exist or holds no images, or an image is a dangling link or a pipe.
     """
 
     def __init__(self, folder: str | Path, decode: DecodeImage, crop: CropImage | None = None):
@@ -100,9 +104,14 @@ class FolderImages(ImageSource):
         self.decode = decode
         if not self.folder.is_dir():
             raise ImageSourceError(f"There is no folder {folder}: check the path.")
-        endings = readable_endings()
-        paths = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.suffix.lower() in endings)
-        self.files = sorted(path for path in paths if not any(part.startswith(".") for part in path.parts))
+        content = scan_folder(self.folder, image_endings())
+        if content.unusual:
+            unusual = ", ".join(map(one_line, content.unusual[:5]))
+            raise ImageSourceError(
+                f"{folder} holds dangling links, pipes or the like: {unusual}. Remove or repair them."
+            )
+        warn_of_left_out(folder, content.left_out)
+        self.files = sorted(Path(*parts, name) for parts, names in content.images.items() for name in names)
         if not self.files:
             raise ImageSourceError(f"There are no images in {folder}: pass a folder of, say, PNG or JPEG files.")
 
@@ -112,7 +121,7 @@ class FolderImages(ImageSource):
     def images(self, indices: Iterable[int]) -> Iterator[tuple[str, Image.Image]]:
         for index in indices:
             path = self.folder / self.files[index]
-            yield str(path), _decode(self.decode, path.read_bytes, str(path))
+            yield str(path), _decode(self.decode, lambda path=path: read_regular_file(path), str(path))
 
 
 class NpzImages(ImageSource):
@@ -255,16 +264,12 @@ class ListImages(ImageSource):
             yield f"image {index}", image
 
 
-def readable_endings() -> set[str]:
-    """The file extensions that Pillow reads, in lower case with the dot."""
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
 def _decode(decode: DecodeImage, read: Callable[[], bytes], place: str) -> Image.Image:
     try:
         return decode(read())
     except Exception as error:  # Pillow can raise nearly anything for a damaged file
-        raise ImageSourceError(f"Cannot read the image of {place}: {str(error) or type(error).__name__}") from error
+        reason = str(error) or type(error).__name__
+        raise ImageSourceError(one_line(f"Cannot read the image of {place}: {reason}")) from error
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:

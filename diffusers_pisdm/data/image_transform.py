@@ -8,11 +8,46 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 
+# Formats of pictures, TGA last, as nothing marks its files. Others start programs (EPS), hold measurements (FITS) or
+# pictures whose sizes are not known before they are decoded (ICO).
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "AVIF",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "JPEG2000",
+    "PPM",
+    "QOI",
+    "SGI",
+    "PCX",
+    "TGA",
+)
+# Pillow's modes whose values have a defined range, and which become the right colours; what the others are.
+MODES = (
+    *("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBA", "RGBa"),
+    *("I;16", "I;16B", "I;16L", "I;16N"),
+)
+UNDEFINED_MODES = {
+    "F": "floats of unknown range",
+    "I": "32-bit integers of unknown range",
+    "LAB": "CIELAB colours of unknown white point",
+}
+MAX_PIXELS = 2**26  # as much as 1 GB of memory with transparency
 MAX_ASPECT_RATIO = 32  # a longer strip, scaled to the training size, would fill the memory
 MIN_CROP_FRACTION = 0.8  # of the shorter side, as in ADM
+
+
+def image_endings() -> frozenset[str]:
+    """The endings of the image files that we read, in lower case with the dot."""
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in _formats())
 
 
 def decode_image(encoded: bytes) -> Image.Image:
@@ -20,30 +55,75 @@ def decode_image(encoded: bytes) -> Image.Image:
     Decodes an image file to RGB, rotated according to its EXIF data, with transparency on white.
 
     Args:
-        encoded (`bytes`): The whole file, in any format Pillow reads; for an animation, the first frame is used.
+        encoded (`bytes`): The whole file, in one of `IMAGE_FORMATS`; for an animation, the first frame is used.
 
     Returns:
         `PIL.Image.Image` in mode RGB.
 
     Raises:
-        ValueError: The file is empty, or the image is absurdly long or has no defined value range.
+        ValueError: The file is empty or of another format, or the image is absurdly large or long, or its values have
+            no defined range.
         Exception: Whatever Pillow raises for a damaged file.
     """
     if not encoded:
         raise ValueError("the file is empty")
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=_formats())
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"the file is no image, or damaged, or of another format than {', '.join(_formats())}"
+        ) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}: scale the image down")
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise ValueError(f"{image.width}x{image.height} pixels exceed an aspect ratio of {MAX_ASPECT_RATIO}:1")
-    if image.has_transparency_data:
+    _check_values(image)
+    _scale_transparent_colour(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+        pixels = np.asarray(image)
+        grey = (pixels >> 8).astype(np.uint8)
+        grey[pixels == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(grey)
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image)
-        return canvas.convert("RGB")
-    if image.mode.startswith("I"):  # 16-bit, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("pixels are floats of unknown range; save the image as 8-bit")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _formats() -> tuple[str, ...]:
+    Image.init()  # registers Pillow's formats: which there are depends on its version
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+def _check_values(image: Image.Image) -> None:
+    """Refuses (ValueError) an image whose values Pillow would not turn into the right colours."""
+    problem = UNDEFINED_MODES.get(image.mode)
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        problem = None  # 16 bits
+    elif image.mode not in MODES:
+        problem = problem or f"of mode {image.mode}"
+    elif image.mode.startswith("I;16") and image.format == "TIFF":
+        tags = image.tag_v2
+        if (tags.get(BITSPERSAMPLE), tags.get(PHOTOMETRIC_INTERPRETATION)) != ((16,), 1):
+            problem = "12-bit or inverted 16-bit integers"
+    elif image.mode == "RGB" and "transparency" in image.info and _raw_mode(image) == "RGB;16B":
+        problem = "16-bit colours of which one is transparent"
+    if problem is not None:
+        raise ValueError(f"pixels are {problem}; save the image as 8-bit RGB")
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Pillow scales a PNG's 2 and 4 bits to 8, but not the one that is transparent."""
+    bits = {"L;2": 2, "L;4": 4}.get(_raw_mode(image))
+    if bits is not None and "transparency" in image.info:
+        most = 2**bits - 1
+        image.info["transparency"] = (image.info["transparency"] & most) * 255 // most
+
+
+def _raw_mode(image: Image.Image) -> str | None:
+    """How the values are stored in a PNG file that is not decoded yet."""
+    return image.tile[0][3] if image.format == "PNG" and image.tile else None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,6 +202,24 @@ def add_lora(
     )
     transformer.class_embedding.requires_grad_(train_class_embedding)
     cast_training_params(transformer, dtype=torch.float32)
+
+
+def known_class_order(output_dir: str | Path, pretrained: DiffusionPipeline | None = None) -> list[str] | None:
+    """
+    The names of the classes that a run must keep, by id.
+
+    Args:
+        output_dir (`str` or `Path`): The run's folder, which may hold the cascade that it has saved so far.
+        pretrained ([`DiffusionPipeline`], *optional*): The cascade to start from.
+
+    Returns:
+        `list[str]` or `None`: Those of the run's own cascade or else of the pretrained one; `None` without either.
+    """
+    if Path(output_dir, DiffusionPipeline.config_name).is_file():
+        id2label = DiffusionPipeline.load_config(output_dir).get("id2label")
+    else:
+        id2label = None if pretrained is None else pretrained.config.id2label
+    return [id2label[class_id] for class_id in sorted(id2label, key=int)] if id2label else None
 
 
 def _get_class_names(pretrained: DiffusionPipeline) -> list[str]:

@@ -162,7 +162,7 @@ def test_nothing_to_load_is_an_error(tmp_path, cache, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"No data found in .*empty: put images"):
         load(tmp_path / "empty", cache)
 
-    def unreachable(name, **arguments):
+    def unreachable(*_, **arguments):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(image_data, "load_dataset", unreachable)

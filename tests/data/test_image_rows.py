@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from datasets import Dataset, Image
@@ -6,6 +8,7 @@ from diffusers_pisdm.data import image_rows
 from diffusers_pisdm.data.image_rows import ImageRows
 from diffusers_pisdm.data.image_transform import ImageTransform
 from diffusers_pisdm.data.rows import BadImageError, DataError
+from diffusers_pisdm.data.stream_batches import stream_once
 from tests.data.image_folders import copy_folder, damaged_images, load, write_parquet
 
 
@@ -60,6 +63,32 @@ def test_a_missing_file_is_a_bad_image(folder, tmp_path):
     sorted(folder.glob("*/*.png"))[2].unlink()
     with pytest.raises(BadImageError, match="No such file"):
         rows.read(2, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link"])
+def test_what_is_no_file_any_more_is_never_opened(folder, tmp_path, kind):
+    """To open a pipe would hang."""
+    rows = make_rows(folder, tmp_path, "skip")
+    file = sorted(folder.glob("*/*.png"))[2]
+    file.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "dangling link": lambda path: os.symlink("nothing", path)}[kind](file)
+    (told,) = rows.read(2, 0, 0).bad_images
+    assert str(file) in told and ("No such file" if kind == "dangling link" else "not a file") in told
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_bad_image_is_one_line_with_its_path(folder, tmp_path, kind, streaming):
+    file = damage(folder, 4, kind)
+    file = file.rename(file.with_name("a\nb\u2028\x1b[3m\x85é.png"))
+    data = load(folder, tmp_path / "cache", streaming=streaming)
+    rows = ImageRows(data, ImageTransform(16), "skip")
+    if streaming:
+        told = [bad for batch in stream_once(rows, 5, 1, 0, 0) for bad in batch.bad_images]
+    else:
+        told = [bad for row in range(len(rows)) for bad in rows.read(row, 0, 0).bad_images]
+    assert len(told) == 1 and told[0].isprintable()
+    assert f"{file.parent}/a\\nb\\u2028\\x1b[3m\\x85é.png" in told[0] and "BytesIO" not in told[0]
 
 
 def test_a_row_without_an_image_is_a_bad_image(real_image_files, tmp_path):

@@ -1,4 +1,5 @@
 import functools
+import os
 import re
 import tracemalloc
 import zipfile
@@ -99,6 +100,26 @@ def test_folders_are_read_sorted_and_through(tmp_path):
     source = FolderImages(tmp_path, decode_image)
     assert [str(file) for file in source.files] == ["a/z.png", "b/1/x.gif", "b/10.webp", "b/2.png", "c.bmp"]
     assert pixels_of(source)[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 3]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link"])
+def test_what_only_looks_like_an_image_is_named_and_never_opened(folder, kind):
+    file = folder / "x\n.png"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "dangling link": lambda path: os.symlink("nothing", path)}[kind](file)
+    with pytest.raises(ImageSourceError, match=r"dangling links, pipes .*: x\\n\.png\. Remove"):
+        FolderImages(folder, decode_image)
+
+
+def test_links_are_followed_and_what_is_left_out_is_named(folder, tmp_path, caplog):
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in folder.iterdir():
+        (links / path.name).symlink_to(path)
+    (links / "up").symlink_to(links)
+    (links / ".a.png").touch()
+    (links / "a.eps").touch()
+    assert [links / file for file in FolderImages(links, decode_image).files] == sorted(links.glob("[!u]*/*"))
+    assert "1 hidden (.a.png); 1 of formats that we do not read (a.eps)" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text"])

@@ -58,6 +58,21 @@ def test_a_folder_of_images_becomes_a_cache_that_training_reads(run, images, cap
     assert {path: path.read_bytes() for path in folder.iterdir()} == files
 
 
+def test_a_cache_that_was_begun_keeps_its_class_ids(run, real_image_files, tmp_path):
+    """One of an earlier version, which sorted numbers as text."""
+    for file, name in zip(real_image_files, ("10", "9", "2")):
+        (tmp_path / "numbers" / name).mkdir(parents=True)
+        (tmp_path / "numbers" / name / file.name).write_bytes(file.read_bytes())
+    index_file = run(data=tmp_path / "numbers") / "index.json"
+    index = json.loads(index_file.read_text())
+    assert index["class_names"] == ["2", "9", "10"]
+    (index_file.parent / "shard-00000.safetensors").unlink()
+    index_file.write_text(json.dumps({**index, "class_names": ["10", "2", "9"]}))
+    cache = LatentCache(run(data=tmp_path / "numbers"))
+    assert cache.class_names == ["10", "2", "9"]
+    assert [cache.read(row, 0, 0).label for row in range(3)] == [0, 1, 2]  # in the order of their paths
+
+
 def test_class_names_and_another_autoencoder_can_be_given(run, real_image_files, tmp_path):
     (tmp_path / "names.txt").write_text("".join(f"{letter}\n" for letter in "abc"))
     make_tiny().save_pretrained(tmp_path / "taesd")

@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
-from examples import generate
+from examples import drawing, generate
 
 
 NAMES = ["fluent3d/animal-mammal", "noto/flag", "tench, Tinca tinca", "golden retriever"]
@@ -68,11 +68,11 @@ def run(model_dir, tmp_path, *arguments):
     ],
 )
 def test_classes_are_ids_and_names_with_spaces_and_commas(arguments, expected):
-    assert generate.parse_classes(arguments, set(NAMES)) == expected
+    assert drawing.parse_classes(arguments, set(NAMES)) == expected
 
 
 def test_a_class_whose_name_is_a_number_is_a_name():
-    assert generate.parse_classes(["7"], {"7", "8"}) == ["7"]
+    assert drawing.parse_classes(["7"], {"7", "8"}) == ["7"]
 
 
 def test_writes_grid_and_stages_and_says_so(model_dir, tmp_path, capsys):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.evaluation import read_sample_set
-from examples import sample
+from examples import drawing, sample
 from tests.examples import sample_in_processes
 from tests.pipelines.tiny_cascade import make_cascade
 from tests.pipelines.tiny_dit import make_dit
@@ -64,11 +66,31 @@ def test_any_class_conditional_pipeline_is_sampled(tmp_path):
     assert (record["model"]["pipeline"], record["settings"]["classes"]) == ("DiTPipeline", "uniform")
 
 
+def test_classes_mean_the_same_as_in_generate(tmp_path):
+    """Names that are numbers are not their ids: 9 is the class of id 1, and 5, which is no name, an id."""
+    names = ["2", "9", *"abcdefg", "tench, 7"]
+    make_cascade(1, id2label=names).save_pretrained(tmp_path / "model")
+    run(str(tmp_path / "model"), tmp_path / "samples", "--num_inference_steps", "1", "--classes", "9", "5", "b", "7")
+    ids = [1, 5, 3, 9]
+    assert read_sample_set(tmp_path / "samples")["settings"]["classes"] == ids
+    pipe = PISDMCascadePipeline.from_pretrained(tmp_path / "model")
+    assert drawing.find_class_ids(pipe, ["9,5", "b 7"]) == pipe.get_label_ids(["9", 5, "b", "7"]) == ids
+
+
+def test_names_of_another_pipeline():
+    dit = make_dit()
+    dit = type(dit)(dit.transformer, dit.vae, dit.scheduler, id2label={0: "tench, Tinca tinca", 1: "2"})
+    assert drawing.find_class_ids(dit, ["Tinca tinca", "2", "0"]) == [0, 1, 0]
+    unnamed = DDPMPipeline(UNet2DModel(block_out_channels=(32, 32, 32, 32)), DDPMScheduler())
+    with pytest.raises(ValueError, match="pass class ids to --classes, not 'cat'"):
+        drawing.find_class_ids(unnamed, ["1", "cat"])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--num_samples", "0"], "`num_samples` has to be from 1"),
-        (["--classes", "cat", "3"], "--classes takes balanced or uniform or class ids, got cat 3"),
+        (["--classes", "cat", "3"], "Cannot look up 'cat'"),
         (["--classes", "-1"], "`classes` contains -1, but this model's classes are 0 to 9"),
         (["--scheduler", "Nothing"], "diffusers has no scheduler `Nothing`"),
         (["--guidance_scale", "1", "2", "3"], "`guidance_scale` has 3 values, but this pipeline has 2 stages"),

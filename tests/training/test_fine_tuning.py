@@ -8,6 +8,7 @@ import torch
 from diffusers_pisdm.training.fine_tuning import (
     LORA_TARGET_MODULES,
     add_lora,
+    known_class_order,
     pretrained_defaults,
     resize_class_embedding,
     start_cascade,
@@ -240,3 +241,12 @@ def test_missing_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"need PEFT, which cannot be imported\. Run `pip install -U peft`"):
         add_lora(make_model(), rank=2, alpha=2)
+
+
+def test_a_run_keeps_the_ids_of_its_own_cascade_or_else_of_the_pretrained_one(tmp_path):
+    names = [f"class {i * 7 % 10}" for i in range(10)]
+    pretrained = make_cascade(1, id2label=names)
+    assert known_class_order(tmp_path) is None and known_class_order(tmp_path, make_cascade(1)) is None
+    assert known_class_order(tmp_path, pretrained) == names
+    make_cascade(1, id2label=names[::-1]).save_pretrained(tmp_path)
+    assert known_class_order(tmp_path, pretrained) == known_class_order(tmp_path) == names[::-1]

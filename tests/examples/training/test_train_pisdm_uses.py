@@ -145,6 +145,30 @@ def test_new_classes_and_a_stage_are_added_to_a_published_cascade(train, tmp_pat
     np.testing.assert_allclose(generate(two, [kept]), generate(before, [kept]), atol=1e-5)
 
 
+def test_a_model_keeps_its_class_ids_and_a_configuration_is_chosen(tmp_path, train, real_image_files):
+    names = ["10", "9", "2"]
+    for file, name in zip(real_image_files, names * 3):
+        for top in ("numbers", "letters"):
+            folder = tmp_path / "data" / top / (name if top == "numbers" else f"class {name}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / file.name).write_bytes(file.read_bytes())
+    configs = "".join(f"- config_name: {top}\n  data_dir: {top}\n" for top in ("numbers", "letters"))
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+
+    def run(name, *arguments):
+        output = train(name, 1, "--dataset_config_name", "numbers", *arguments, data=tmp_path / "data")
+        return output, list(PISDMCascadePipeline.from_pretrained(output).config.id2label.values())
+
+    base, by_number = run("base")
+    assert by_number == ["2", "9", "10"]
+    # As a run of an earlier version left it, that sorted them as text.
+    by_text = sorted(names)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "id2label": dict(enumerate(by_text))}))
+    assert run("tuned", "--pretrained_model_name_or_path", str(base))[1] == by_text
+    assert run("base", "--max_train_steps", "2")[1] == by_text
+
+
 def test_without_a_recipe_the_pretrained_cascade_says_what_to_train(tmp_path, train, command):
     base = train("base", 2)
     arguments = command("run", 2, "--pretrained_model_name_or_path", str(base), "--train_batch_size", "8")
