@@ -115,6 +115,7 @@ def check_adapter_fits(
                 _check_embedding(name, transformers[name], weight)
             else:
                 _check_layer(name, transformers[name], key, weight)
+        _read_ranks(name, layers)
     sizes = {name: len(layers[CLASS_EMBEDDING]) for name, layers in weights.items() if CLASS_EMBEDDING in layers}
     without = [name for name in transformers if name not in sizes]
     if sizes and without:
@@ -181,26 +182,34 @@ def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Ten
     if absent:
         raise ValueError(f"The adapter's metadata has no `{name}.{absent[0]}`. {_DAMAGED}")
     config.pop("init_lora_weights", None)  # the weights follow
-    paths = {key.partition(".lora_")[0] for key in layers}
+    ranks = _read_ranks(name, layers)
+    if config.get("target_modules") is None:
+        config["target_modules"] = sorted(ranks)
     for key in ("rank_pattern", "alpha_pattern", "target_modules"):
-        if len(config.get(key, ())) > 200 + len(paths):  # PEFT tries all on every layer
-            raise ValueError(f"The adapter's `{name}.{key}` names {len(config[key])} layers, but it has {len(paths)}.")
-    ranks = config.get("rank_pattern", {})
-    for path in sorted(paths):
-        rank = ranks.get(get_pattern_key(ranks, path), config["r"])
-        found = {weight.shape[:2][dim : dim + 1] for weight, dim in _matrices(path, layers)}
-        if found != {(rank,)}:
+        if len(config.get(key, ())) > 200 + len(ranks):  # PEFT tries all on every layer
+            raise ValueError(f"The adapter's `{name}.{key}` names {len(config[key])} layers, but it has {len(ranks)}.")
+    pattern = config.get("rank_pattern", {})
+    for path, rank in ranks.items():
+        wanted = pattern.get(get_pattern_key(pattern, path), config["r"])
+        if rank != wanted:
             raise ValueError(
-                f"The adapter's `{name}.{path}` has matrices of rank {sorted(found)}, but its metadata says {rank}."
-                f" {_DAMAGED}"
+                f"The adapter's `{name}.{path}` has rank {rank}, but its metadata says {wanted}. {_DAMAGED}"
             )
     return config
 
 
-def _matrices(path: str, layers: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
-    # With the axis that is as long as the rank. A layer of embeddings has parameters instead of modules.
-    names = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
-    return [(layers[f"{path}.{name}"], dim) for name, dim in names.items() if f"{path}.{name}" in layers]
+def _read_ranks(name: str, layers: dict[str, torch.Tensor]) -> dict[str, int | None]:
+    """The rank of each adapted layer; `None` if it has no matrices."""
+    # The axis that is as long as the rank. A layer of embeddings has parameters instead of modules.
+    axes = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+    ranks = {}
+    for path in sorted({key.partition(".lora_")[0] for key in layers if ".lora_" in key}):
+        matrices = {matrix: layers[f"{path}.{matrix}"] for matrix in axes if f"{path}.{matrix}" in layers}
+        found = {weight.shape[axes[matrix]] if weight.ndim > 1 else None for matrix, weight in matrices.items()}
+        if len(found) > 1:
+            raise ValueError(f"The adapter's `{name}.{path}` has matrices of different ranks: {found}. {_DAMAGED}")
+        ranks[path] = found.pop() if found else None
+    return ranks
 
 
 def read_id2label(metadata: dict[str, Any], num_classes: int) -> dict[int, str] | None:
