@@ -63,6 +63,9 @@ class StrictLoadingMixin:
                     " `use_safetensors=False`."
                 )
             raise OSError(f"{str(error).strip()} {remedy}") from error
+        except RecursionError as error:
+            where = f"A configuration of {cls.__name__} in {pretrained_model_name_or_path}"
+            raise ValueError(f"{where} is nested too deeply. Copy or download it again.") from error
         finally:
             torch.set_default_dtype(default_dtype)  # a load that fails in between leaves the model's
         if not is_model:

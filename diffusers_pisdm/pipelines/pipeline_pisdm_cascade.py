@@ -37,6 +37,7 @@ from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, 
 from ..schedulers import check_residual_scheduler, check_scheduler, relay_start, set_timesteps
 from .class_names import ClassLabels, check_id2label, flatten_labels, ids_by_name
 from .lora_loading import PISDMLoraLoaderMixin
+from .saved_files import MAX_TIMESTEPS, check_saved_pipeline
 
 
 logger = logging.get_logger(__name__)
@@ -48,8 +49,6 @@ _FITTING = {"low_res_channels": "in_channels", "in_channels": "in_channels", "nu
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_3", "transformer_4")
 SCHEDULERS = ("scheduler", "scheduler_2", "scheduler_3", "scheduler_4")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# Schedulers compute a table of all their timesteps when they are made, and plans hold all steps of a run.
-MOST_TIMESTEPS = 100_000
 
 
 @dataclass
@@ -236,15 +235,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Any:
-        """Reads a pipeline's configuration like diffusers, and refuses a folder whose schedulers are absurdly long."""
-        for path in sorted(Path(pretrained_model_name_or_path).glob("scheduler*/scheduler_config.json")):
-            num_timesteps = cls._dict_from_json_file(path).get("num_train_timesteps", 1)
-            if not _is_positive_integer(num_timesteps) or num_timesteps > MOST_TIMESTEPS:
-                raise ValueError(
-                    f"`num_train_timesteps` in {path} has to be an integer from 1 to {MOST_TIMESTEPS} but is"
-                    f" {num_timesteps!r}. Correct it, or copy or download the file again."
-                )
-        return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        """Reads a pipeline's configuration like diffusers; a damaged file in a local folder is a ValueError."""
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        if (folder / cls.config_name).is_file():
+            check_saved_pipeline(folder, loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs) -> Self:
@@ -1066,8 +1062,8 @@ def _is_positive_integer(value: Any) -> bool:
 _NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_images_per_prompt": ("a positive integer", _is_positive_integer),
     "num_inference_steps": (
-        f"a positive integer up to {MOST_TIMESTEPS}",
-        lambda value: _is_positive_integer(value) and value <= MOST_TIMESTEPS,
+        f"a positive integer up to {MAX_TIMESTEPS}",
+        lambda value: _is_positive_integer(value) and value <= MAX_TIMESTEPS,
     ),
     "guidance_scale": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
     "guidance_start": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),

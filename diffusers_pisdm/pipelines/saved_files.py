@@ -10,7 +10,8 @@ import diffusers
 from diffusers import SchedulerMixin
 
 
-MAX_TIMESTEPS = 100_000  # of a noise schedule
+# Schedulers compute a table of all their timesteps when they are made, and plans hold all steps of a run.
+MAX_TIMESTEPS = 100_000
 REMEDY = "Correct it, or copy or download the file again."
 
 
@@ -41,11 +42,13 @@ def check_saved_pipeline(folder: Path, config: Any) -> None:
     odd = [name for name in names if not isinstance(name, str)]
     if odd:
         raise ValueError(f"`id2label` in {index} has {odd[0]!r:.100} for the name of a class. {REMEDY}")
-    for file in sorted(folder.glob("scheduler*/scheduler_config.json")):
-        check_saved_scheduler(file)
+    for name, value in config.items():
+        file = folder / name / "scheduler_config.json"
+        if name.startswith("scheduler") and value is not None and file.is_file():
+            check_saved_scheduler(file, value[1])
 
 
-def check_saved_scheduler(file: Path) -> None:
+def check_saved_scheduler(file: Path, class_name: str | None) -> None:
     """Makes the scheduler of a configuration; raises ValueError if that is not possible."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -57,7 +60,7 @@ def check_saved_scheduler(file: Path) -> None:
             f"`num_train_timesteps` in {file} has to be an integer from 1 to {MAX_TIMESTEPS} but is"
             f" {num_timesteps!r}. {REMEDY}"
         )
-    scheduler = getattr(diffusers, str(config.get("_class_name")), None)
+    scheduler = getattr(diffusers, str(class_name), None)
     if not isinstance(scheduler, type) or not issubclass(scheduler, SchedulerMixin):
         return  # of another library: diffusers tells, if it cannot be found
     try:

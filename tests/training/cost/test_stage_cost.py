@@ -101,9 +101,9 @@ def test_state_by_arithmetic():
 
 
 def test_a_model_larger_than_this_machine_is_counted():
-    huge = STAGE | {"num_layers": 3, "hidden_size": 65536}
+    huge = STAGE | {"num_layers": 25, "hidden_size": 8192}
     cost = estimate_stage_cost(huge, NUM_CLASSES, 4096, CostSettings())
-    assert cost.weight_bytes > 300 * 2**30
+    assert cost.weight_bytes > 40 * 2**30
     assert cost.saved_bytes > 1000 * 2**30
 
 
