@@ -121,14 +121,31 @@ def test_splits_are_folders_above_the_classes(tmp_path, cache, put, layout):
 
 
 def test_what_is_in_no_split_is_named(tmp_path, cache, put, said):
-    put(*(tmp_path / "d" / split / name / "1.png" for split in ("train", "test", "extra") for name in CLASSES))
-    assert labelled(load(tmp_path / "d", cache)) == expected(tmp_path / "d" / "train")
+    put(*(tmp_path / "d" / split / name / "1.png" for split in ("Train", "test", "extra") for name in CLASSES))
+    assert labelled(load(tmp_path / "d", cache)) == expected(tmp_path / "d" / "Train")
     assert "2 not in a class folder (extra/cat/1.png, extra/dog/1.png)" in said()
 
 
-def test_splits_are_not_taken_for_classes(tmp_path, cache, put):
-    put(tmp_path / "d" / "train" / "1.png", tmp_path / "d" / "test" / "1.png")
+def test_a_word_in_the_name_of_a_group_of_classes_makes_no_split(tmp_path, cache, put):
+    put(tmp_path / "d" / "train vehicles" / "bus" / "1.png", tmp_path / "d" / "pets" / "cat" / "1.png")
+    assert labelled(load(tmp_path / "d", cache)) == expected(tmp_path / "d", "*/*/*")
+
+
+def test_rows_are_in_the_order_of_their_paths(tmp_path, cache, put):
+    """As text, in which `cat-2/` and `cat 3/` precede `cat/`."""
+    put(*(tmp_path / "d" / name / "1.png" for name in ("cat", "cat-2", "cat 3", "Cat", "ä")))
+    data = load(tmp_path / "d", cache)
+    assert [name for _, name in labelled(data)] == ["Cat", "cat 3", "cat-2", "cat", "ä"]
+    assert data.class_names == ["Cat", "cat", "cat 3", "cat-2", "ä"]
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("data/train", "data/val"), ("cat",), (".",)])
+def test_splits_or_one_folder_are_no_classes(tmp_path, cache, put, names):
+    put(*(tmp_path / "d" / name / "1.png" for name in names))
     with pytest.raises(DataError, match=r"no column 'label', only image: .*one subfolder per class"):
+        load(tmp_path / "d", cache)
+    (tmp_path / "d" / names[0] / "metadata.csv").write_text("file_name,caption\n1.png,x\n")
+    with pytest.raises(DataError, match=r"no column 'label', only image, caption: .*--label_column"):
         load(tmp_path / "d", cache)
 
 
@@ -204,6 +221,14 @@ def test_metadata_of_splits_without_class_folders(tmp_path, cache, put):
         (tmp_path / "d" / split / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
         data = load_image_data(tmp_path / "d", split, cache_dir=cache)
         assert [name for _, name in labelled(data)] == list(kinds)
+
+
+def test_metadata_above_the_splits_belongs_to_none(tmp_path, cache, put):
+    put(*(tmp_path / "d" / split / name / "1.png" for split in ("train", "test") for name in CLASSES))
+    (tmp_path / "d" / "metadata.csv").write_text("file_name,label\ntrain/cat/1.png,x\ntest/dog/1.png,y\n")
+    for split in ("train", "test"):
+        data = load_image_data(tmp_path / "d", split, cache_dir=cache)
+        assert labelled(data) == expected(tmp_path / "d" / split)
 
 
 def test_metadata_that_is_needed_must_be_readable(tmp_path, cache, put):
