@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import diffusers
 import torch
@@ -17,30 +18,125 @@ from diffusers import (
     PNDMScheduler,
     SchedulerMixin,
 )
-from diffusers.utils import logging
+from diffusers.utils import DummyObject, logging
 
 
 logger = logging.get_logger(__name__)
 
+# docs/schedulers.md lists the classes; `benchmarks/schedulers.py` compares them on the published checkpoint.
+
+# What `swap_scheduler` sets, as with what `from_config` takes over the class draws noise, or cannot be made.
+SETTINGS = {
+    "CogVideoXDDIMScheduler": {"snr_shift_scale": 1.0},  # by default, it shifts the noise schedule
+    "EulerAncestralDiscreteScheduler": {"rescale_betas_zero_snr": True},  # a first sigma of 4,096 instead of 20,291
+    "HeunDiscreteScheduler": {"use_exponential_sigmas": True},
+    "KDPM2AncestralDiscreteScheduler": {"use_exponential_sigmas": True},
+    "SASolverScheduler": {"algorithm_type": "data_prediction"},  # it refuses DPM-Solver's values
+}
+
+# Steps that divide sigma by more than this go wrong: Heun's and KDPM2's on the published checkpoint, Euler's as in
+# float32 what is left of the noise is lost, or NaN.
+LARGEST_RATIOS = {
+    "EulerAncestralDiscreteScheduler": 2900.0,
+    "HeunDiscreteScheduler": 5.0,
+    "KDPM2AncestralDiscreteScheduler": 2.5,
+}
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+NO_SAMPLE_PREDICTION = (  # in diffusers
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "PNDMScheduler",
+)
+
+# Schedulers of other models, by what they do.
+UNSUITABLE = {
+    "is for flow matching": (
+        "FlowMapEulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "FlowMatchLCMScheduler",
+        "HeliosDMDScheduler",
+        "HeliosScheduler",
+        "LTXEulerAncestralRFScheduler",
+        "MiniMaxH3Scheduler",
+        "PiflowScheduler",
+        "RFD4ProteinaScheduler",
+    ),
+    "is for EDM models": (
+        "CosineDPMSolverMultistepScheduler",
+        "EDMDPMSolverMultistepScheduler",
+        "EDMEulerScheduler",
+    ),
+    "is for consistency models": ("CMStochasticIterativeScheduler", "LCMScheduler", "SCMScheduler"),
+    "turns images into noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
+    "fills masked images": ("RePaintScheduler",),
+    "samples tokens": (
+        "AmusedScheduler",
+        "BlockRefinementScheduler",
+        "DiscreteDDIMScheduler",
+        "EntropyBoundScheduler",
+        "VQDiffusionScheduler",
+    ),
+    "has a noise schedule of its own": (
+        "DDPMWuerstchenScheduler",
+        "IPNDMScheduler",
+        "KarrasVeScheduler",
+        "ScoreSdeVeScheduler",
+        "UnCLIPScheduler",
+    ),
+    "takes the prediction of the step before": ("CogVideoXDPMScheduler",),
+}
+
 
 def swap_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """
-    Replaces the schedulers of all stages of a pipeline with ones of another class and the same noise schedule.
+    Replaces the schedulers of all stages of a pipeline with ones of another class and the same noise schedule, with
+    the settings that the class needs (docs/schedulers.md).
 
     Args:
-        pipe ([`DiffusionPipeline`]): The pipeline to change.
+        pipe ([`DiffusionPipeline`]): The pipeline to change; it stays as it was if there is an error.
         name (`str`): A diffusers class, e.g. `"DDIMScheduler"`.
 
     Raises:
-        ValueError: diffusers has no scheduler of that name.
+        ImportError: The class needs a package that is not installed.
+        ValueError: diffusers has no scheduler of that name, or it cannot sample one of the stages.
     """
     scheduler_class = getattr(diffusers, name, None)
+    if isinstance(scheduler_class, DummyObject):
+        scheduler_class.from_config()  # says which package is missing
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
-        known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flow")]
+        known = [
+            n for n in dir(diffusers) if n.endswith("Scheduler") and _why_unsuitable(getattr(diffusers, n)) is None
+        ]
         raise ValueError(f"diffusers has no scheduler `{name}`. It has {', '.join(known)}.")
-    for key, component in pipe.components.items():
-        if isinstance(component, SchedulerMixin):
-            setattr(pipe, key, scheduler_class.from_config(component.config))
+    reason = _why_unsuitable(scheduler_class)
+    if reason is not None:
+        raise ValueError(_refusal(f"`{name}`", reason))
+    swapped = {
+        key: scheduler_class.from_config(_without_settings(component), **_missing_settings(name, component.config))
+        for key, component in pipe.components.items()
+        if isinstance(component, SchedulerMixin)
+    }
+    for key, scheduler in swapped.items():
+        check_scheduler(key, scheduler)
+    for key, scheduler in swapped.items():
+        setattr(pipe, key, scheduler)
+
+
+def _without_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    # What the last swap set, the next class does not need.
+    settings = SETTINGS.get(type(scheduler).__name__, {})
+    return {name: value for name, value in scheduler.config.items() if settings.get(name) != value}
+
+
+def _missing_settings(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    settings = SETTINGS.get(class_name, {})
+    if any(config.get(f"use_{kind}_sigmas") for kind in ("karras", "beta")):  # only one kind of sigmas is possible
+        return {name: value for name, value in settings.items() if name != "use_exponential_sigmas"}
+    return settings
 
 
 def shift_noise_schedule(scheduler: DDPMScheduler, shift: float) -> DDPMScheduler:
@@ -124,23 +220,67 @@ def sampling_schedulers(schedulers: Sequence[DDPMScheduler]) -> list[DPMSolverMu
 
 def check_scheduler(name: str, scheduler: SchedulerMixin) -> None:
     """
-    Rejects flow-matching schedulers.
+    Rejects schedulers that cannot sample PIS-DM's models.
 
     Args:
         name (`str`): The pipeline's component, for the message.
         scheduler ([`SchedulerMixin`]): A stage's scheduler.
 
     Raises:
-        ValueError: It interpolates between data and noise (`scale_noise`) instead of adding noise (`add_noise`).
+        ValueError: It is for other models, changes the noise schedule, cannot sample what the stage predicts, or needs
+            a model that also predicts variances.
     """
     config = scheduler.config
-    flow_options = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if flow_options or not hasattr(scheduler, "add_noise"):
+    class_name = type(scheduler).__name__
+    reason = _why_unsuitable(type(scheduler))
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        reason = "is set to flow matching (`use_flow_sigmas` or `prediction_type`)"
+    if config.get("timestep_type") == "continuous":
+        reason = 'asks for continuous noise levels (`timestep_type="continuous"`)'
+    if reason is not None:
+        raise ValueError(_refusal(f"`{name}` is a `{class_name}`, which", reason))
+    if config.prediction_type not in PREDICTION_TYPES:
         raise ValueError(
-            f"`{name}` is a flow-matching scheduler ({type(scheduler).__name__}), but PIS-DM's models are trained to"
-            " predict noise, velocity or the sample. Pass a diffusion scheduler such as"
-            " `DPMSolverMultistepScheduler`, with `use_flow_sigmas=False`."
+            f"`{name}` has `prediction_type={config.prediction_type!r}`, which has to be one of"
+            f" {', '.join(PREDICTION_TYPES)}. Pass what its stage was trained to predict."
         )
+    if config.prediction_type == "sample" and _find(type(scheduler), NO_SAMPLE_PREDICTION):
+        raise ValueError(
+            f"`{name}` is a `{class_name}`, which cannot sample a stage that predicts the sample"
+            ' (`prediction_type="sample"`). Pass another scheduler, such as `DPMSolverMultistepScheduler`.'
+        )
+    if str(config.get("variance_type")).startswith("learned"):
+        raise ValueError(
+            f"`{name}` has `variance_type={config.variance_type!r}`, but PIS-DM's models predict no variances. Pass"
+            f" `{class_name}.from_config(scheduler.config, variance_type=None)`."
+        )
+    if config.get("snr_shift_scale", 1.0) != 1.0:
+        raise ValueError(
+            f"`{name}` shifts the noise schedule (`snr_shift_scale={config.snr_shift_scale}`) that its stage was"
+            f" trained with. Pass `{class_name}.from_config(scheduler.config, snr_shift_scale=1.0)`."
+        )
+
+
+def _why_unsuitable(scheduler_class: type) -> str | None:
+    for reason, names in UNSUITABLE.items():
+        if _find(scheduler_class, names):
+            return reason
+    parameters = inspect.signature(scheduler_class.__init__).parameters
+    if not {"trained_betas", "prediction_type"} <= parameters.keys() or not hasattr(scheduler_class, "add_noise"):
+        return "does not take the noise schedule of a `DDPMScheduler`"
+    return None
+
+
+def _find(scheduler_class: type, names: Sequence[str]) -> bool:
+    # A user's own class behaves as the one it comes from.
+    return any(parent.__name__ in names for parent in scheduler_class.__mro__)
+
+
+def _refusal(subject: str, reason: str) -> str:
+    return (
+        f"{subject} {reason}, but the pipeline's models predict noise, velocity or the sample at the timesteps they"
+        " were trained with. Pass another scheduler, such as `DPMSolverMultistepScheduler`."
+    )
 
 
 def check_residual_scheduler(name: str, scheduler: SchedulerMixin) -> None:
@@ -182,13 +322,15 @@ def set_timesteps(
         sigmas (`Sequence[float]`, *optional*): Custom noise levels.
 
     Raises:
-        ValueError: Both timesteps and sigmas are given, or the scheduler does not support custom ones.
+        ValueError: Both timesteps and sigmas are given, the scheduler does not support custom ones, or its steps are
+            too long for it.
     """
     if timesteps is not None and sigmas is not None:
         raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one.")
     if timesteps is None and sigmas is None:
         scheduler.set_timesteps(num_inference_steps, device="cpu")
         warn_of_uneven_steps(scheduler, num_inference_steps)
+        check_steps(scheduler)
         return
     name, schedule = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
     if name not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -197,6 +339,33 @@ def set_timesteps(
             " are using the correct scheduler."
         )
     scheduler.set_timesteps(**{name: schedule}, device="cpu")
+    check_steps(scheduler)
+
+
+def check_steps(scheduler: SchedulerMixin) -> None:
+    """
+    Rejects steps from which a scheduler makes noise or NaN.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): The scheduler, with its timesteps set.
+
+    Raises:
+        ValueError: Its steps between noise levels are too long.
+    """
+    limits = [name for name in LARGEST_RATIOS if _find(type(scheduler), [name])]
+    if not limits:
+        return
+    sigmas = scheduler.sigmas[scheduler.sigmas > 0]  # (S,)
+    ratios = (sigmas[:-1] / sigmas[1:]).tolist()
+    longest = max(range(len(ratios)), key=ratios.__getitem__, default=None)
+    if longest is None or ratios[longest] <= LARGEST_RATIOS[limits[0]]:
+        return
+    settings = ", ".join(f"{name}={value!r}" for name, value in SETTINGS[limits[0]].items())
+    raise ValueError(
+        f"`{type(scheduler).__name__}` draws noise with such long steps: one goes from sigma {sigmas[longest]:,.4g} to"
+        f" {sigmas[longest + 1]:,.4g}. Pass `{type(scheduler).__name__}.from_config(scheduler.config, {settings})`,"
+        " take more steps, or pass another scheduler, such as `DPMSolverMultistepScheduler`."
+    )
 
 
 def relay_start(scheduler: SchedulerMixin, relay_strength: float) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import inspect
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -97,6 +99,26 @@ class StagePlan:
         return residual_to_image(latents, upsampled, self.residual_scale)
 
 
+class _CallLock:
+    """Lets one thread at a time into a pipeline's call. Copies and pickles are fresh locks."""
+
+    def __init__(self):
+        self.lock = threading.RLock()  # a callback may call the pipeline
+
+    def __reduce__(self) -> tuple:
+        return _CallLock, ()
+
+
+def _one_call_at_a_time(call: Callable) -> Callable:
+    # A call's progress is in the pipeline, where callbacks look for it: guidance, interrupt, the schedulers' state.
+    @functools.wraps(call)
+    def locked(self, *args, **kwargs):
+        with self._call_lock.lock:
+            return call(self, *args, **kwargs)
+
+    return locked
+
+
 class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoaderMixin):
     r"""
     Generates images of given classes with a cascade (the paper's CN) of one to four diffusion models. The first makes
@@ -153,6 +175,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         default_noise_level: float | list[float] = 0.1,
     ):
         super().__init__()
+        self._call_lock = _CallLock()
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -246,7 +269,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     def from_pipe(cls, pipeline: DiffusionPipeline, dtype: torch.dtype | None = None, **kwargs) -> Self:
         r"""
         Makes a pipeline from another one's components, without copying their weights; `transformer_2=None` (or 3, 4)
-        shortens the cascade to the stages before. Guidance slicing stays on where it was on.
+        shortens the cascade to the stages before. Guidance slicing stays on where it was on. Schedulers are copied, so
+        that each pipeline may run in a thread of its own.
 
         Args:
             pipeline ([`DiffusionPipeline`]): The pipeline to take components and configuration from.
@@ -264,6 +288,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 arguments[name] = copy.deepcopy(value).to(dtype)
         pipe = cls(**arguments)
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        pipe._copy_schedulers()
         pipe._guidance_slicing = getattr(pipeline, "_guidance_slicing", False)
         return pipe
 
@@ -599,6 +624,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             )
         return [length * config.sample_size // full for config in configs]
 
+    def _copy_schedulers(self) -> None:
+        for name in SCHEDULERS:
+            if getattr(self, name) is not None:
+                setattr(self, name, copy.deepcopy(getattr(self, name)))
+
     def get_stage_schedulers(self) -> list[SchedulerMixin]:
         """Returns one scheduler per stage, no two the same object; where a stage has none, a copy of `scheduler`."""
         schedulers = []
@@ -788,6 +818,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         return latents, class_labels
 
     @torch.no_grad()
+    @_one_call_at_a_time
     def __call__(
         self,
         class_labels: ClassLabels,
@@ -882,6 +913,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             TypeError: A label, `latents`, `generator`, the callback or what it returns has the wrong type.
             ValueError: An argument has a wrong value, length, shape or device; the message names it.
 
+        A pipeline draws for one thread at a time; others wait. For several at once, give each thread a pipeline of its
+        own with [`~PISDMCascadePipeline.from_pipe`]: they share the models. Each call puts copies in the place of the
+        schedulers and runs on them.
+
         Latents, noise and scheduler steps are float32 whatever the precision of the transformers, so that half
         precision changes the model's rounding but not the noise.
 
@@ -900,6 +935,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_stages()
+        self._copy_schedulers()  # another pipeline, in another thread, may hold the same ones
         label_ids = self.get_label_ids(class_labels)
         self.check_inputs(
             len(label_ids),
