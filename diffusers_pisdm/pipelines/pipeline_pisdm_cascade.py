@@ -35,7 +35,7 @@ from ..models.latents import decode_latents, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
-from ..schedulers import check_residual_scheduler, check_scheduler, relay_start, set_timesteps
+from ..schedulers import check_residual_scheduler, check_scheduler, check_steps, relay_start, set_timesteps
 from .lora_loading import PISDMLoraLoaderMixin
 
 
@@ -558,6 +558,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         """Makes a scheduler forget its last run, and returns the timesteps `(T,)` of the next one, on the CPU."""
         set_timesteps(scheduler, num_inference_steps, timesteps, sigmas)
         start = 0 if relay_strength is None else relay_start(scheduler, relay_strength)
+        check_steps(scheduler, start)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)  # instead of searching for the first timestep
         return scheduler.timesteps[start:]
