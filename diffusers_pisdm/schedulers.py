@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -233,7 +234,7 @@ def check_scheduler(name: str, scheduler: SchedulerMixin) -> None:
     config = scheduler.config
     class_name = type(scheduler).__name__
     reason = _why_unsuitable(type(scheduler))
-    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+    if reason is None and (config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
         reason = "is set to flow matching (`use_flow_sigmas` or `prediction_type`)"
     if config.get("timestep_type") == "continuous":
         reason = 'asks for continuous noise levels (`timestep_type="continuous"`)'
@@ -322,15 +323,13 @@ def set_timesteps(
         sigmas (`Sequence[float]`, *optional*): Custom noise levels.
 
     Raises:
-        ValueError: Both timesteps and sigmas are given, the scheduler does not support custom ones, or its steps are
-            too long for it.
+        ValueError: Both timesteps and sigmas are given, or the scheduler does not support custom ones.
     """
     if timesteps is not None and sigmas is not None:
         raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one.")
     if timesteps is None and sigmas is None:
         scheduler.set_timesteps(num_inference_steps, device="cpu")
         warn_of_uneven_steps(scheduler, num_inference_steps)
-        check_steps(scheduler)
         return
     name, schedule = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
     if name not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -339,15 +338,15 @@ def set_timesteps(
             " are using the correct scheduler."
         )
     scheduler.set_timesteps(**{name: schedule}, device="cpu")
-    check_steps(scheduler)
 
 
-def check_steps(scheduler: SchedulerMixin) -> None:
+def check_steps(scheduler: SchedulerMixin, start: int = 0) -> None:
     """
     Rejects steps from which a scheduler makes noise or NaN.
 
     Args:
         scheduler ([`SchedulerMixin`]): The scheduler, with its timesteps set.
+        start (`int`, defaults to 0): The first of its timesteps that is run.
 
     Raises:
         ValueError: Its steps between noise levels are too long.
@@ -355,15 +354,15 @@ def check_steps(scheduler: SchedulerMixin) -> None:
     limits = [name for name in LARGEST_RATIOS if _find(type(scheduler), [name])]
     if not limits:
         return
-    sigmas = scheduler.sigmas[scheduler.sigmas > 0]  # (S,)
-    ratios = (sigmas[:-1] / sigmas[1:]).tolist()
-    longest = max(range(len(ratios)), key=ratios.__getitem__, default=None)
-    if longest is None or ratios[longest] <= LARGEST_RATIOS[limits[0]]:
+    pairs = itertools.pairwise(scheduler.sigmas[start:].tolist())
+    # The last goes to 0, and those just before have nothing left to spoil.
+    longest = max(((a, b) for a, b in pairs if a > 1 and b > 0), key=lambda pair: pair[0] / pair[1], default=None)
+    if longest is None or longest[0] / longest[1] <= LARGEST_RATIOS[limits[0]]:
         return
     settings = ", ".join(f"{name}={value!r}" for name, value in SETTINGS[limits[0]].items())
     raise ValueError(
-        f"`{type(scheduler).__name__}` draws noise with such long steps: one goes from sigma {sigmas[longest]:,.4g} to"
-        f" {sigmas[longest + 1]:,.4g}. Pass `{type(scheduler).__name__}.from_config(scheduler.config, {settings})`,"
+        f"`{type(scheduler).__name__}` draws noise with such long steps: one goes from sigma {longest[0]:,.4g} to"
+        f" {longest[1]:,.4g}. Pass `{type(scheduler).__name__}.from_config(scheduler.config, {settings})`,"
         " take more steps, or pass another scheduler, such as `DPMSolverMultistepScheduler`."
     )
 

@@ -1,23 +1,29 @@
 import re
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMParallelScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DDPMWuerstchenScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import DummyObject
 
 from diffusers_pisdm.schedulers import (
+    LARGEST_RATIOS,
+    NO_SAMPLE_PREDICTION,
+    SETTINGS,
+    UNSUITABLE,
     check_residual_scheduler,
     check_scheduler,
     relay_start,
@@ -147,20 +153,139 @@ def test_a_relay_runs_its_share_of_the_steps(scheduler_class, strength, steps):
 # --- Schedulers that do not fit --------------------------------------------------------------------------------------
 
 
+INSTALLED = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+SUITABLE = {
+    *("CogVideoXDDIMScheduler", "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler"),
+    *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "LMSDiscreteScheduler"),
+    *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
+    *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"),
+    *("SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler"),
+}
+UNSUITABLE_NAMES = {name: reason for reason, names in UNSUITABLE.items() for name in names}
+
+
+def cosine_cascade(prediction_type: str, num_stages: int = 1):
+    training = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)
+    return make_cascade(num_stages, scheduler=sampling_schedulers([training])[0])
+
+
+def test_every_installed_scheduler_is_judged():
+    assert set(INSTALLED) == SUITABLE | UNSUITABLE_NAMES.keys()
+    assert SUITABLE.isdisjoint(UNSUITABLE_NAMES)
+    assert {*SETTINGS, *NO_SAMPLE_PREDICTION} <= SUITABLE and LARGEST_RATIOS.keys() <= SETTINGS.keys()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", sorted(SUITABLE))
+def test_a_suitable_scheduler_draws_or_is_refused_before_anything_is_drawn(name, prediction_type, monkeypatch):
+    if issubclass(type(getattr(diffusers, name)), DummyObject):
+        with pytest.raises(ImportError, match=f"{name} requires"):
+            swap_scheduler(cosine_cascade(prediction_type), name)
+        return
+    pipe = cosine_cascade(prediction_type)
+    if prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
+        before = pipe.scheduler
+        with pytest.raises(ValueError, match=rf"`scheduler` .*{name}.*predicts the sample.*DPMSolver"):
+            swap_scheduler(pipe, name)
+        assert pipe.scheduler is before
+        scheduler = getattr(diffusers, name).from_config(before.config)
+        with pytest.raises((NotImplementedError, ValueError), match="prediction_type"):  # in diffusers, too
+            scheduler.set_timesteps(20)
+            sample = torch.zeros(1, 3, 8, 8)
+            scheduler.step(sample, scheduler.timesteps[0], scheduler.scale_model_input(sample, scheduler.timesteps[0]))
+        return
+    swap_scheduler(pipe, name)
+    assert torch.isfinite(pipe(1, num_inference_steps=20, output_type="latent").images).all()
+
+
+@pytest.mark.parametrize("name", sorted(UNSUITABLE_NAMES))
+def test_an_unsuitable_scheduler_is_refused_with_the_reason(name):
+    scheduler_class, pipe = getattr(diffusers, name), cosine_cascade("v_prediction", 2)
+    if issubclass(type(scheduler_class), DummyObject):
+        pytest.skip(f"{name} needs another package")
+    with pytest.raises(ValueError, match=rf"`{name}` {UNSUITABLE_NAMES[name]}, but .*`DPMSolverMultistepScheduler`"):
+        swap_scheduler(pipe, name)
+    if name in ("AmusedScheduler", "RFD4ProteinaScheduler", "VQDiffusionScheduler"):  # have arguments without default
+        return
+    made = scheduler_class.from_config(pipe.scheduler.config)
+    for scheduler in (made, type("Own", (scheduler_class,), {}).from_config(made.config)):
+        with pytest.raises(ValueError, match=rf"`scheduler_2` .*{type(scheduler).__name__}.*{UNSUITABLE_NAMES[name]}"):
+            make_cascade(2, scheduler_2=scheduler)
+
+
+def test_a_scheduler_unknown_to_us_needs_the_schedule_of_training():
+    class Stranger(diffusers.ConfigMixin, diffusers.SchedulerMixin):
+        config_name = "scheduler_config.json"
+
+        @register_to_config
+        def __init__(self, sigma_max: float = 80.0):
+            pass
+
+    with pytest.raises(ValueError, match=r"Stranger.*does not take the noise schedule"):
+        check_scheduler("scheduler", Stranger())
+
+
 @pytest.mark.parametrize(
-    "scheduler",
+    ("scheduler", "culprit", "remedy"),
     [
-        FlowMatchEulerDiscreteScheduler(),
-        FlowMatchHeunDiscreteScheduler(),
-        DPMSolverMultistepScheduler(use_flow_sigmas=True),
-        UniPCMultistepScheduler(prediction_type="flow_prediction"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True), "flow matching", "DPMSolverMultistepScheduler"),
+        (UniPCMultistepScheduler(prediction_type="flow_prediction"), "flow matching", "DPMSolverMultistepScheduler"),
+        (EulerDiscreteScheduler(timestep_type="continuous"), "continuous", "DPMSolverMultistepScheduler"),
+        (CogVideoXDDIMScheduler(), r"`snr_shift_scale=3\.0`", r"snr_shift_scale=1\.0"),
+        (DDPMScheduler(variance_type="learned_range"), "variance_type='learned_range'", "variance_type=None"),
+        (DPMSolverMultistepScheduler(variance_type="learned"), "variance_type='learned'", "variance_type=None"),
+        (DDIMScheduler(prediction_type="x0"), "prediction_type='x0'", "epsilon, v_prediction, sample"),
     ],
-    ids=lambda scheduler: type(scheduler).__name__,
+    ids=str,
 )
-def test_flow_matching_is_refused(scheduler):
-    name = type(scheduler).__name__
-    with pytest.raises(ValueError, match=rf"`scheduler_3` .*flow-matching.*{name}.*`DPMSolverMultistepScheduler`"):
+def test_settings_that_do_not_fit_are_refused(scheduler, culprit, remedy):
+    with pytest.raises(ValueError, match=f"`scheduler_3` .*{culprit}.*{remedy}"):
         check_scheduler("scheduler_3", scheduler)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps"),
+    [
+        ("HeunDiscreteScheduler", {}, 10),
+        ("HeunDiscreteScheduler", {}, 50),
+        ("HeunDiscreteScheduler", {"use_karras_sigmas": True}, 10),
+        ("HeunDiscreteScheduler", {"use_exponential_sigmas": True}, 5),
+        ("KDPM2AncestralDiscreteScheduler", {}, 20),
+        ("EulerAncestralDiscreteScheduler", {}, 3),
+    ],
+)
+def test_steps_that_are_too_long_are_refused_before_anything_is_drawn(name, options, steps):
+    pipe = cosine_cascade("v_prediction", 2)
+    pipe.scheduler_2 = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *inputs: calls.append(inputs))
+    setting = next(iter(SETTINGS[name]))
+    with pytest.raises(
+        ValueError, match=rf"`{name}` draws noise .*sigma [\d,.e+]+ to [\d,.e+]+\. Pass .*{setting}=True"
+    ):
+        pipe(1, num_inference_steps=[2, steps])
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", sorted(LARGEST_RATIOS))
+def test_with_the_settings_of_the_swap_they_are_not(name):
+    pipe = cosine_cascade("v_prediction")
+    swap_scheduler(pipe, name)
+    for steps in (20, 50):
+        pipe.retrieve_timesteps(pipe.scheduler, steps, None, None, None)
+
+
+def test_a_swap_leaves_no_settings_behind_and_keeps_chosen_sigmas():
+    pipe = cosine_cascade("v_prediction")
+    before = pipe.scheduler.config
+    swap_scheduler(pipe, "HeunDiscreteScheduler")
+    assert pipe.scheduler.config.use_exponential_sigmas
+    swap_scheduler(pipe, "DPMSolverMultistepScheduler")
+    assert not pipe.scheduler.config.use_exponential_sigmas
+    assert pipe.scheduler.config.timestep_spacing == before.timestep_spacing
+    pipe.scheduler = EulerDiscreteScheduler.from_config(before, use_karras_sigmas=True)
+    swap_scheduler(pipe, "HeunDiscreteScheduler")
+    assert pipe.scheduler.config.use_karras_sigmas and not pipe.scheduler.config.use_exponential_sigmas
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -36,7 +36,7 @@ from ..models.latents import cast_vae, decode_latents, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
-from ..schedulers import check_residual_scheduler, check_scheduler, relay_start, set_timesteps
+from ..schedulers import check_residual_scheduler, check_scheduler, check_steps, relay_start, set_timesteps
 from .class_names import ClassLabels, check_id2label, flatten_labels, ids_by_name
 from .lora_loading import PISDMLoraLoaderMixin
 from .saved_files import MAX_TIMESTEPS, check_saved_pipeline
@@ -650,6 +650,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         """Makes a scheduler forget its last run, and returns the timesteps `(T,)` of the next one, on the CPU."""
         set_timesteps(scheduler, num_inference_steps, timesteps, sigmas)
         start = 0 if relay_strength is None else relay_start(scheduler, relay_strength)
+        check_steps(scheduler, start)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)  # a search would take the second of two equal timesteps
         return scheduler.timesteps[start:]

@@ -16,11 +16,11 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
 )
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import is_scipy_available, is_torchsde_available
+from diffusers.utils import is_scipy_available
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.ops.conditioning_augmentation import upsample_low_res
+from diffusers_pisdm.schedulers import NO_SAMPLE_PREDICTION, SETTINGS
 from tests.pipelines.gaussian_model import BETA_SCHEDULE, GaussianDenoiser
 from tests.pipelines.tiny_cascade import generators, make_cascade
 
@@ -35,6 +35,9 @@ DETERMINISTIC = {
     "DPMSolverMultistepScheduler": 0.006,
     "DPMSolverSinglestepScheduler": 0.04,
     "DDIMScheduler": 0.07,
+    "DDIMParallelScheduler": 0.07,
+    "CogVideoXDDIMScheduler": 0.07,
+    "TCDScheduler": 0.07,
     "EulerDiscreteScheduler": 0.08,
     "HeunDiscreteScheduler": 0.06,
     "UniPCMultistepScheduler": 0.012,
@@ -47,20 +50,21 @@ DETERMINISTIC = {
 STOCHASTIC = [
     ("DDPMScheduler", {}, 0.0),
     ("DDIMScheduler", {}, 1.0),
+    ("DDPMParallelScheduler", {}, 0.0),
+    ("SASolverScheduler", {}, 0.0),
     ("EulerAncestralDiscreteScheduler", {}, 0.0),
     ("KDPM2AncestralDiscreteScheduler", {}, 0.0),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 0.0),
 ]
-# The cosine schedule's first sigma is 20,000: of 10 steps, KDPM2AncestralDiscreteScheduler makes NaN on some CPUs.
-FEW_STEPS = 16
-NO_SAMPLE_PREDICTION = {"KDPM2DiscreteScheduler", "PNDMScheduler"}  # in diffusers
+FEW_STEPS = 20
+EVEN = {"HeunDiscreteScheduler": {"use_exponential_sigmas": False}}  # half of the steps are half of the timesteps
 
 
 def make_scheduler(name: str, prediction_type: str = "epsilon", **options):
     if name == "LMSDiscreteScheduler" and not is_scipy_available():
         pytest.skip("LMSDiscreteScheduler needs scipy")
     config = DDPMScheduler(beta_schedule=BETA_SCHEDULE, prediction_type=prediction_type, clip_sample=False).config
-    return getattr(diffusers, name).from_config(config, **options)
+    return getattr(diffusers, name).from_config(config, **{**SETTINGS.get(name, {}), **options})
 
 
 def make_pipeline(scheduler, *higher, prediction_type: str = "epsilon", **model) -> PISDMCascadePipeline:
@@ -136,7 +140,7 @@ def test_stochastic_schedulers_give_the_data_distribution(name, options, eta, pr
     assert images.mean().item() == pytest.approx(MEAN, abs=4 * STD / 64)  # 4096 pixels
     assert images.std().item() == pytest.approx(STD, rel=0.08)
     correlation = torch.corrcoef(torch.stack([images.flatten(), noise.flatten()]))[0, 1]
-    assert correlation.abs() < 0.1  # new noise has replaced the initial noise
+    assert correlation.abs() < 0.2  # new noise has replaced the initial noise; SASolver adds none at the ends
 
 
 @pytest.mark.parametrize(("name", "options", "eta"), STOCHASTIC)
@@ -235,14 +239,15 @@ def test_relay_starts_from_the_noised_lower_image(name):
     r"""From `x_t = a u + s z` a deterministic scheduler reaches `m + std (x_t - a m) / sqrt(a^2 std^2 + s^2)`."""
     noise = make_noise()
     higher = GaussianDenoiser(means=(0.0, 0.2), low_res_channels=1)
-    pipe = make_pipeline(make_scheduler(name), higher)
+    pipe = make_pipeline(make_scheduler("DPMSolverMultistepScheduler"), higher)
+    pipe.scheduler_2 = make_scheduler(name, **EVEN.get(name, {}))
     arguments = {"guidance_scale": 1.0, "num_inference_steps": [10, 50], "noise_level": 0.0, "output_type": "latent"}
     output = pipe(1, relay_strength=0.5, latents=[None, noise], output_stages=True, **arguments)
     low, high = output.stage_images
 
     first = higher.calls[0]["timestep"].item()
     assert 450 < first < 550
-    assert len(higher.calls) == (49 if pipe.scheduler.order == 2 else 25)
+    assert len(higher.calls) == (49 if pipe.scheduler_2.order == 2 else 25)
     sigma = np.exp(np.interp(first, np.arange(1000), higher.log_sigmas)).item()
     a, s = 1 / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
     upsampled = upsample_low_res(low, (64, 64))
@@ -302,7 +307,7 @@ def test_residual_stages_with_stochastic_schedulers(name, options, eta):
 def test_relay_of_a_residual_stage_starts_from_the_upsampled_image(name):
     r"""That is a residual of zero: from `z_t = s z`, one reaches `m + std (z_t - a m) / sqrt(a^2 std^2 + s^2)`."""
     noise, prediction_type = make_noise(), "epsilon" if name in NO_SAMPLE_PREDICTION else "sample"
-    pipe = make_residual_pipeline(name, prediction_type)
+    pipe = make_residual_pipeline(name, prediction_type, **EVEN.get(name, {}))
     upsampled, high = sample_stages(pipe, 50, latents=[None, noise], relay_strength=0.5)
     first = pipe.transformer_2.calls[0]["timestep"].item()
     assert 450 < first < 550
@@ -455,13 +460,3 @@ def test_initial_noise_is_scaled_for_the_scheduler_and_input_for_the_model():
     assert scheduler.init_noise_sigma > 1000
     torch.testing.assert_close(seen[0], noise, rtol=1e-3, atol=0)  # sigma z / sqrt(sigma^2 + 1)
     assert all(0.15 < model_input.std() < 1.2 for model_input in seen)
-
-
-@pytest.mark.parametrize("name", [scheduler.name for scheduler in KarrasDiffusionSchedulers])
-def test_every_karras_scheduler_runs(name):
-    if name == "DPMSolverSDEScheduler" and not is_torchsde_available():
-        pytest.skip("DPMSolverSDEScheduler needs torchsde")
-    pipe = make_cascade(2, scheduler=make_scheduler(name, skip_prk_steps=True))
-    images = pipe([1, 2], num_inference_steps=FEW_STEPS, output_type="np", generator=generators(0, 1)).images
-    assert images.shape == (2, 16, 16, 3)
-    assert np.isfinite(images).all()

@@ -163,7 +163,7 @@ def test_defaults_that_are_spelt_out_are_the_same_settings(pipe, whole):
 def test_settings_that_the_pipeline_refuses_do_not_bind_the_folder(pipe, tmp_path):
     with pytest.raises(ValueError, match=r"`noise_level` has to be in \[0, 1\) but is 2"):
         write_sample_set(pipe, tmp_path, SampleSettings(1, noise_level=2.0), 1)
-    with pytest.raises(ValueError, match="flow-matching scheduler"):
+    with pytest.raises(ValueError, match="for flow matching"):
         write_sample_set(pipe, tmp_path, SampleSettings(1, scheduler="FlowMatchEulerDiscreteScheduler"), 1)
     write_sample_set(pipe, tmp_path, SampleSettings(1, num_inference_steps=1), 1)
     assert missing_samples(tmp_path) == []
