@@ -221,9 +221,7 @@ def test_no_path_and_no_secret_of_the_author_is_shown(run_dir, value, shown, pla
     card = make_model_card(run_dir, "someone/name", datasets=["someone/images"])
     assert "alice" not in str(card) and "secret" not in str(card)
     if place != "evaluation" or isinstance(value, str):
-        assert f" | {shown.replace('[', chr(92) + '[').replace(chr(92) * 2, chr(92))} |" in card.text.replace(
-            "\\]", "]"
-        )
+        assert f" | {shown} |" in card.text
 
 
 ODD = "a`b|c<script>alert(1)</script>\n## d <!-- usage:end --> [e](f) *g* \u202eh\x1b[31m " + "x" * 16_000
