@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import inspect
 import itertools
@@ -36,6 +35,7 @@ from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
 from ..schedulers import check_residual_scheduler, check_scheduler, check_steps, relay_start, set_timesteps
+from ..utils.names import nearest_name, show_name
 from .lora_loading import PISDMLoraLoaderMixin
 
 
@@ -342,8 +342,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     def _find_class(self, name: str) -> int:
         if not self.config.id2label:
             raise ValueError(
-                f"Cannot look up {name!r}: this pipeline has no class names. Pass class ids, or give the pipeline"
-                " names with `id2label`."
+                f"Cannot look up '{show_name(name)}': this pipeline has no class names. Pass class ids, or give the"
+                " pipeline names with `id2label`."
             )
         names_by_id = {
             class_id: {label, *(synonym.strip() for synonym in label.split(","))}
@@ -352,13 +352,15 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         ids = [class_id for class_id, names in names_by_id.items() if name in names]
         if len(ids) > 1:
             raise ValueError(
-                f"`class_labels` contains {name!r}, the name of several classes: {ids}. Pass one of these ids."
+                f"`class_labels` contains '{show_name(name)}', the name of several classes: {ids}. Pass one of these"
+                " ids."
             )
         if not ids:
             known = itertools.chain.from_iterable(names_by_id.values())
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            nearest = show_name(nearest_name(name, known))
             raise ValueError(
-                f"`class_labels` contains {name!r}, which is not a class of this pipeline. Did you mean {nearest!r}?"
+                f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline. Did you mean"
+                f" '{nearest}'?"
             )
         return ids[0]
 

@@ -67,7 +67,7 @@ def test_any_class_conditional_pipeline_is_sampled(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--num_samples", "0"], "`num_samples` has to be from 1"),
+        (["--num_samples", "4294967297"], "`num_samples` has to be from 1"),
         (["--classes", "cat", "3"], "--classes takes balanced or uniform or class ids, got cat 3"),
         (["--classes", "-1"], "`classes` contains -1, but this model's classes are 0 to 9"),
         (["--scheduler", "Nothing"], "diffusers has no scheduler `Nothing`"),
