@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+<<<<<<< HEAD
 import re
+=======
+import sys
+>>>>>>> pictures14
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import diffusers
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import DiffusionPipeline
 
 import diffusers_pisdm  # noqa: F401  (makes diffusers know PISDMCascadePipeline)
 from diffusers_pisdm.evaluation import SampleSettings, write_sample_set
 from diffusers_pisdm.evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES
 
+
+T = TypeVar("T")
+ERRORS = (ImportError, OSError, TypeError, ValueError)  # of what was given to a script, not of the script
 
 # How long finished processes wait for the slowest: torch's own 10 minutes would end a run of hours.
 PATIENCE = timedelta(days=7)
@@ -46,6 +54,7 @@ def find_processes() -> PartialState:
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
+<<<<<<< HEAD
 def draw_sample_set(args: argparse.Namespace, folder: str | Path, state: PartialState) -> None:
     """Draws what is missing of the samples, in all processes, and waits for all."""
     pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype))
@@ -53,6 +62,44 @@ def draw_sample_set(args: argparse.Namespace, folder: str | Path, state: Partial
     pipe.to(state.device)
     write_sample_set(pipe, folder, settings, args.batch_size, state.process_index, state.num_processes)
     state.wait_for_everyone()
+=======
+def together(work: Callable[[], T]) -> T:
+    """Does the work in every process and waits for all. If one fails, all raise its error."""
+    result = error = None
+    try:
+        result = work()
+    except ERRORS as raised:
+        error = raised
+    failures = [message for message in gather_object([None if error is None else str(error)]) if message is not None]
+    if error is None and failures:
+        raise ValueError(failures[0])
+    if error is not None:
+        raise error
+    return result
+
+
+def exit_with(error: Exception, state: PartialState) -> NoReturn:
+    """Ends every process of a failed run; one says why, on one line."""
+    if torch.distributed.is_initialized():
+        state.destroy_process_group()
+    sys.exit(f"error: {' '.join(str(error).split())}" if state.is_main_process else 1)
+
+
+def load_pipeline(args: argparse.Namespace, state: PartialState) -> tuple[DiffusionPipeline, SampleSettings]:
+    """The pipeline to draw with, and how, both checked as far as that is possible without drawing."""
+    settings = _read_settings(args)
+    pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype)).to(state.device)
+    settings.resolve(pipe)
+    return pipe, settings
+
+
+def draw_sample_set(
+    pipe: DiffusionPipeline, settings: SampleSettings, batch_size: int, folder: str | Path, state: PartialState
+) -> None:
+    """Draws what is missing of the samples, in all processes, and waits for all."""
+    processes = (state.process_index, state.num_processes)
+    together(lambda: write_sample_set(pipe, folder, settings, batch_size, *processes))
+>>>>>>> pictures14
 
 
 def parse_classes(words: list[str], names: set[str]) -> list[int | str]:

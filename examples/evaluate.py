@@ -17,16 +17,17 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 import diffusers_pisdm
+from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.image_data import load_image_data
 from diffusers_pisdm.data.image_sources import CropImage
 from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
@@ -48,11 +49,12 @@ from diffusers_pisdm.evaluation import (
     write_reference_file,
 )
 from diffusers_pisdm.evaluation.samples.record import RECORD_FILE
+from diffusers_pisdm.models.latents import vae_scale_factor
 from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.machine import describe_machine
-from drawing import add_drawing_arguments, draw_sample_set, find_processes
+from drawing import ERRORS, add_drawing_arguments, draw_sample_set, exit_with, find_processes, load_pipeline, together
 
 
 SHOWN = 16  # samples in the picture, and as many reference images
@@ -79,7 +81,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     by_what.add_argument("--dataset_config_name", help="Configuration of a data set.")
     by_what.add_argument("--image_column", default="image", help="Column of a data set.")
     by_what.add_argument("--label_column", default="label", help="Column of a data set.")
-    by_what.add_argument("--image_size", type=COUNT, help="Crop and resize all images to this size.")
+    by_what.add_argument(
+        "--image_size",
+        type=COUNT,
+        help="Crop and resize all images to this size; default: the --model's, otherwise as they are.",
+    )
     by_what.add_argument(
         "--features",
         default="efficientnet_lite0",
@@ -116,11 +122,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--reference_split needs --reference")
     if args.output.suffix != ".json":
         parser.error(f"--output must end in .json, got {args.output}")
-    for name in ("image_size", "num_neighbors", "max_reference_features", "split_size", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
     return args
+
+
+def image_size_of(pipe: DiffusionPipeline) -> int | None:
+    """The side of a pipeline's images in pixels; `None` if its last model does not say."""
+    stages = pipe.stages if isinstance(pipe, PISDMCascadePipeline) else [pipe.components.get("transformer")]
+    size = getattr(stages[-1], "config", {}).get("sample_size")
+    return size and size * vae_scale_factor(pipe.components.get("vae"))
 
 
 def make_crop(size: int | None) -> CropImage | None:
@@ -209,17 +218,27 @@ def installed_versions() -> dict[str, str]:
 def evaluate(args: argparse.Namespace, state: PartialState) -> None:
     start = time.perf_counter()
     samples_path = args.samples
+    pipe = None
     if args.model:
         samples_path = str(args.samples_dir or args.output.with_name(f"{args.output.stem}_samples"))
-        draw_sample_set(args, samples_path, state)
+        pipe, settings = together(lambda: load_pipeline(args, state))
+        args.image_size = args.image_size or image_size_of(pipe)
+
+    def open_inputs() -> tuple:
+        extractor = load_feature_extractor(args.features, args.features_weights, state.device)
+        return extractor, *open_reference(args, extractor)
+
+    # Before hours of drawing, in one process: what is wrong with the reference shows here.
+    inputs = together(lambda: open_inputs() if state.is_main_process else None)
+    if pipe is not None:
+        draw_sample_set(pipe, settings, args.batch_size, samples_path, state)
     state.destroy_process_group()  # the rest is for one process: the others need not wait for it
     if not state.is_main_process:
         return
 
     generation, ema_decay = read_generation(samples_path) if samples_path else (None, "unknown")
     samples = open_images(samples_path, args.samples_split, "--samples_split", args) if samples_path else None
-    extractor = load_feature_extractor(args.features, args.features_weights, state.device)
-    reference, reference_images = open_reference(args, extractor)
+    extractor, reference, reference_images = inputs
     if args.save_reference:
         write_reference_file(args.save_reference, reference)
         print(f"Wrote {args.save_reference}")
@@ -257,10 +276,11 @@ def evaluate(args: argparse.Namespace, state: PartialState) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    state = find_processes()
     try:
-        evaluate(args, find_processes())
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        evaluate(args, state)
+    except ERRORS as error:
+        exit_with(error, state)
 
 
 if __name__ == "__main__":

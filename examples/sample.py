@@ -11,12 +11,11 @@ number. `--model` can be any class-conditional diffusers pipeline, for example a
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 
 from diffusers_pisdm.evaluation import missing_samples, write_sample_archive
 from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO
-from drawing import add_drawing_arguments, draw_sample_set, find_processes
+from drawing import ERRORS, add_drawing_arguments, draw_sample_set, exit_with, find_processes, load_pipeline, together
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,12 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     state = find_processes()
     try:
-        draw_sample_set(args, args.output_dir, state)
+        pipe, settings = together(lambda: load_pipeline(args, state))
+        draw_sample_set(pipe, settings, args.batch_size, args.output_dir, state)
         if state.is_main_process:
             finish(args)
             print(f"{args.num_samples} samples in {args.output_dir}, {time.perf_counter() - start:.1f} s")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    except ERRORS as error:
+        exit_with(error, state)
     state.destroy_process_group()
 
 

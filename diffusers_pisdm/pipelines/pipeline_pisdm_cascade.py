@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import inspect
 import json
@@ -37,6 +36,7 @@ from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
 from ..schedulers import check_residual_scheduler, check_scheduler, check_steps, relay_start, set_timesteps
+from ..utils.names import nearest_name, show_name
 from .class_names import ClassLabels, check_id2label, flatten_labels, ids_by_name
 from .lora_loading import PISDMLoraLoaderMixin
 from .saved_files import MAX_TIMESTEPS, check_saved_pipeline
@@ -393,17 +393,19 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         known = ids_by_name(self.config.id2label)
         if not known:
             raise ValueError(
-                f"Cannot look up {name!r}: this pipeline has no class names. Pass class ids, or give the pipeline"
-                " names with `id2label`."
+                f"Cannot look up '{show_name(name)}': this pipeline has no class names. Pass class ids, or give the"
+                " pipeline names with `id2label`."
             )
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            nearest = show_name(nearest_name(name, known))
             raise ValueError(
-                f"`class_labels` contains {name!r}, which is not a class of this pipeline. Did you mean {nearest!r}?"
+                f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline. Did you mean"
+                f" '{nearest}'?"
             )
         if len(known[name]) > 1:
             raise ValueError(
-                f"`class_labels` contains {name!r}, the name of several classes: {known[name]}. Pass one of these ids."
+                f"`class_labels` contains '{show_name(name)}', the name of several classes: {known[name]}. Pass one of"
+                " these ids."
             )
         return known[name][0]
 

@@ -19,7 +19,8 @@ VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # Weights without a variant, in one file or sharded, and the shard index.
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-SAMPLES = re.compile(r"samples/step-\d+\.png")
+CONFIGS = re.compile(r"(scheduler_)?config\.json")
+SAMPLES = re.compile(r"samples/(stage_\d+/)?step-\d+\.png")
 
 
 def publish_cascade(
@@ -96,6 +97,8 @@ def prepare_upload(
     if unknown:
         raise ValueError(f"`variants` can be {', '.join(VARIANTS)} but contains {', '.join(sorted(unknown))}.")
     components = _check_files(folder)
+    configs = {"model_index.json": folder / "model_index.json", **_find(folder, components, CONFIGS.fullmatch)}
+    _check_links(folder, [*configs.values(), *_find(folder, components, WEIGHTS.fullmatch).values()])
     card = make_model_card(folder, repo_id, model_card, license, datasets)
     pictures = find_pictures(card, [folder] if model_card is None else [folder, Path(model_card).parent])
 
@@ -106,9 +109,7 @@ def prepare_upload(
         weights_dir = work_dir / "shards"
         pipe.save_pretrained(weights_dir, max_shard_size=max_shard_size)
     del pipe  # free memory for the next one
-    files = {"model_index.json": folder / "model_index.json"}
-    files |= _find(folder, components, lambda name: name.endswith(".json") and ".safetensors." not in name)
-    files |= _find(weights_dir, components, WEIGHTS.fullmatch)
+    files = {**configs, **_find(weights_dir, components, WEIGHTS.fullmatch)}
     for variant in variants:
         pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, dtype=VARIANTS[variant])
         pipe.save_pretrained(work_dir / variant, variant=variant, max_shard_size=max_shard_size)
@@ -203,6 +204,15 @@ def _list_components(model_index: Path) -> dict[str, str | None]:
 
 
 def _find(folder: Path, subfolders: Iterable[str], is_wanted: Callable[[str], object]) -> dict[str, Path]:
-    # Files by their path relative to the folder.
-    paths = [path for name in subfolders for path in sorted((folder / name).rglob("*")) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path for path in paths if is_wanted(path.name)}
+    # Files by their path relative to the folder; a pipeline's components have no folders in theirs.
+    paths = [path for name in subfolders for path in sorted((folder / name).glob("*")) if is_wanted(path.name)]
+    return {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+
+
+def _check_links(folder: Path, files: Iterable[Path]) -> None:
+    outside = [str(path) for path in files if not path.resolve().is_relative_to(folder.resolve())]
+    if outside:
+        raise ValueError(
+            f"{folder} holds links to files outside of it: {', '.join(outside)}. Copy the files there, so that nothing"
+            " is published by mistake."
+        )

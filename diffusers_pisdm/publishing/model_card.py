@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -12,6 +14,9 @@ from urllib.parse import unquote
 
 from huggingface_hub import EvalResult, ModelCard
 
+from ..utils.messages import one_line
+from ..utils.metrics_file import read_metrics
+
 
 SKELETON = Path(__file__).with_name("model_card.md")
 PIPELINE_TAG = "unconditional-image-generation"  # the Hub has no task for class-conditional generation
@@ -19,7 +24,15 @@ TAGS = ("diffusers", "diffusers_pisdm", "class-conditional-image-generation", "m
 
 # Entries of `training_config.json` other than arguments and versions, with their titles in the card.
 FACTS = {"images": "training images", "hardware": "hardware", "num_processes": "processes"}
-PRIVATE_ARGUMENT = re.compile("^hub_|^push_to_hub|token$")
+PRIVATE_NAME = re.compile("^hub_|^push_to_hub|token$|password|secret|credential|api_?key", re.IGNORECASE)
+# A URL, with its user, query and fragment; a path, absolute or from a home or parent folder; a known kind of token.
+URL = r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/@]*@)?(?P<place>[^\s?#'\",)\]}]*)(?:[?#][^\s'\",)\]}]*)?"
+PATH = r"(?<![\w.\\/-])(?:[a-z]:(?=[\\/])|~|\.\.(?=[\\/]))?[\\/][^\s'\",:;|<>)\]}]+"
+TOKEN = r"\b(?:hf|ghp|gho|ghs|github_pat|glpat|sk|xox[abp]|AKIA)[-_]?[A-Za-z0-9_-]{12,}"
+PRIVATE_TEXT = re.compile(f"(?P<url>{URL})|(?P<path>{PATH})|(?P<token>{TOKEN})", re.IGNORECASE)
+WHOLE_PATH = re.compile(r"(?:[a-z]:)?[\\/]|~|\.\.[\\/]", re.IGNORECASE)
+LONGEST_CELL = 200
+SAMPLE_SHEETS = re.compile(r"step-\d+\.png")
 PICTURE = re.compile(r'!\[[^\]]*\]\(([^)\s]+)|<img\b[^>]*?\bsrc="([^"]+)"')
 
 
@@ -34,14 +47,15 @@ def make_model_card(
     Fills a model card from a run's folder. A section is delimited by `<!-- NAME:begin -->` and `<!-- NAME:end -->`,
     where `NAME` is one of:
 
-    - `samples`: the newest of `samples/step-*.png`;
+    - `samples`: the newest of `samples/step-*.png`, or of each stage's `samples/stage_*/step-*.png`;
     - `usage`: how to load the repository;
-    - `metrics`: `evaluation*.json` (metric names and values), the last losses of `metrics.jsonl`, `loss_curves.png`;
-    - `training`: `training_config.json`, and steps and speed from `metrics.jsonl`.
+    - `metrics`: `evaluation*.json` (reports of examples/evaluate.py, or metric names and values), the last losses of
+      `metrics.jsonl` or `stage_*/metrics.jsonl`, `loss_curves.png`;
+    - `training`: `training_config.json`, and steps and speed from the metrics.
 
     A section without markers is appended; one without files is left unchanged. If the card names a data set, the
-    evaluations' fractional numbers also become results in the metadata. Arguments about the Hub and tokens are left
-    out, and absolute paths are shortened to their last component.
+    evaluations' scores also become results in the metadata. Arguments about the Hub and secrets are left out, paths
+    are shortened to their last component, and URLs to what tells where.
 
     Args:
         run_dir (`str` or `Path`): The output folder of the training script.
@@ -56,7 +70,8 @@ def make_model_card(
         [`~huggingface_hub.ModelCard`]: The card; `str(card)` is the content of README.md.
 
     Raises:
-        ValueError: There is no card at `model_card`, its markers are not paired, or a file of the run is not JSON.
+        ValueError: There is no card at `model_card`, its markers are not paired, or a file of the run is not JSON or
+            not an evaluation.
     """
     run_dir = Path(run_dir)
     card = ModelCard.load(Path(model_card or SKELETON))
@@ -67,7 +82,7 @@ def make_model_card(
     data.pipeline_tag = data.pipeline_tag or PIPELINE_TAG
     data.tags = [*(data.tags or []), *(tag for tag in TAGS if tag not in (data.tags or []))]
 
-    metrics = _read_metrics(run_dir / "metrics.jsonl")
+    metrics = _read_metrics(run_dir)
     results = _read_results(run_dir)
     if results and data.datasets:  # the Hub requires a data set for each result
         dataset = data.datasets if isinstance(data.datasets, str) else data.datasets[0]
@@ -75,7 +90,7 @@ def make_model_card(
         data.eval_results = [
             EvalResult(PIPELINE_TAG, dataset, dataset, metric, value, metric_name=name)
             for metric, name, value in results
-            if isinstance(value, float)  # whole numbers are counts and seeds
+            if isinstance(value, float) and math.isfinite(value)  # whole numbers are counts and seeds
         ]
 
     sections = {
@@ -111,7 +126,8 @@ def find_pictures(card: ModelCard, folders: Iterable[str | Path]) -> dict[str, P
         if re.match("[a-z]+:", link):  # https:, data:
             continue
         paths = [(folder / link).resolve() for folder in folders]
-        found = [p for p, folder in zip(paths, folders) if p.is_file() and p.is_relative_to(folder)]
+        hidden = any(part.startswith(".") for part in Path(link).parts)
+        found = [p for p, folder in zip(paths, folders) if p.is_file() and p.is_relative_to(folder) and not hidden]
         if not found:
             raise ValueError(
                 f"The model card shows the picture `{link}`, which is not in {' or '.join(map(str, folders))}. Put it"
@@ -135,10 +151,14 @@ def _fill(text: str, name: str, body: str) -> str:
 
 
 def _samples(run_dir: Path) -> str | None:
-    pictures = sorted(run_dir.glob("samples/step-*.png"))  # step numbers are zero-padded
-    if not pictures:
-        return None
-    return f"## Samples\n\n![Samples of the last stage](samples/{pictures[-1].name})"
+    pictures = []
+    for folder in [run_dir / "samples", *sorted(run_dir.glob("samples/stage_*"))]:
+        sheets = [picture for picture in folder.glob("step-*.png") if SAMPLE_SHEETS.fullmatch(picture.name)]
+        if sheets:
+            title = "the last stage" if folder.name == "samples" else _plain(folder.name.replace("_", " "))
+            newest = max(sheets).relative_to(run_dir).as_posix()  # step numbers are zero-padded
+            pictures.append(f"![Samples of {title}]({newest})")
+    return "\n\n".join(["## Samples", *pictures]) if pictures else None
 
 
 def _usage(repo_id: str) -> str:
@@ -152,12 +172,15 @@ images = pipe(class_labels=[0]).images  # class ids, or names from pipe.config.i
 ```"""
 
 
-def _metrics(run_dir: Path, metrics: list[dict], results: list[tuple[str, str, Any]]) -> str | None:
+def _metrics(run_dir: Path, metrics: dict[str, list[dict]], results: list[tuple[str, str, Any]]) -> str | None:
     parts = []
     if results:
         parts.append(_table(["metric", "value"], [(name, value) for _, name, value in results]))
-    last = {name: (row["step"], value) for row in metrics for name, value in row.items()}
-    losses = [(name, *last[name]) for name in sorted(last) if name.startswith(("train/", "validation/"))]
+    losses = []
+    for stage, rows in metrics.items():
+        last = {name: (row["step"], value) for row in rows for name, value in row.items()}
+        names = [name for name in sorted(last) if name.startswith(("train/", "validation/"))]
+        losses += [(f"{stage}{name}", *last[name]) for name in names]
     if losses:
         parts.append(_table(["loss", "step", "value"], losses))
     if (run_dir / "loss_curves.png").exists():
@@ -165,40 +188,69 @@ def _metrics(run_dir: Path, metrics: list[dict], results: list[tuple[str, str, A
     return "\n\n".join(["## Metrics", *parts]) if parts else None
 
 
-def _training(run_dir: Path, metrics: list[dict]) -> str | None:
+def _training(run_dir: Path, metrics: dict[str, list[dict]]) -> str | None:
     path = run_dir / "training_config.json"
     if not path.exists():
         return None
-    config = _read_json(path.read_text(encoding="utf-8"), path)
+    config = _read_json(path)
     facts = [(title, config[name]) for name, title in FACTS.items() if name in config]
-    if metrics:
-        facts.append(("steps", metrics[-1]["step"]))
-    speeds = [row["images_per_second"] for row in metrics if "images_per_second" in row]
-    if speeds:
-        facts.append(("images per second", statistics.median(speeds)))
+    for stage, rows in metrics.items():
+        facts.append((f"{stage}steps", rows[-1]["step"]))
+        speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
+        if speeds:
+            facts.append((f"{stage}images per second", statistics.median(speeds)))
     for change in config.get("changes", []):
-        step = change.pop("step")
-        facts += [(f"`{name}` until step {step:,}", _public(old)) for name, (old, _) in change.items()]
+        old = {name: values[0] for name, values in change.items() if name != "step"}
+        facts += [
+            (_Markdown(f"{_code(name)} until step {change['step']:,}"), value) for name, value in _public(old).items()
+        ]
     facts += config.get("versions", {}).items()
-    arguments = [
-        (f"`{name}`", _public(value))
-        for name, value in config.get("arguments", {}).items()
-        if value is not None and not PRIVATE_ARGUMENT.search(name)
-    ]
+    arguments = _public({name: value for name, value in config.get("arguments", {}).items() if value is not None})
     return f"""## Training
 
 {_table(["", ""], facts)}
 
 <details><summary>Arguments of the training script</summary>
 
-{_table(["argument", "value"], arguments)}
+{_table(["argument", "value"], [(_code(name), value) for name, value in arguments.items()])}
 
 </details>"""
 
 
-def _public(value: Any) -> str:
-    # An absolute path reveals the machine; its last component is all that describes the run.
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+class _Markdown(str):
+    """A cell that is escaped already."""
+
+
+def _code(name: str) -> _Markdown:
+    return _Markdown("`" + _shorten(_public(name)).replace("`", "'").replace("|", "\\|") + "`")
+
+
+def _public(value: Any) -> Any:
+    """A value without what tells of the author's machine and accounts."""
+    if isinstance(value, dict):
+        return {name: _public(item) for name, item in value.items() if not PRIVATE_NAME.search(name)}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if WHOLE_PATH.match(value):  # which may hold spaces
+        value = _last_part(value)
+    return PRIVATE_TEXT.sub(_without_place, value)
+
+
+def _without_place(match: re.Match) -> str:
+    if match["token"]:
+        return "(removed)"
+    if match["url"] and match["scheme"].lower() != "file://":
+        return match["scheme"] + match["place"]
+    return _last_part(match["place"] if match["url"] else match[0])
+
+
+def _last_part(path: str) -> str:
+    parts = [part for part in re.split(r"[\\/]", path) if part not in ("", ".", "..")]
+    # A home folder has its owner's name.
+    is_home = not parts or (len(parts) < 3 and parts[0] in ("home", "Users")) or parts[-1].startswith("~")
+    return "~" if is_home or (len(parts) < 4 and parts[-2:-1] == ["Users"]) else parts[-1]
 
 
 def _table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -209,29 +261,63 @@ def _table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return " ".join(str(value).replace("|", "\\|").split())
+    return value if isinstance(value, _Markdown) else _plain(value)
+
+
+def _plain(value: Any) -> str:
+    """A value as it is, on one line of Markdown, whatever Markdown or HTML it holds."""
+    text = _shorten(str(_public(value)))
+    return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", text), quote=False)
+
+
+def _shorten(text: str) -> str:
+    text = one_line(" ".join(text.split()))
+    return text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"
 
 
 def _read_results(run_dir: Path) -> list[tuple[str, str, Any]]:
     # Metric, its name in the card (with the file's name if there are several), and value.
     paths = sorted(run_dir.glob("evaluation*.json"))
-    return [
-        (metric, metric if len(paths) == 1 else f"{metric} ({path.stem})", value)
-        for path in paths
-        for metric, value in _read_json(path.read_text(encoding="utf-8"), path).items()
-    ]
+    results = []
+    for path in paths:
+        report = _public(_read_json(path))
+        if "scores" in report:  # of examples/evaluate.py
+            try:
+                scores = [(key, score["name"], score["value"]) for key, score in report["scores"].items()]
+            except (AttributeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path} is not a report of examples/evaluate.py: {error!r}. Fix or remove it."
+                ) from error
+            counts = ("num_samples", "num_reference", "num_reference_features", "extractor")
+            scores += [(name, name, report.get(name)) for name in counts]
+        else:
+            scores = [(name, name, value) for name, value in report.items()]
+        several = f" ({path.stem})" if len(paths) > 1 else ""
+        results += [
+            (_shorten(_public(metric)), _shorten(_public(name)) + several, value)
+            for metric, name, value in scores
+            if isinstance(value, (int, float, str))
+        ]
+    return results
 
 
-def _read_metrics(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [_read_json(line, path) for line in path.read_text(encoding="utf-8").splitlines()]
+def _read_metrics(run_dir: Path) -> dict[str, list[dict]]:
+    # Rows by what to write before their names: nothing, or the stage if each was trained alone.
+    files = {"": run_dir / "metrics.jsonl"}
+    files |= {
+        f"{file.parent.name.replace('_', ' ')}: ": file for file in sorted(run_dir.glob("stage_*/metrics.jsonl"))
+    }
+    rows = {stage: read_metrics(file) for stage, file in files.items()}
+    return {stage: found for stage, found in rows.items() if found}
 
 
-def _read_json(text: str, path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}. Fix or remove it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object, but a {type(content).__name__}. Fix or remove it.")
+    return content

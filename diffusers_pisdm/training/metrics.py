@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..utils.files import write_whole
+from ..utils.metrics_file import parse_row, read_lines, read_metrics
 
 
 def append_metrics(file: str | Path, step: int, values: dict[str, float]) -> None:
@@ -14,38 +15,18 @@ def append_metrics(file: str | Path, step: int, values: dict[str, float]) -> Non
         lines.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def read_metrics(file: str | Path) -> list[dict[str, float]]:
-    """The rows, each with its `step`. The file may be missing; lines that are no rows are ignored."""
-    rows = [_parse(line) for line in _lines(Path(file))]
-    return [row for row in rows if row is not None]
-
-
 def forget_later_metrics(file: str | Path, step: int) -> None:
     """
     Removes what was logged after `step`: a run that resumes there logs it again. Also removes half a last line, which
     an interrupted run may have left; other lines stay as they are.
     """
     file = Path(file)
-    lines = _lines(file)
-    if lines and _parse(lines[-1]) is None:
+    lines = read_lines(file)
+    if lines and parse_row(lines[-1]) is None:
         lines.pop()
-    kept = [line for line in lines if (_parse(line) or {"step": 0})["step"] <= step]
+    kept = [line for line in lines if (parse_row(line) or {"step": 0})["step"] <= step]
     with write_whole(file) as unfinished:
         unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8", errors="surrogateescape")
-
-
-def _lines(file: Path) -> list[str]:
-    if not file.exists():
-        return []
-    return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-
-
-def _parse(line: str) -> dict[str, float] | None:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 PANELS = {

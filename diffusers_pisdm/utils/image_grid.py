@@ -2,6 +2,8 @@
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .messages import one_line
+
 
 BACKGROUND = "white"
 LABEL_COLOUR = (70, 70, 70)
@@ -29,7 +31,8 @@ def make_image_grid(
             down. Transparent images are drawn on white.
         labels (`list[str]`, *optional*):
             One label per image. If a label is wider than its cell, only its end is kept, after an ellipsis, since
-            class names such as `fluent3d/animal-mammal` differ there. `None` draws no labels and reserves no space.
+            class names such as `fluent3d/animal-mammal` differ there. Line breaks and what cannot be printed are shown
+            as escapes. `None` draws no labels and reserves no space.
         columns (`int`):
             Images per row, at least 1. The last row may be shorter.
         cell_size (`int`, defaults to `64`):
@@ -102,6 +105,8 @@ def shorten_to_width(text: str, font: ImageFont.FreeTypeFont, width: int, keep: 
     Shortens a line of text to at most `width` pixels: the longest part of its start or end (`keep`) that fits with an
     ellipsis, or nothing if not even the ellipsis fits.
     """
+    longest = width + 1  # characters: wider than `width`, so the rest is left out in any case
+    text = one_line(text[:longest] if keep == "start" else text[-longest:])
     if font.getlength(text) <= width:
         return text
     for length in range(len(text) - 1, -1, -1):

@@ -22,7 +22,8 @@ def test_heun_is_as_right_as_ddim_on_the_published_checkpoint(tmp_path, capsys):
     (reference,) = report["reference"]
     ddim, heun, cog_video, edm = report["rows"]
     assert "EDM" in edm["refused"]
-    assert cog_video["runs"] == ddim["runs"] and cog_video["settings"] == {"snr_shift_scale": 1.0}
+    assert cog_video["runs"][0]["stages"][0] == pytest.approx(ddim["runs"][0]["stages"][0], rel=1e-4)
+    assert cog_video["settings"] == {"snr_shift_scale": 1.0}
     for row in (ddim, heun):
         (stage,) = row["runs"][0]["stages"]
         assert stage["distance"] < 0.25  # noise: above 1

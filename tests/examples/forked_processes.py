@@ -24,6 +24,9 @@ def start(main: Callable[[list[str]], None], arguments: list[str], num_processes
                     os.environ.update(MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=str(num_processes))
                 main(arguments)
                 code = 0
+            except SystemExit as stop:  # as Python ends a process
+                if isinstance(stop.code, str):
+                    print(stop.code, file=sys.stderr)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -34,7 +37,6 @@ def start(main: Callable[[list[str]], None], arguments: list[str], num_processes
 
 
 def finish(children: list[int]) -> None:
-    for child in children:
-        _, status = os.waitpid(child, 0)
-        if status != 0:
-            sys.exit(f"a process ended with status {status}")
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if any(statuses):
+        sys.exit(f"processes ended with statuses {statuses}")

@@ -166,6 +166,63 @@ def test_two_processes_do_as_one(model, folders, tmp_path):
     assert scores(two) == scores(one) and two["samples"].endswith("two_samples")
 
 
+def test_the_reference_gets_the_models_size(model, folders, tmp_path):
+    """Of the tiny cascade: 16 pixels."""
+    arguments = ["--features", "pixels", "--model", model, "--num_samples", "4", "--num_inference_steps", "1"]
+    report = run(tmp_path, *arguments, "--reference", folders[1])
+    assert report["sample_size"] == report["reference_size"] == [16, 16]
+    assert report["arguments"]["image_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reference", "{torn}"], "torn.png"),
+        (["--reference", "{stats}"], "statistics in"),
+        (["--reference", "nowhere.npz"], "nowhere.npz"),
+        (["--reference", "{ours}", "--features", "vgg"], "no feature extractor 'vgg'"),
+        (["--reference", "{ours}", "--scheduler", "EDMEulerScheduler"], "EDM models"),
+    ],
+)
+def test_nothing_is_drawn_for_what_cannot_be_scored(model, folders, tmp_path, arguments, message):
+    torn = tmp_path / "torn" / "torn.png"
+    torn.parent.mkdir()
+    torn.write_bytes(b"\x89PNG\r\n\x1a\n")
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(48), sigma=np.eye(48))
+    places = {"ours": folders[0], "torn": torn.parent, "stats": tmp_path / "stats.npz"}
+    network = [] if "--features" in arguments else ["--features", "pixels"]
+    with pytest.raises(SystemExit, match=message) as error:
+        run(tmp_path, "--model", model, *network, *(argument.format(**places) for argument in arguments))
+    assert error.value.code.startswith("error: ")
+    assert not (tmp_path / "evaluation_samples").exists()
+
+
+@pytest.mark.parametrize("fault", ["the reference", "the samples' folder"])
+def test_the_error_of_one_process_ends_all_with_one_line(model, folders, tmp_path, fault):
+    output, reference = tmp_path / "two.json", folders[1]
+    if fault == "the reference":
+        reference = str(tmp_path / "nowhere.npz")
+    else:
+        (tmp_path / "two_samples").mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / "two_samples" / "foreign.png")
+    finished = subprocess.run(
+        [
+            *(sys.executable, evaluate_in_processes.__file__, "--features", "pixels", "--model", model),
+            *("--reference", reference, "--num_samples", "4", "--num_inference_steps", "1", "--batch_size", "1"),
+            *("--output", str(output)),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        timeout=250,
+    )
+    assert finished.returncode != 0
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and ("nowhere.npz" in errors[0] or "foreign.png" in errors[0])
+    assert "Traceback" not in finished.stderr
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -204,7 +261,7 @@ def test_errors_are_one_line(model, folders, tmp_path, arguments, message, monke
         (["--samples", "a", "--save_reference", "b.npz"], "--save_reference needs --reference"),
         (["--model", "a", "--samples_split", "train"], "--samples_split needs --samples"),
         (["--samples", "a", "--reference_split", "train"], "--reference_split needs --reference"),
-        (["--samples", "a", "--num_neighbors", "0"], "--num_neighbors must be at least 1, got 0"),
+        (["--samples", "a", "--num_neighbors", "0"], "--num_neighbors: must be at least 1, got 0"),
         (["--samples", "a", "--output", "a.txt"], "--output must end in .json, got a.txt"),
     ],
 )

@@ -408,3 +408,13 @@ def test_bad_input_costs_no_model_call(pipe):
         pipe(1, latents=[None, None, torch.randn(1, 3, 8, 8)], num_inference_steps=1)
     handle.remove()
     assert called == []
+
+
+def test_odd_class_names_reach_no_message_raw():
+    odd = "\u202ea\n\x1b[31m../" + "x" * 16_000
+    pipe = make_cascade(2, id2label=[odd, *"bcdefghij"])
+    assert pipe.get_label_ids(odd) == [0]
+    for name in (odd + "y", "z" * 16_000):
+        with pytest.raises(ValueError, match="`class_labels` contains .* Did you mean") as error:
+            pipe.get_label_ids(name)
+        assert str(error.value).isprintable() and len(str(error.value)) < 500

@@ -49,6 +49,9 @@ def make_finished_run(folder: Path) -> Path:
     """A whole run: pipeline, run files, and what is never published."""
     make_cascade(2, id2label=list("abcdefghij")).save_pretrained(folder)
     write_run_files(folder)
+    for name in (".lock", "transformer/.hidden.json", "transformer/notes.json", "scheduler/deep/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
     for name in ("checkpoint-4/optimizer.bin", "checkpoint-4/random_states_0.pkl", "partial-checkpoint-5/a", "logs/b"):
         (folder / name).parent.mkdir(exist_ok=True)
         torch.save({}, folder / name)

@@ -213,7 +213,12 @@ def damage_by_pickle(folder: Path) -> None:
 
 
 def damage_card(folder: Path) -> None:
-    (folder / "metrics.jsonl").write_text("{")
+    (folder / "evaluation.json").write_text("{")
+
+
+def damage_by_link(folder: Path) -> None:
+    weights = folder / "transformer_2" / WEIGHTS
+    weights.symlink_to(weights.rename(folder.parent / "outside"))
 
 
 @pytest.mark.usefixtures("logged_in")
@@ -228,7 +233,8 @@ def damage_card(folder: Path) -> None:
             damage_by_pickle,
             r"pickled files: transformer/diffusion_pytorch_model\.bin\. They can run code .* remove them",
         ),
-        (damage_card, r"metrics\.jsonl is not valid JSON"),
+        (damage_card, r"evaluation\.json is not valid JSON"),
+        (damage_by_link, rf"links to files outside of it: .*transformer_2/{WEIGHTS}"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

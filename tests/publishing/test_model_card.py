@@ -1,14 +1,22 @@
 """Cards say what a run's folder holds, and nothing else."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import PartialState
 from huggingface_hub import ModelCard
+from PIL import Image
 
+from diffusers_pisdm.evaluation.networks import extractor
 from diffusers_pisdm.publishing.model_card import SKELETON, TAGS, find_pictures, make_model_card
+from diffusers_pisdm.training.metrics import append_metrics
+from examples import evaluate
+from tests.evaluation.pixel_features import PixelFeatures
 from tests.publishing.finished_run import write_run_files
 
 
@@ -117,11 +125,157 @@ def test_a_card_that_is_not_there(tmp_path):
         make_model_card(tmp_path, "someone/name", tmp_path / "none.md")
 
 
-def test_a_torn_file(run_dir):
+def test_half_a_last_line_is_no_loss(run_dir):
+    whole = make_model_card(run_dir, "someone/name").text
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 15')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is not valid JSON: .* Fix or remove it"):
+    assert make_model_card(run_dir, "someone/name").text == whole
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[1]", '{"scores": {"fid": 3.0}}', '{"scores": {"fid": {"name": "FID"}}}', "\x00", '{"scores": []}'],
+)
+def test_an_evaluation_that_is_none_is_named(run_dir, content):
+    (run_dir / "evaluation.json").write_text(content)
+    with pytest.raises(ValueError, match=r"evaluation\.json .* Fix or remove it"):
         make_model_card(run_dir, "someone/name")
+
+
+@pytest.fixture
+def evaluated(run_dir, real_image_dir, monkeypatch):
+    """The run with a report that examples/evaluate.py wrote into it."""
+    monkeypatch.setattr(extractor, "_factories", {**extractor._factories, "pixels": PixelFeatures})
+    PartialState._reset_state()
+    evaluate.main(
+        [
+            *("--samples", str(real_image_dir / "animal-mammal"), "--reference", str(real_image_dir / "clothing")),
+            *("--features", "pixels", "--batch_size", "4", "--output", str(run_dir / "evaluation.json")),
+        ]
+    )
+    return run_dir
+
+
+def test_a_report_of_evaluate_becomes_results(evaluated, real_image_dir):
+    report = json.loads((evaluated / "evaluation.json").read_text())
+    card = reread(make_model_card(evaluated, "someone/name", datasets=["someone/images"]))
+    scores = {key: score for key, score in report["scores"].items() if score["value"] is not None}
+    assert {"frechet_distance", "inception_score"} <= scores.keys()
+    found = {result.metric_type: (result.metric_name, result.metric_value) for result in card.data.eval_results}
+    assert found == {key: (score["name"], score["value"]) for key, score in scores.items()}
+    for score in scores.values():
+        assert f"| {score['name']} | {score['value']:.4g} |" in card.text
+    assert f"| num_samples | {report['num_samples']} |" in card.text
+    for hidden in (str(real_image_dir), "ema_decay", "seconds", "{'", "| scores"):
+        assert hidden not in card.text.replace("images per second", "")
+
+
+def test_what_is_not_finite_is_no_result(run_dir):
+    (run_dir / "evaluation.json").write_text('{"fid": NaN, "recall": 0.5}')
+    card = reread(make_model_card(run_dir, "someone/name", datasets=["someone/images"]))
+    assert [result.metric_type for result in card.data.eval_results] == ["recall"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/alice/data/cats", "cats"),
+        ("/home/alice", "~"),
+        ("/Users/alice/", "~"),
+        ("/data/my secret stuff/cats", "cats"),
+        ("~/work/cats", "cats"),
+        ("~alice", "~"),
+        ("../../alice/cats", "cats"),
+        ("C:\\Users\\alice\\cats", "cats"),
+        ("C:\\Users\\alice", "~"),
+        ("c:/Users/alice/cats", "cats"),
+        ("\\\\server\\alice\\cats", "cats"),
+        ("file:///home/alice/data/cats", "cats"),
+        ("--data=/home/alice/data/cats,/mnt/alice/dogs", "--data=cats,dogs"),
+        ("transformers:/home/alice/net", "transformers:net"),
+        ("https://alice:pass@host.org/cats?token=alice#alice", "https://host.org/cats"),
+        ("see s3://bucket/cats?X-Sig=alice, or hf_aliceALICEalice123", "see s3://bucket/cats, or (removed)"),
+        (["/home/alice/data/cats", ["~/alice/dogs"]], r"\['cats', \['dogs'\]\]"),
+        ({"path": "/home/alice/data/cats", "wandb_api_key": "alice", "password": "alice"}, "{'path': 'cats'}"),
+        ("someone/images", "someone/images"),
+        ("row/column", "row/column"),
+        (0.0002, "0.0002"),
+        (True, "True"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", ["arguments", "changes", "facts", "versions", "evaluation"])
+def test_no_path_and_no_secret_of_the_author_is_shown(run_dir, value, shown, place):
+    config = json.loads((run_dir / "training_config.json").read_text())
+    if place == "arguments":
+        config["arguments"]["given"] = value
+    elif place == "changes":
+        config["changes"] = [{"step": 4, "given": [value, "new"], "hub_token": ["alice", "alice"]}]
+    elif place == "facts":
+        config["hardware"] = value
+    elif place == "versions":
+        config["versions"]["given"] = value
+    elif isinstance(value, str):
+        (run_dir / "evaluation.json").write_text(json.dumps({"given": value, value: 0.5}))
+    (run_dir / "training_config.json").write_text(json.dumps(config))
+    card = make_model_card(run_dir, "someone/name", datasets=["someone/images"])
+    assert "alice" not in str(card) and "secret" not in str(card)
+    if place != "evaluation" or isinstance(value, str):
+        assert f" | {shown} |" in card.text
+
+
+ODD = "a`b|c<script>alert(1)</script>\n## d <!-- usage:end --> [e](f) *g* \u202eh\x1b[31m " + "x" * 16_000
+
+
+def test_what_comes_from_files_cannot_change_the_card(run_dir):
+    plain = make_model_card(run_dir, "someone/name").text
+    config = json.loads((run_dir / "training_config.json").read_text())
+    config["arguments"] |= {"odd": ODD, ODD: "odd", "list": [ODD]}
+    config["hardware"] = ODD
+    config["versions"][ODD] = ODD
+    config["changes"] = [{"step": 4, ODD: [ODD, ODD]}]
+    (run_dir / "training_config.json").write_text(json.dumps(config))
+    (run_dir / "evaluation.json").write_text(json.dumps({ODD: ODD, "fid": 12.5}))
+    (run_dir / "evaluation_<b>|.json").write_text(json.dumps({"fid": 1.5}))
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 4, f"train/{ODD}": 0.5}) + "\n")
+    (run_dir / "samples" / "step-9](javascript:x).png").touch()
+    text = make_model_card(run_dir, "someone/name").text
+    outside_code = re.sub("`[^`\n]*`", "", text[: text.index("## Citation")])
+    assert (
+        "<script" not in outside_code and "<b>" not in outside_code and "](f)" not in outside_code.replace("\\]", "")
+    )
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        line for line in plain.splitlines() if line.startswith("#")
+    ]
+    assert max(map(len, text.splitlines())) < 1000
+    assert "javascript" not in text and "](samples/step-0001000.png)" in text
+    for line in text.splitlines():  # every row of a table has the columns of its table
+        if line.startswith("| ") and ODD[:3] in line:
+            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4)
+
+
+def test_a_run_stage_by_stage(run_dir):
+    """As examples/train_on_device.py leaves it."""
+    (run_dir / "metrics.jsonl").unlink()
+    shutil.rmtree(run_dir / "samples")
+    for stage, loss in (("stage_1", 0.25), ("stage_2", 0.5)):
+        append_metrics(
+            _made(run_dir / stage) / "metrics.jsonl", 40, {"train/denoising": loss, "images_per_second": 7.0}
+        )
+        for step in (20, 40):
+            Image.new("RGB", (8, 8)).save(_made(run_dir / "samples" / stage) / f"step-{step:07d}.png")
+    card = make_model_card(run_dir, "someone/name")
+    for row in ("stage 1: train/denoising | 40 | 0.25", "stage 2: train/denoising | 40 | 0.5", "stage 2: steps | 40"):
+        assert f"| {row} |" in card.text
+    pictures = find_pictures(card, [run_dir])
+    assert {f"samples/stage_{stage}/step-0000040.png" for stage in (1, 2)} < pictures.keys()
+    assert not any("0020" in link for link in pictures)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def test_pictures_are_found(run_dir, own_card):
@@ -139,8 +293,10 @@ def test_pictures_are_found(run_dir, own_card):
     }
 
 
-@pytest.mark.parametrize("link", ["none.png", "../own/card.md", "/etc/hosts"])
+@pytest.mark.parametrize("link", ["none.png", "../own/card.md", "/etc/hosts", ".hidden.png", "linked.png"])
 def test_a_picture_that_is_not_there(run_dir, link):
+    (run_dir / ".hidden.png").touch()
+    (run_dir / "linked.png").symlink_to("/etc/hosts")
     with pytest.raises(ValueError, match=f"shows the picture `{link}`, which is not in .*run. Put it there"):
         find_pictures(ModelCard(f"---\na: b\n---\n![]({link})"), [run_dir])
 

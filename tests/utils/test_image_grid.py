@@ -92,3 +92,25 @@ def test_grid_is_only_as_wide_as_its_images():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_image_grid(*arguments)
+
+
+ODD = "\u202ea\nb\x1b[31m../" + "word" * 4_000
+
+
+@pytest.mark.parametrize("keep", ["start", "end"])
+def test_odd_text_is_shortened_on_one_line(keep):
+    """The kept part is the longest that fits: one more character would not."""
+    font = ImageFont.load_default(size=11)
+    shown = shorten_to_width(ODD if keep == "start" else ODD[::-1], font, 200, keep)
+    assert shown.isprintable() and r"\n" in shown and r"\x1b" in shown
+    assert font.getlength(shown) <= 200 < font.getlength(shown + "ww")
+
+
+def test_long_labels_measure_no_more_text_than_fits(monkeypatch):
+    measured = []
+    getlength = ImageFont.FreeTypeFont.getlength
+    monkeypatch.setattr(
+        ImageFont.FreeTypeFont, "getlength", lambda font, text: measured.append(len(text)) or getlength(font, text)
+    )
+    make_image_grid([Image.new("RGB", (8, 8))] * 2, [ODD, "plain"], columns=2, title=ODD)
+    assert max(measured) < 1_000 and len(measured) < 500
