@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-<<<<<<< HEAD
 import re
-=======
 import sys
->>>>>>> pictures14
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -54,15 +51,6 @@ def find_processes() -> PartialState:
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
-<<<<<<< HEAD
-def draw_sample_set(args: argparse.Namespace, folder: str | Path, state: PartialState) -> None:
-    """Draws what is missing of the samples, in all processes, and waits for all."""
-    pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype))
-    settings = _read_settings(args, pipe)
-    pipe.to(state.device)
-    write_sample_set(pipe, folder, settings, args.batch_size, state.process_index, state.num_processes)
-    state.wait_for_everyone()
-=======
 def together(work: Callable[[], T]) -> T:
     """Does the work in every process and waits for all. If one fails, all raise its error."""
     result = error = None
@@ -87,8 +75,8 @@ def exit_with(error: Exception, state: PartialState) -> NoReturn:
 
 def load_pipeline(args: argparse.Namespace, state: PartialState) -> tuple[DiffusionPipeline, SampleSettings]:
     """The pipeline to draw with, and how, both checked as far as that is possible without drawing."""
-    settings = _read_settings(args)
     pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype)).to(state.device)
+    settings = _read_settings(args, pipe)
     settings.resolve(pipe)
     return pipe, settings
 
@@ -99,7 +87,6 @@ def draw_sample_set(
     """Draws what is missing of the samples, in all processes, and waits for all."""
     processes = (state.process_index, state.num_processes)
     together(lambda: write_sample_set(pipe, folder, settings, batch_size, *processes))
->>>>>>> pictures14
 
 
 def parse_classes(words: list[str], names: set[str]) -> list[int | str]:

@@ -144,7 +144,7 @@ def pipeline_target(folder: Path) -> Target:
     def read(damaged: Path) -> None:
         PISDMCascadePipeline.from_pretrained(damaged)
 
-    return Target(folder, read, (OSError, ValueError))
+    return Target(folder, read, (OSError, ValueError, ImportError))  # schedulers may ask for a package
 
 
 def checkpoint_target(folder: Path) -> Target:

@@ -37,8 +37,10 @@ def check_saved_pipeline(folder: Path, config: Any) -> None:
                 raise ValueError(
                     f"`{name}` in {index} has to be a library and a class, but is {value!r:.100}. {REMEDY}"
                 )
-    labels = config.get("id2label") or {}
-    names = labels.values() if isinstance(labels, dict) else labels if isinstance(labels, list) else [labels]
+    labels = {} if config.get("id2label") is None else config["id2label"]
+    if not isinstance(labels, (dict, list)):
+        raise ValueError(f"`id2label` in {index} has to hold the names of classes, but is {labels!r:.100}. {REMEDY}")
+    names = labels.values() if isinstance(labels, dict) else labels
     odd = [name for name in names if not isinstance(name, str)]
     if odd:
         raise ValueError(f"`id2label` in {index} has {odd[0]!r:.100} for the name of a class. {REMEDY}")
