@@ -285,6 +285,6 @@ def test_odd_class_names_reach_no_message_raw():
     pipe = make_cascade(2, id2label=[odd, *"bcdefghij"])
     assert pipe.get_label_ids(odd) == [0]
     for name in (odd + "y", "z" * 16_000):
-        with pytest.raises(ValueError, match="`class_labels` contains .* Did you mean") as error:
+        with pytest.raises(ValueError, match=r"`class_labels` contains .* Did you mean") as error:
             pipe.get_label_ids(name)
         assert str(error.value).isprintable() and len(str(error.value)) < 500
