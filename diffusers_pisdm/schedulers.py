@@ -323,11 +323,17 @@ def set_timesteps(
         sigmas (`Sequence[float]`, *optional*): Custom noise levels.
 
     Raises:
-        ValueError: Both timesteps and sigmas are given, or the scheduler does not support custom ones.
+        ValueError: Both timesteps and sigmas are given, the scheduler does not support custom ones, or it needs more
+            steps.
     """
     if timesteps is not None and sigmas is not None:
         raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one.")
     if timesteps is None and sigmas is None:
+        if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps and num_inference_steps < 4:
+            raise ValueError(
+                f"`PNDMScheduler` needs at least 4 steps to start, got {num_inference_steps}. Take more steps, or pass"
+                " `PNDMScheduler.from_config(scheduler.config, skip_prk_steps=True)`."
+            )
         scheduler.set_timesteps(num_inference_steps, device="cpu")
         warn_of_uneven_steps(scheduler, num_inference_steps)
         return

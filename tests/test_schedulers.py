@@ -267,6 +267,16 @@ def test_steps_that_are_too_long_are_refused_before_anything_is_drawn(name, opti
     assert calls == []
 
 
+def test_pndm_needs_steps_to_start():
+    pipe = cosine_cascade("v_prediction")
+    swap_scheduler(pipe, "PNDMScheduler")
+    pipe(1, num_inference_steps=4)
+    with pytest.raises(ValueError, match=r"`PNDMScheduler` needs at least 4 steps.*skip_prk_steps=True"):
+        pipe(1, num_inference_steps=3)
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    pipe(1, num_inference_steps=3)
+
+
 @pytest.mark.parametrize("name", sorted(LARGEST_RATIOS))
 def test_with_the_settings_of_the_swap_they_are_not(name):
     pipe = cosine_cascade("v_prediction")

@@ -131,7 +131,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     Args:
         transformer ([`PISDMTransformer2DModel`]): The first stage.
         scheduler ([`SchedulerMixin`]):
-            The first stage's scheduler, e.g. [`DPMSolverMultistepScheduler`]. Flow-matching schedulers are rejected.
+            The first stage's scheduler, e.g. [`DPMSolverMultistepScheduler`]. docs/schedulers.md lists which fit.
         transformer_2, transformer_3, transformer_4 ([`PISDMTransformer2DModel`], *optional*):
             The higher stages, without gaps.
         scheduler_2, scheduler_3, scheduler_4 ([`SchedulerMixin`], *optional*):

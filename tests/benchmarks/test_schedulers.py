@@ -16,7 +16,7 @@ MODEL = str(Path(__file__).parents[2] / "checkpoints" / "pisdm-emoji128")
 def test_heun_is_as_right_as_ddim_on_the_published_checkpoint(tmp_path, capsys):
     output = tmp_path / "report.json"
     names = ["DDIMScheduler", "HeunDiscreteScheduler", "CogVideoXDDIMScheduler", "EDMEulerScheduler"]
-    arguments = ["--model", MODEL, "--num_stages", "1", "--steps", "8", "--reference_steps", "20", "--classes", "60"]
+    arguments = ["--model", MODEL, "--num_stages", "1", "--steps", "10", "--reference_steps", "20", "--classes", "60"]
     schedulers.main([*arguments, "--schedulers", *names, "--output", str(output)])
     report = json.loads(output.read_text())
     (reference,) = report["reference"]
