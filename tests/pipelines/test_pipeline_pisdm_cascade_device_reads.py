@@ -1,5 +1,6 @@
 """While it samples, the pipeline never waits for its device: the next steps are queued while the device works."""
 
+import itertools
 from collections import Counter
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.import_utils import DummyObject
 
+from diffusers_pisdm.schedulers import UNSUITABLE
 from tests.pipelines.device_reads import count_copies
 from tests.pipelines.tiny_cascade import make_cascade
 
@@ -20,6 +22,12 @@ CONFIG = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
 # UniPC moves the noise levels of its sums to the device at every step.
 WAITING_SCHEDULERS = {"UniPCMultistepScheduler"}
 META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def any_steps(monkeypatch):
+    """What is drawn here need not be right, so steps may be as long as they like."""
+    monkeypatch.setattr("diffusers_pisdm.schedulers.LARGEST_RATIOS", {})
 
 
 def make_scheduler(name):
@@ -97,7 +105,9 @@ def test_reads_and_copies_of_a_run_are_found():
     assert copies == {"test_pipeline_pisdm_cascade_device_reads.py": 8}
 
 
-@pytest.mark.parametrize("name", [scheduler.name for scheduler in KarrasDiffusionSchedulers])
+@pytest.mark.parametrize(
+    "name", [s.name for s in KarrasDiffusionSchedulers if s.name not in itertools.chain(*UNSUITABLE.values())]
+)
 def test_schedulers(name):
     copies = sample(make_cascade(2, scheduler=make_scheduler(name)))
     assert bool(copies) == (name in WAITING_SCHEDULERS)
