@@ -37,6 +37,10 @@ def check_saved_pipeline(folder: Path, config: Any) -> None:
                 raise ValueError(
                     f"`{name}` in {index} has to be a library and a class, but is {value!r:.100}. {REMEDY}"
                 )
+        elif name.startswith("default_"):
+            numbers = value if isinstance(value, list) else [value]
+            if not all(number is None or isinstance(number, (int, float)) for number in numbers):
+                raise ValueError(f"`{name}` in {index} has to hold numbers, but is {value!r:.100}. {REMEDY}")
     labels = {} if config.get("id2label") is None else config["id2label"]
     if not isinstance(labels, (dict, list)):
         raise ValueError(f"`id2label` in {index} has to hold the names of classes, but is {labels!r:.100}. {REMEDY}")

@@ -278,3 +278,49 @@ def test_missing_configuration(copy, name, file):
     (copy / name / file).unlink()
     with pytest.raises(OSError, match=f"no file named {file} found in directory"):
         PISDMCascadePipeline.from_pretrained(copy)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_cascade(id2label={0: "cat"}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "culprit"),
+    [
+        ("model_index.json", {"_class_name": None}, "_class_name"),
+        ("model_index.json", {"transformer": 3}, "transformer"),
+        ("model_index.json", {"scheduler": ["diffusers", {}]}, "scheduler"),
+        ("model_index.json", {"vae": None}, "vae"),
+        ("model_index.json", {"id2label": "{}"}, "id2label"),
+        ("model_index.json", {"id2label": {"0": 3}}, "id2label"),
+        ("model_index.json", {"default_guidance_scale": [[[]]]}, "default_guidance_scale"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": True}, "num_train_timesteps"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "zigzag"}, "zigzag"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear", "beta_end": "x"}, "Multistep"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(saved, file, changes, culprit):
+    path = saved / file
+    content = path.read_text()
+    path.write_text(json.dumps({**json.loads(content), **changes}))
+    try:
+        with pytest.raises(ValueError, match=rf"(?s)({culprit}.*{path}|{path}.*{culprit})"):
+            PISDMCascadePipeline.from_pretrained(saved)
+    finally:
+        path.write_text(content)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])
+def test_endless_nesting_is_named(saved, file):
+    path = saved / file
+    content = path.read_text()
+    path.write_text("[" * 100_000)
+    try:
+        with pytest.raises((ValueError, OSError), match=r"nested too deeply|recursion"):
+            PISDMCascadePipeline.from_pretrained(saved)
+    finally:
+        path.write_text(content)
