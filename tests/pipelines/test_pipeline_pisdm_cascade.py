@@ -130,7 +130,7 @@ def test_images_depend_on_their_label(shared_pipe):
 
 @pytest.mark.parametrize("scheduler_class", [DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])
 def test_an_images_generator_decides_it_in_any_batch(scheduler_class):
-    pipe = make_cascade(2, scheduler=scheduler_class(beta_schedule="squaredcos_cap_v2"))
+    pipe = make_cascade(2, scheduler=scheduler_class(beta_schedule="linear"))  # both take three steps of it
     alone = run(pipe, [5], generator=generators(7), noise_level=0.5).images
     batch = run(pipe, [1, 5, 3], generator=generators(1, 7, 2), noise_level=0.5).images
     np.testing.assert_allclose(batch[1], alone[0], atol=1e-4)
