@@ -98,9 +98,9 @@ def read_recipe(file: str | Path) -> Recipe:
             _check_names(part, DDPMScheduler, "argument of the noise schedule", "trained_betas")
         elif name != "training":
             _check_names(part, PISDMTransformer2DModel, f"argument of {name}", "num_classes", "class_factors")
-            missing = [key for key in ("sample_size", "in_channels") if key not in part]
-            if missing:
-                raise ValueError(f"`{missing[0]}` is missing in {name}")
+            if "sample_size" not in part:
+                raise ValueError(f"`sample_size` is missing in {name}")
+            part.setdefault("in_channels", defaults_of(PISDMTransformer2DModel)["in_channels"])
     if recipe.vae is not None and not isinstance(recipe.vae, str):
         raise ValueError(f"`vae` must be the name or folder of an autoencoder, not {recipe.vae!r}")
     return recipe

@@ -102,7 +102,7 @@ def test_errors_say_what_to_do(run, tmp_path):
     ("arguments", "message"),
     [
         ([], "either --dataset_name or --train_data_dir"),
-        (["--train_data_dir", "a", "--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--train_data_dir", "a", "--batch_size", "0"], "--batch_size: must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):

@@ -47,7 +47,7 @@ def test_a_recipe_is_read_whole(read):
         ({**CASCADE, "stages": []}, "`stages` must be a list of at least one"),
         ({**CASCADE, "stages": {}}, "`stages` must be a list"),
         ({**CASCADE, "stages": [CASCADE["stages"][0], 3]}, r"`stages\[1\]` must be an object, not 3"),
-        ({**CASCADE, "stages": [{"sample_size": 8}]}, r"`in_channels` is missing in stages\[0\]"),
+        ({**CASCADE, "stages": [{"in_channels": 3}]}, r"`sample_size` is missing in stages\[0\]"),
         ({**CASCADE, "stages": [{"sample_siz": 8}]}, r"stages\[0\] 'sample_siz'; did you mean 'sample_size'"),
         ({**CASCADE, "stages": [{"num_classes": 8}]}, r"stages\[0\] 'num_classes'"),
         ({**CASCADE, "scheduler": {"beta_schedul": "linear"}}, "'beta_schedul'; did you mean 'beta_schedule'"),

@@ -8,6 +8,16 @@ from diffusers_pisdm.utils import stopping
 from diffusers_pisdm.utils.stopping import StopSignals
 
 
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Whoever runs the tests, say nohup, may ignore some."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name", stopping.STOP_SIGNALS)
 def test_a_signal_is_noted_and_told(name, capsys):
     number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))

@@ -183,17 +183,17 @@ def test_the_training_configuration_is_kept(train):
     assert config["num_processes"] == 1 and config["versions"]["torch"] == torch.__version__
 
 
-def test_ctrl_c_ends_a_run_with_a_checkpoint_and_a_second_run_in_its_folder_is_refused(tmp_path, command):
+def test_a_signal_ends_a_run_with_a_checkpoint_and_a_second_run_in_its_folder_is_refused(tmp_path, command):
     arguments, output = command("run", 500, "--checkpointing_steps", "0"), tmp_path / "run"
     process = start(arguments, tmp_path / "patches")
     wait_for(lambda: (output / "metrics.jsonl").exists() and read_metrics(output / "metrics.jsonl"), process)
     second = start(arguments, tmp_path / "patches")
     said, _ = second.communicate(timeout=200)
     assert second.returncode == 1 and f"error: Another process is writing to {output}" in said
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=200)
-    assert process.returncode == 128 + signal.SIGINT, said
-    assert "SIGINT: stopping after this step" in said and "Traceback" not in said
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "SIGTERM: stopping after this step" in said and "Traceback" not in said
     ((checkpoint,), _) = find_checkpoints(output)
     step = read_state(checkpoint)["step"]
     assert 0 < step < 500 and f"Stopped after step {step}. Rerun the same command to resume." in said
