@@ -294,6 +294,7 @@ def _complete(partial: Path, final: Path, state: dict) -> None:
         flush(path)
     replaced = final.with_name(f"{_PARTIAL}{final.name}-replaced")
     if final.exists():  # of another run
+        shutil.rmtree(replaced, ignore_errors=True)  # left by a process that was killed below
         final.rename(replaced)
     partial.rename(final)
     flush(final.parent)

@@ -162,6 +162,14 @@ def test_an_existing_checkpoint_is_replaced(save, tmp_path):
     assert read_state(tmp_path / "checkpoint-1")["run"] == 2
 
 
+def test_what_a_killed_replacement_left_is_no_obstacle(save, tmp_path):
+    save(1, {"run": 1})
+    (tmp_path / "partial-checkpoint-1-replaced" / "shards").mkdir(parents=True)
+    save(1, {"run": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert read_state(tmp_path / "checkpoint-1")["run"] == 2
+
+
 def truncate(folder):
     (folder / "shards" / "1").write_text("ab")
 
