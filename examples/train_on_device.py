@@ -45,9 +45,9 @@ from diffusers_pisdm.training.recipes import (
     Recipe,
     argument,
     defaults_of,
+    fit_to_stages,
     make_parser,
     parse_arguments,
-    per_stage,
     run_script,
     write_training_config,
 )
@@ -163,14 +163,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[DeviceArguments, Reci
     count = len(recipe.stages)
     lists = ("minutes", "max_train_steps", "train_batch_size", "learning_rate", "ema_decay", "loss_weighting")
     lists += ("prediction_types", "noise_shifts", "validation_guidance_scale")
-    for name in lists:
-        try:
-            setattr(args, name, per_stage(name, getattr(args, name), count))
-        except ValueError as error:
-            parser.error(str(error))
-    missing = [number for number in args.train_stages or () if number > count]
-    if missing:
-        parser.error(f"--train_stages {missing[0]}: there are {count} stages")
+    try:
+        fit_to_stages(args, lists, count)
+    except ValueError as error:
+        parser.error(str(error))
     if args.flip_column is not None and not args.random_flip:
         parser.error("--flip_column says which images --random_flip may mirror: pass both")
     if args.train_stages is None:

@@ -57,9 +57,9 @@ from diffusers_pisdm.training.recipes import (
     TrainerSettings,
     argument,
     defaults_of,
+    fit_to_stages,
     make_parser,
     parse_arguments,
-    per_stage,
     run_script,
     write_training_config,
 )
@@ -71,6 +71,8 @@ from diffusers_pisdm.utils.machine import describe_machine
 
 OBJECTIVE = defaults_of(CascadeObjective)
 ONE_OR_EACH = "One value, or one per stage."
+STAGE_ARGUMENTS = ("loss_weighting", "batch_shares", "stage_loss_weights", "prediction_types", "noise_shifts")
+STAGE_ARGUMENTS += ("validation_guidance_scale",)
 
 
 @dataclass(kw_only=True)
@@ -198,16 +200,6 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[TrainingArguments, Re
     return args, recipe
 
 
-def fit_to_stages(args: TrainingArguments, num_stages: int) -> None:
-    """Gives each stage its value of the arguments that may differ by stage."""
-    lists = ("loss_weighting", "batch_shares", "stage_loss_weights", "prediction_types", "noise_shifts")
-    for name in (*lists, "validation_guidance_scale"):
-        setattr(args, name, per_stage(name, getattr(args, name), num_stages))
-    missing = [number for number in args.train_stages or () if number > num_stages]
-    if missing:
-        raise ValueError(f"--train_stages {missing[0]}: there are {num_stages} stages.")
-
-
 def load_rows(
     args: TrainingArguments, sizes: list[int], channels: int, factor: int, class_order: list[str] | None
 ) -> tuple[ImageRows | LatentCache, ImageRows | LatentCache | None, list[str]]:
@@ -245,7 +237,7 @@ def load_pretrained(args: TrainingArguments) -> PISDMCascadePipeline | None:
 def dry_run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator) -> None:
     pretrained = load_pretrained(args)
     configs, _ = describe_stages(recipe, pretrained)
-    fit_to_stages(args, len(configs))
+    fit_to_stages(args, STAGE_ARGUMENTS, len(configs))
     sizes, channels = [config["sample_size"] for config in configs], configs[-1]["in_channels"]
     class_order = known_class_order(args.output_dir, pretrained)
     _, _, class_names = load_rows(args, sizes, channels, 1, class_order)  # neither the VAE nor images are read
@@ -422,7 +414,7 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
     # Stages: their configurations, noise schedules and sizes
     pretrained, defaults = load_pretrained(args), {}
     configs, schedulers = describe_stages(recipe, pretrained)
-    fit_to_stages(args, len(configs))
+    fit_to_stages(args, STAGE_ARGUMENTS, len(configs))
     sizes, channels = [config["sample_size"] for config in configs], configs[-1]["in_channels"]
     class_order = known_class_order(args.output_dir, pretrained)
     vae = load_autoencoder(args, pretrained, channels)

@@ -134,6 +134,18 @@ def per_stage(name: str, values: list[T] | None, num_stages: int) -> list[T] | N
     return None if values is None else values * (num_stages // len(values))
 
 
+def fit_to_stages(arguments: Any, names: Iterable[str], num_stages: int) -> None:
+    """
+    Gives each stage its value of the named arguments, in place; raises ValueError if one has neither one value nor one
+    per stage, or if `train_stages` names a stage that there is not.
+    """
+    for name in names:
+        setattr(arguments, name, per_stage(name, getattr(arguments, name), num_stages))
+    missing = [number for number in arguments.train_stages or () if number > num_stages]
+    if missing:
+        raise ValueError(f"--train_stages {missing[0]}: there are {num_stages} stages")
+
+
 @dataclass(kw_only=True)
 class OptimizationSettings:
     title: ClassVar[str] = "optimisation"
