@@ -1,0 +1,64 @@
+"""How a picture was drawn, kept in its PNG file."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+
+KEY = "pisdm"  # of the PNG's text chunk
+MAX_CHARACTERS = 100_000
+
+
+def recipe_chunk(recipe: dict[str, Any]) -> PngInfo:
+    """
+    The text chunk that keeps a recipe, for `image.save(path, pnginfo=recipe_chunk(recipe))`.
+
+    Args:
+        recipe (`dict`):
+            What drew the picture, as JSON holds it: `model` (a name or path), `class_label` (a name or id), `seed`,
+            `stage` and the arguments of the pipeline's call. Package versions are added.
+    """
+    versions = {name: version(name) for name in ("diffusers", "torch")}
+    from .. import __version__  # a clone need not be installed
+
+    chunk = PngInfo()
+    chunk.add_itxt(KEY, json.dumps({**recipe, "versions": {"diffusers_pisdm": __version__, **versions}}))
+    return chunk
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """
+    The recipe that a picture carries.
+
+    Args:
+        path (`str` or `Path`): A PNG written with [`recipe_chunk`].
+
+    Returns:
+        `dict`: The recipe, unchecked: whoever uses a value checks it.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a PNG, or carries no recipe of ours.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get(KEY)
+    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{Path(path).name} is not a PNG picture.") from error
+    if text is None:
+        raise ValueError(
+            f"{Path(path).name} carries no recipe: it was not drawn by this package, or another program saved it anew."
+        )
+    try:
+        recipe = json.loads(text) if len(text) <= MAX_CHARACTERS else None
+    except (ValueError, RecursionError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe that {Path(path).name} carries is damaged.")
+    return recipe
