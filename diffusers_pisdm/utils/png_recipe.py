@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 
 KEY = "pisdm"  # of the PNG's text chunk
 MAX_CHARACTERS = 100_000
+MAX_BYTES = 100_000_000
 
 
 def recipe_chunk(recipe: dict[str, Any]) -> PngInfo:
@@ -24,11 +27,11 @@ def recipe_chunk(recipe: dict[str, Any]) -> PngInfo:
             What drew the picture, as JSON holds it: `model` (a name or path), `class_label` (a name or id), `seed`,
             `stage` and the arguments of the pipeline's call. Package versions are added.
     """
-    versions = {name: version(name) for name in ("diffusers", "torch")}
-    from .. import __version__  # a clone need not be installed
-
+    package = __name__.partition(".")[0]
+    versions = {package: sys.modules[package].__version__}  # a clone need not be installed
+    versions |= {name: version(name) for name in ("diffusers", "torch")}
     chunk = PngInfo()
-    chunk.add_itxt(KEY, json.dumps({**recipe, "versions": {"diffusers_pisdm": __version__, **versions}}))
+    chunk.add_itxt(KEY, json.dumps({**recipe, "versions": versions}))
     return chunk
 
 
@@ -46,10 +49,12 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         OSError: The file cannot be read.
         ValueError: It is not a PNG, or carries no recipe of ours.
     """
+    with Path(path).open("rb") as file:
+        data = BytesIO(file.read(MAX_BYTES))
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(data, formats=["PNG"]) as image:
             text = image.info.get(KEY)
-    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{Path(path).name} is not a PNG picture.") from error
     if text is None:
         raise ValueError(

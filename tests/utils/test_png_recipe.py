@@ -22,7 +22,7 @@ def test_a_damaged_recipe_is_refused(tmp_path, text):
     chunk = PngInfo()
     chunk.add_itxt(KEY, text)
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png", pnginfo=chunk)
-    with pytest.raises(ValueError, match="a.png.*damaged"):
+    with pytest.raises(ValueError, match=r"a\.png.*damaged"):
         read_recipe(tmp_path / "a.png")
 
 
