@@ -5,6 +5,7 @@ Publish a trained PIS-DM cascade on the Hugging Face Hub, with a model card made
     python examples/publish.py outputs/emoji64 owner/name --license apache-2.0 --dry_run
     python examples/publish.py outputs/emoji64 owner/name --license apache-2.0 --variant fp16
     python examples/publish.py checkpoints/pisdm-emoji128 owner/name --model_card model_card.md
+    python examples/publish.py outputs/lora owner/my-lora --base_model owner/name
 """
 
 import argparse
@@ -22,6 +23,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--license", help="the weights' licence, as the Hub names it, e.g. apache-2.0")
     parser.add_argument("--dataset", nargs="+", help="data sets on the Hub that the cascade was trained on")
     parser.add_argument("--model_card", type=Path, help="a Markdown file to fill in (default: a skeleton)")
+    parser.add_argument("--base_model", help="the cascade on the Hub that this one, or this LoRA, was trained from")
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=[], help="add half-precision weights")
     parser.add_argument("--max_shard_size", help="reshard the weights into files of at most this size, e.g. 5GB")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
                 datasets=args.dataset,
                 variants=args.variant,
                 max_shard_size=args.max_shard_size,
+                base_model=args.base_model,
             )
             sizes = {path: file.stat().st_size for path, file in files.items()}
             for path, size in sizes.items():
@@ -61,10 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
         except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
     revision = f', revision="{args.revision}"' if args.revision else ""
-    print(
-        f"Published {total} to {commit.repo_url}. Load it with"
-        f' PISDMCascadePipeline.from_pretrained("{args.repo_id}"{revision})'
-    )
+    load = "PISDMCascadePipeline.from_pretrained" if "model_index.json" in files else "pipe.load_lora_weights"
+    print(f'Published {total} to {commit.repo_url}. Load it with {load}("{args.repo_id}"{revision})')
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class Hub:
 
     Args:
         folders (`dict[str, Path]`): The initial content of each repository (`owner/name`).
-        tokens (`dict[str, str]`): The user each token belongs to; users own the repositories under their name.
+        tokens (`dict[str, str]`): The user each token belongs to; users own the repositories under their name. Tokens
+            that begin with `read` may only read.
     """
 
     def __init__(self, folders: dict[str, Path], tokens: dict[str, str]):
@@ -86,6 +87,8 @@ class Hub:
         owner = name.split("/")[0]
         if token not in self.tokens:
             raise Refused(401, "Invalid username or password.")
+        if token.startswith("read"):
+            raise Refused(403, "Forbidden: pass a token with write access.")
         if self.tokens[token] != owner:
             raise Refused(
                 403, f'You don\'t have the rights to create or change a model under the namespace "{owner}".'

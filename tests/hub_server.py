@@ -81,7 +81,9 @@ class HubHandler(BaseHTTPRequestHandler):
     def whoami(self) -> dict:
         if self.token not in self.hub.tokens:
             raise Refused(401, "Invalid username or password.")
-        return {"type": "user", "name": self.hub.tokens[self.token], "orgs": []}
+        role = "read" if self.token.startswith("read") else "write"
+        auth = {"type": "access_token", "accessToken": {"displayName": "token", "role": role}}
+        return {"type": "user", "name": self.hub.tokens[self.token], "orgs": [], "auth": auth}
 
     def info(self, name: str, revision: str = "main") -> dict:
         repository = self.hub.read(name, self.token)

@@ -257,6 +257,14 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         return pipe
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """A published repository also names the file of its code, `publishing/remote_pipeline.py`: not needed here."""
+        config = super()._dict_from_json_file(json_file)
+        if isinstance(config, dict) and config.get("_class_name") == ["pipeline", cls.__name__]:
+            config["_class_name"] = cls.__name__
+        return config
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Any:
         """Reads a pipeline's configuration like diffusers; a damaged file in a local folder is a ValueError."""
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)

@@ -1,17 +1,22 @@
-"""Publishes a trained cascade on the Hugging Face Hub: checks it first, then uploads it in one commit."""
+"""Publishes a trained cascade or LoRA on the Hugging Face Hub: checks it first, then uploads it in one commit."""
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
 from .model_card import find_pictures, make_model_card
 
 
@@ -21,6 +26,10 @@ PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 CONFIGS = re.compile(r"(scheduler_)?config\.json")
 SAMPLES = re.compile(r"samples/(stage_\d+/)?step-\d+\.png")
+INDEX = "model_index.json"
+REMOTE_PIPELINE = Path(__file__).with_name("remote_pipeline.py")
+# The base of huggingface_hub's errors in its HTTP library: also of those of the connection.
+HTTP_ERROR = HfHubHTTPError.__bases__[0]
 
 
 def publish_cascade(
@@ -34,14 +43,16 @@ def publish_cascade(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    base_model: str | None = None,
 ) -> CommitInfo:
     """
-    Publishes a run's cascade with its model card: [`prepare_upload`] and [`upload`] in one call.
+    Publishes a run's cascade, or LoRA, with its model card: [`prepare_upload`] and [`upload`] in one call.
 
     Args:
-        folder (`str` or `Path`): The output folder of the training script or of `save_pretrained`.
+        folder (`str` or `Path`): The output folder of the training script, of `save_pretrained` or of
+            `save_lora_weights`.
         repo_id (`str`): The repository, as `owner/name`; created if it does not exist.
-        model_card, license, datasets: See [`make_model_card`].
+        model_card, license, datasets, base_model: See [`make_model_card`].
         variants, max_shard_size: See [`prepare_upload`].
         private, revision, commit_message: See [`upload`].
 
@@ -50,10 +61,13 @@ def publish_cascade(
 
     Raises:
         OSError: Weights are missing, pickled or damaged, or the Hub refuses the upload.
+        PermissionError: You are not logged in, your token may not write, or the repository is another's.
         ValueError: The folder is not a cascade, or an argument or the model card is invalid.
     """
     with tempfile.TemporaryDirectory() as work_dir:
-        files = prepare_upload(folder, work_dir, repo_id, model_card, license, datasets, variants, max_shard_size)
+        files = prepare_upload(
+            folder, work_dir, repo_id, model_card, license, datasets, variants, max_shard_size, base_model
+        )
         return upload(files, repo_id, private, revision, commit_message)
 
 
@@ -66,16 +80,19 @@ def prepare_upload(
     datasets: list[str] | None = None,
     variants: Sequence[str] = (),
     max_shard_size: int | str | None = None,
+    base_model: str | None = None,
 ) -> dict[str, Path]:
     """
-    Checks that a folder holds a cascade that loads, and collects the files for its repository: the pipeline's own
-    files, a model card and the pictures the card shows. Nothing is uploaded, and the folder is not changed.
+    Checks that a folder holds a cascade, or LoRA adapters, that load, and collects the files for its repository: the
+    pipeline's own files and a `pipeline.py` that finds its package, or the adapters' file; a model card; and the
+    pictures the card shows. Nothing is uploaded, and the folder is not changed.
 
     Args:
-        folder (`str` or `Path`): The output folder of the training script or of `save_pretrained`.
+        folder (`str` or `Path`): The output folder of the training script, of `save_pretrained` or of
+            `save_lora_weights`.
         work_dir (`str` or `Path`): An empty folder for the generated files: the card, variants and shards.
         repo_id (`str`): The repository, as `owner/name`.
-        model_card, license, datasets: See [`make_model_card`].
+        model_card, license, datasets, base_model: See [`make_model_card`].
         variants (`Sequence[str]`, defaults to none):
             `"fp16"` or `"bf16"`: also publish weights in that precision, for `from_pretrained(..., variant="fp16")`.
             Modules that a model keeps in float32 stay in float32. Variants in the folder are not published, as they
@@ -96,11 +113,24 @@ def prepare_upload(
     unknown = set(variants) - VARIANTS.keys()
     if unknown:
         raise ValueError(f"`variants` can be {', '.join(VARIANTS)} but contains {', '.join(sorted(unknown))}.")
-    components = _check_files(folder)
-    configs = {"model_index.json": folder / "model_index.json", **_find(folder, components, CONFIGS.fullmatch)}
-    _check_links(folder, [*configs.values(), *_find(folder, components, WEIGHTS.fullmatch).values()])
-    card = make_model_card(folder, repo_id, model_card, license, datasets)
+    lora = folder / LORA_WEIGHT_NAME_SAFE
+    is_lora = lora.is_file() and not (folder / INDEX).exists()
+    if is_lora:
+        if variants or max_shard_size is not None:
+            raise ValueError(f"{folder} holds LoRA adapters: `variants` and `max_shard_size` are for whole cascades.")
+        _check_links(folder, [lora])
+        PISDMCascadePipeline.lora_state_dict(folder)  # fails here if it would fail for users
+    else:
+        components = _check_files(folder)
+        configs = _find(folder, components, CONFIGS.fullmatch)
+        weights = _find(folder, components, WEIGHTS.fullmatch)
+        _check_links(folder, [folder / INDEX, *configs.values(), *weights.values()])
+    card = make_model_card(folder, repo_id, model_card, license, datasets, base_model)
     pictures = find_pictures(card, [folder] if model_card is None else [folder, Path(model_card).parent])
+    card.save(work_dir / "README.md")
+    files = {"README.md": work_dir / "README.md", **pictures}
+    if is_lora:
+        return {**files, lora.name: lora}
 
     # Load with diffusers' own loader, as users will: whatever would fail for them fails here first.
     pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
@@ -109,15 +139,15 @@ def prepare_upload(
         weights_dir = work_dir / "shards"
         pipe.save_pretrained(weights_dir, max_shard_size=max_shard_size)
     del pipe  # free memory for the next one
-    files = {**configs, **_find(weights_dir, components, WEIGHTS.fullmatch)}
+    (work_dir / INDEX).write_text(_public_index(folder), encoding="utf-8")
+    files |= {INDEX: work_dir / INDEX, "pipeline.py": REMOTE_PIPELINE, **configs}
+    files |= _find(weights_dir, components, WEIGHTS.fullmatch)
     for variant in variants:
         pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, dtype=VARIANTS[variant])
         pipe.save_pretrained(work_dir / variant, variant=variant, max_shard_size=max_shard_size)
         del pipe
         files |= _find(work_dir / variant, components, re.compile(rf".*\.{variant}\b.*").fullmatch)
-
-    card.save(work_dir / "README.md")
-    return {"README.md": work_dir / "README.md", **files, **pictures}
+    return files
 
 
 def upload(
@@ -128,8 +158,8 @@ def upload(
     commit_message: str | None = None,
 ) -> CommitInfo:
     """
-    Uploads a cascade to the Hub in one atomic commit. The same commit removes earlier sample grids and outdated files
-    in the pipeline's own folders; other files stay.
+    Uploads a cascade or LoRA adapters to the Hub in one atomic commit. The same commit removes earlier sample grids
+    and outdated files in the pipeline's own folders; other files stay.
 
     Args:
         files (`dict[str, Path]`): The files returned by [`prepare_upload`].
@@ -142,33 +172,73 @@ def upload(
         [`~huggingface_hub.CommitInfo`]: The commit.
 
     Raises:
-        OSError: You are not logged in, or the Hub refuses the upload (errors of `huggingface_hub`).
+        OSError: The Hub cannot be reached, or refuses the upload for another reason.
+        PermissionError: You are not logged in, your token may not write, or the repository is another's.
         ValueError: `private` is set, but the repository exists and is public.
     """
     api = HfApi(token=True)  # without a token, fails before any request
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(
-            f"`private` is set, but {repo_id} exists and is public. Nothing was uploaded. Make it private in its"
-            " settings, choose another name, or publish without `private`."
-        )
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with _plain_errors(repo_id):
+        _check_token(api.whoami(), repo_id)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(
+                f"`private` is set, but {repo_id} exists and is public. Nothing was uploaded. Make it private in its"
+                " settings, choose another name, or publish without `private`."
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
 
-    components = tuple(f"{name}/" for name in _list_components(files["model_index.json"]))
-    present = api.list_repo_files(repo_id, revision=revision)
-    stale = [path for path in present if path.startswith(components) or SAMPLES.fullmatch(path)]
-    # Not `upload_folder(delete_patterns=...)`: with hf_xet it splits a long upload into several commits, so users
-    # could load mismatched stages.
-    return api.create_commit(
-        repo_id,
-        [
-            *(CommitOperationDelete(path) for path in stale if path not in files),
-            *(CommitOperationAdd(path, file) for path, file in files.items()),
-        ],
-        commit_message=commit_message or "Upload PISDMCascadePipeline",
-        revision=revision,
-    )
+        is_lora = INDEX not in files
+        components = () if is_lora else tuple(f"{name}/" for name in _list_components(files[INDEX]))
+        present = api.list_repo_files(repo_id, revision=revision)
+        stale = [path for path in present if path.startswith(components) or SAMPLES.fullmatch(path)]
+        # Not `upload_folder(delete_patterns=...)`: with hf_xet it splits a long upload into several commits, so users
+        # could load mismatched stages.
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationDelete(path) for path in stale if path not in files),
+                *(CommitOperationAdd(path, file) for path, file in files.items()),
+            ],
+            commit_message=commit_message or f"Upload {'LoRA adapters' if is_lora else PISDMCascadePipeline.__name__}",
+            revision=revision,
+        )
+
+
+def _check_token(user: dict, repo_id: str) -> None:
+    # `whoami` tells a token's role; fine-grained ones show only when they are used.
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PermissionError(
+            f"Your token may only read, so nothing was uploaded to {repo_id}. Make one that may write under Access"
+            " Tokens in your Hub settings, and log in with it: `hf auth login`."
+        )
+
+
+@contextmanager
+def _plain_errors(repo_id: str) -> Iterator[None]:
+    """Says in a sentence what the Hub's refusals mean here, and what to do."""
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(
+            f"You are not logged in to the Hub, so nothing was uploaded to {repo_id}. Run `hf auth login`, or set"
+            " HF_TOKEN, with a token that may write."
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = " ".join((error.server_message or str(error).splitlines()[0]).split())
+        if status == 401:
+            raise PermissionError(
+                f"The Hub does not accept your token ({said}). Log in again: `hf auth login`."
+            ) from error
+        if status in (403, 404):
+            raise PermissionError(
+                f"The Hub does not let you write to {repo_id} ({said}). It may be another's, or your token may not"
+                " write there: check the owner's name, or log in with a token that may (`hf auth login`)."
+            ) from error
+        raise OSError(f"The Hub refused the upload to {repo_id} with status {status}: {said}") from error
+    except HTTP_ERROR as error:
+        raise OSError(f"The Hub cannot be reached ({error}). Check the connection and publish again.") from error
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -179,11 +249,14 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _check_files(folder: Path) -> list[str]:
     # Returns the folders of the components present.
-    index = folder / "model_index.json"
-    remedy = "Pass the output folder of the training script, or of `PISDMCascadePipeline.save_pretrained`."
+    index = folder / INDEX
+    remedy = (
+        "Pass the output folder of the training script, or of `PISDMCascadePipeline.save_pretrained` or"
+        " `save_lora_weights`."
+    )
     if not index.is_file():
-        raise ValueError(f"{folder} is not a saved pipeline: it has no `model_index.json`. {remedy}")
-    class_name = DiffusionPipeline.load_config(index).get("_class_name")
+        raise ValueError(f"{folder} is not a saved pipeline: it has no `{INDEX}`. {remedy}")
+    class_name = PISDMCascadePipeline.load_config(index).get("_class_name")
     if class_name != "PISDMCascadePipeline":
         raise ValueError(f"{folder} holds a {class_name}, not a PISDMCascadePipeline. {remedy}")
     present = [name for name, class_name in _list_components(index).items() if class_name is not None]
@@ -200,7 +273,19 @@ def _check_files(folder: Path) -> list[str]:
 def _list_components(model_index: Path) -> dict[str, str | None]:
     # The class of each component, None for omitted ones.
     config = DiffusionPipeline.load_config(model_index)
-    return {name: value[1] for name, value in config.items() if isinstance(value, list)}
+    return {name: value[1] for name, value in config.items() if isinstance(value, list) and name != "_class_name"}
+
+
+def _public_index(folder: Path) -> str:
+    # diffusers runs the repository's own code only if `_class_name` names its file, and only if told to trust it. It
+    # looks for the components' library before, so they are said to be of diffusers, where our package puts them.
+    package = __name__.partition(".")[0]
+    index = PISDMCascadePipeline.load_config(folder) | {"_class_name": ["pipeline", PISDMCascadePipeline.__name__]}
+    index = {
+        name: ["diffusers", value[1]] if isinstance(value, list) and value[:1] == [package] else value
+        for name, value in index.items()
+    }
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def _find(folder: Path, subfolders: Iterable[str], is_wanted: Callable[[str], object]) -> dict[str, Path]:

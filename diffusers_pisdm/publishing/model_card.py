@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import EvalResult, ModelCard
 
 from ..utils.messages import one_line
@@ -32,6 +33,15 @@ TOKEN = r"\b(?:hf|ghp|gho|ghs|github_pat|glpat|sk|xox[abp]|AKIA)[-_]?[A-Za-z0-9_
 PRIVATE_TEXT = re.compile(f"(?P<url>{URL})|(?P<path>{PATH})|(?P<token>{TOKEN})", re.IGNORECASE)
 WHOLE_PATH = re.compile(r"(?:[a-z]:)?[\\/]|~|\.\.[\\/]", re.IGNORECASE)
 LONGEST_CELL = 200
+# What our template says of a cascade, and says instead of LoRA adapters.
+LORA_INTRODUCTION = (
+    """# PIS-DM cascade
+
+A class-conditional cascade""",
+    """# PIS-DM LoRA
+
+LoRA adapters for a class-conditional cascade""",
+)
 SAMPLE_SHEETS = re.compile(r"step-\d+\.png")
 PICTURE = re.compile(r'!\[[^\]]*\]\(([^)\s]+)|<img\b[^>]*?\bsrc="([^"]+)"')
 
@@ -42,6 +52,7 @@ def make_model_card(
     model_card: str | Path | None = None,
     license: str | None = None,
     datasets: list[str] | None = None,
+    base_model: str | None = None,
 ) -> ModelCard:
     """
     Fills a model card from a run's folder. A section is delimited by `<!-- NAME:begin -->` and `<!-- NAME:end -->`,
@@ -53,9 +64,9 @@ def make_model_card(
       `metrics.jsonl` or `stage_*/metrics.jsonl`, `loss_curves.png`;
     - `training`: `training_config.json`, and steps and speed from the metrics.
 
-    A section without markers is appended; one without files is left unchanged. If the card names a data set, the
-    evaluations' scores also become results in the metadata. Arguments about the Hub and secrets are left out, paths
-    are shortened to their last component, and URLs to what tells where.
+    A section without markers is appended; one without files is left unchanged. The evaluations' scores also become
+    results in the metadata, for the card's data set or else the evaluation's reference. Arguments about the Hub and
+    secrets are left out, paths are shortened to their last component, and URLs to what tells where.
 
     Args:
         run_dir (`str` or `Path`): The output folder of the training script.
@@ -65,6 +76,9 @@ def make_model_card(
             The Hub's identifier for the weights' licence, e.g. `"apache-2.0"`; defaults to the card's own.
         datasets (`list[str]`, *optional*):
             Data sets on the Hub that the cascade was trained on; defaults to the card's own.
+        base_model (`str`, *optional*):
+            The cascade on the Hub that this one was fine-tuned from, or that LoRA adapters adapt; defaults to the
+            card's own.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card; `str(card)` is the content of README.md.
@@ -84,18 +98,27 @@ def make_model_card(
 
     metrics = _read_metrics(run_dir)
     results = _read_results(run_dir)
-    if results and data.datasets:  # the Hub requires a data set for each result
-        dataset = data.datasets if isinstance(data.datasets, str) else data.datasets[0]
+    named = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
+    eval_results = [
+        # The Hub requires a data set for each result.
+        EvalResult(PIPELINE_TAG, *[named[0] if named else reference] * 2, metric, value, metric_name=name)
+        for metric, name, value, reference in results
+        # Whole numbers are counts and seeds.
+        if isinstance(value, float) and math.isfinite(value) and (named or reference)
+    ]
+    if eval_results:
         data.model_name = data.model_name or repo_id.split("/")[-1]
-        data.eval_results = [
-            EvalResult(PIPELINE_TAG, dataset, dataset, metric, value, metric_name=name)
-            for metric, name, value in results
-            if isinstance(value, float) and math.isfinite(value)  # whole numbers are counts and seeds
-        ]
+        data.eval_results = eval_results
+    is_lora = (run_dir / LORA_WEIGHT_NAME_SAFE).is_file() and not (run_dir / "model_index.json").exists()
+    data.base_model = base_model or data.base_model
+    if is_lora:
+        data.tags.append("lora")
+        if model_card is None:
+            card.text = card.text.replace(*LORA_INTRODUCTION)
 
     sections = {
         "samples": _samples(run_dir),
-        "usage": _usage(repo_id),
+        "usage": _usage(repo_id, (data.base_model or _pretrained(run_dir)) if is_lora else None),
         "metrics": _metrics(run_dir, metrics, results),
         "training": _training(run_dir, metrics),
     }
@@ -161,21 +184,48 @@ def _samples(run_dir: Path) -> str | None:
     return "\n\n".join(["## Samples", *pictures]) if pictures else None
 
 
-def _usage(repo_id: str) -> str:
+def _usage(repo_id: str, base_model: str | None) -> str:
+    # `base_model`: what LoRA adapters adapt; None for a whole cascade.
+    load = f'pipe = PISDMCascadePipeline.from_pretrained("{base_model or repo_id}")'
+    install = "pip install diffusers-pisdm"
+    other = f"""
+Without the import, diffusers runs this repository's `pipeline.py`, once you say that you trust it:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+```"""
+    if base_model is not None:
+        load += f'\npipe.load_lora_weights("{repo_id}")'
+        install, other = 'pip install "diffusers-pisdm[train]"', ""
     return f"""## Usage
+
+```bash
+{install}
+```
 
 ```python
 from diffusers_pisdm import PISDMCascadePipeline
 
-pipe = PISDMCascadePipeline.from_pretrained("{repo_id}")
+{load}
 images = pipe(class_labels=[0]).images  # class ids, or names from pipe.config.id2label
-```"""
+```
+{other}""".rstrip()
 
 
-def _metrics(run_dir: Path, metrics: dict[str, list[dict]], results: list[tuple[str, str, Any]]) -> str | None:
+def _pretrained(run_dir: Path) -> str:
+    # The cascade that a run's LoRA adapters adapt, as its arguments name it.
+    path = run_dir / "training_config.json"
+    arguments = _read_json(path).get("arguments", {}) if path.exists() else {}
+    name = arguments.get("pretrained_model_name_or_path") or "the cascade that it was trained on"
+    return _plain(name).replace('"', "'")
+
+
+def _metrics(run_dir: Path, metrics: dict[str, list[dict]], results: list[tuple[str, str, Any, str]]) -> str | None:
     parts = []
     if results:
-        parts.append(_table(["metric", "value"], [(name, value) for _, name, value in results]))
+        parts.append(_table(["metric", "value"], [(name, value) for _, name, value, _ in results]))
     losses = []
     for stage, rows in metrics.items():
         last = {name: (row["step"], value) for row in rows for name, value in row.items()}
@@ -277,8 +327,8 @@ def _shorten(text: str) -> str:
     return text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"
 
 
-def _read_results(run_dir: Path) -> list[tuple[str, str, Any]]:
-    # Metric, its name in the card (with the file's name if there are several), and value.
+def _read_results(run_dir: Path) -> list[tuple[str, str, Any, str]]:
+    # Metric, its name in the card (with the file's name if there are several), value, and what it was compared with.
     paths = sorted(run_dir.glob("evaluation*.json"))
     results = []
     for path in paths:
@@ -295,8 +345,10 @@ def _read_results(run_dir: Path) -> list[tuple[str, str, Any]]:
         else:
             scores = [(name, name, value) for name, value in report.items()]
         several = f" ({path.stem})" if len(paths) > 1 else ""
+        reference = report.get("reference")
+        reference = _shorten(reference) if isinstance(reference, str) else ""
         results += [
-            (_shorten(_public(metric)), _shorten(_public(name)) + several, value)
+            (_shorten(_public(metric)), _shorten(_public(name)) + several, value, reference)
             for metric, name, value in scores
             if isinstance(value, (int, float, str))
         ]

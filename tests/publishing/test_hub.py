@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors.torch import load, load_file, save_file
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.publishing.hub import publish_cascade
 from tests.hub_server import connect, serve_hub
-from tests.publishing.finished_run import make_finished_run
+from tests.pipelines.tiny_cascade import make_cascade
+from tests.publishing.finished_run import make_finished_run, write_run_files
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's upload
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 ROOT = Path(__file__).parents[2]
 NAME = "someone/cascade"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TOKENS = {"token": "someone", "token of another": "another"}
+TOKENS = {"token": "someone", "token of another": "another", "read token": "someone"}
 
 # Loads each case from the Hub, as (name, arguments, path to save to), and leaves weights and images.
 LOAD = """
@@ -129,7 +131,7 @@ def test_only_the_pipeline_its_card_and_pictures_are_sent(hub, run_dir):
     stages = ("transformer", "transformer_2")
     weights = [f"{stage}/diffusion_pytorch_model{end}.safetensors" for stage in stages for end in ("", ".fp16")]
     assert files == {
-        *(".gitattributes", "README.md", "model_index.json", "scheduler/scheduler_config.json"),
+        *(".gitattributes", "README.md", "model_index.json", "pipeline.py", "scheduler/scheduler_config.json"),
         *("loss_curves.png", "samples/step-0001000.png"),
         *(f"{stage}/config.json" for stage in stages),
         *weights,
@@ -262,23 +264,94 @@ def test_wrong_arguments(hub, run_dir, name, options, message):
     assert hub.requests == []
 
 
-def test_without_a_token_nothing_is_asked_of_the_hub(hub, run_dir, monkeypatch, tmp_path):
-    connect(monkeypatch, hub, None, tmp_path)
-    with pytest.raises(LocalTokenNotFoundError, match=r"be logged in to Hugging Face with `hf auth login`"):
-        publish_cascade(run_dir, NAME)
-    assert hub.requests == []
-
-
 @pytest.mark.parametrize(
-    ("token", "status", "message"),
-    [("wrong", 401, "Invalid username or password"), ("token of another", 403, "don't have the rights to create")],
+    ("token", "message"),
+    [
+        (None, r"not logged in .*nothing was uploaded to someone/cascade.*hf auth login"),
+        ("read token", r"token may only read.*someone/cascade.*hf auth login"),
+        ("wrong", r"does not accept your token \(Invalid .*Log in again: `hf auth login`"),
+        ("token of another", r"not let you write to someone/cascade \(You don't have the rights.*owner's name"),
+    ],
 )
-def test_the_hubs_own_errors(hub, run_dir, monkeypatch, tmp_path, token, status, message):
+@pytest.mark.parametrize("exists", [False, True])  # a private repository, which others cannot even see
+def test_who_may_not_write_is_told_so_in_a_sentence(hub, run_dir, monkeypatch, tmp_path, token, message, exists):
+    if exists:
+        hub.hub.create(NAME, private=True, token="token")
     connect(monkeypatch, hub, token, tmp_path)
-    with pytest.raises(HfHubHTTPError, match=message) as error:
+    with pytest.raises(PermissionError, match=message) as raised:
         publish_cascade(run_dir, NAME)
-    assert error.value.response.status_code == status
-    assert NAME not in hub.hub.repositories
+    assert "\n" not in str(raised.value)
+    assert len(hub.hub.repositories[NAME].commits if exists else hub.hub.repositories) == exists
+    if token is None:
+        assert hub.requests == []
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_hub_that_cannot_be_reached(run_dir, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="cannot be reached"):
+        publish_cascade(run_dir, NAME)
+
+
+# Loads a repository as people do who have not imported, or do not have, the package.
+STRANGER = """
+import sys
+sys.modules |= dict.fromkeys(sys.argv[2:])  # an import of None fails
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("someone/cascade", trust_remote_code=True)
+generator = torch.Generator().manual_seed(0)
+np.save(sys.argv[1], pipe(["c"], num_inference_steps=2, output_type="np", generator=generator).images)
+"""
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_diffusers_loads_a_repository_it_trusts_or_says_what_to_install(hub, run_dir, tmp_path):
+    publish_cascade(run_dir, NAME)
+    home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", STRANGER, str(tmp_path / "images.npy"), *hidden],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **home},
+        )
+        for hidden in ([], ["diffusers_pisdm"])
+    ]
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert np.array_equal(np.load(tmp_path / "images.npy"), draw(run_dir))
+    last = runs[1].stderr.strip().splitlines()[-1]
+    assert re.match(r"ImportError: This cascade needs .*pip install diffusers-pisdm", last)
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_lora_adapters_are_published_with_a_card(hub, tmp_path):
+    peft = pytest.importorskip("peft")
+    run = tmp_path / "run"
+    write_run_files(run)
+    trained = make_cascade(2, id2label=list("abcdefghij"))
+    trained.transformer_2.add_adapter(peft.LoraConfig(r=2, target_modules=["in_proj"]))
+    trained.save_lora_weights(run)
+    publish_cascade(run, NAME, license="mit", base_model="someone/base")
+    pictures = {"samples/step-0001000.png", "loss_curves.png"}
+    assert set(hub.hub.files(NAME)) == {".gitattributes", "README.md", LORA_WEIGHT_NAME_SAFE, *pictures}
+    card = ModelCard(hub.hub.files(NAME)["README.md"].decode())
+    assert (card.data.base_model, card.data.license) == ("someone/base", "mit")
+    assert "lora" in card.data.tags
+    assert 'from_pretrained("someone/base")\npipe.load_lora_weights("someone/cascade")' in card.text
+    assert "trust_remote_code" not in card.text
+
+    pipe = make_cascade(2, id2label=list("abcdefghij"))
+    (tmp_path / "published.safetensors").write_bytes(hub.hub.files(NAME)[LORA_WEIGHT_NAME_SAFE])
+    pipe.load_lora_weights(tmp_path / "published.safetensors")
+    assert pipe.get_list_adapters() == {"transformer_2": ["default_0"]}
+    with pytest.raises(ValueError, match=r"holds LoRA adapters.*whole cascades"):
+        publish_cascade(run, NAME, variants=["fp16"])
+    (run / LORA_WEIGHT_NAME_SAFE).write_bytes(b"junk")
+    with pytest.raises(OSError, match="truncated or corrupt"):
+        publish_cascade(run, NAME)
 
 
 @pytest.mark.usefixtures("logged_in")

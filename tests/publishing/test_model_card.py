@@ -52,6 +52,16 @@ def test_metadata(run_dir):
     assert results == [("fid", 12.5, "someone/images")]
 
 
+def test_an_evaluation_beside_the_run_becomes_results_for_its_reference(run_dir):
+    scores = {"frechet_distance": {"name": "FID", "value": 12.5}, "precision": {"name": "precision", "value": 0.75}}
+    report = {"scores": scores, "num_samples": 100, "reference": "/home/someone/my_images, train"}
+    (run_dir / "evaluation.json").write_text(json.dumps(report))
+    data = reread(make_model_card(run_dir, "someone/name")).data
+    results = [(r.metric_type, r.metric_name, r.metric_value, r.dataset_name) for r in data.eval_results]
+    assert [result[:3] for result in results] == [("frechet_distance", "FID", 12.5), ("precision", "precision", 0.75)]
+    assert all("my_images" in result[3] and "home" not in result[3] for result in results)
+
+
 def test_sections(run_dir):
     text = make_model_card(run_dir, "someone/name").text
     assert text.count("![") == 2
