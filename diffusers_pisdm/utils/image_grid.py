@@ -1,7 +1,8 @@
 """Labelled grids of small images, for the demo, the training script's sample grids and the docs."""
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from .fonts import LabelFont
 from .messages import one_line
 
 
@@ -12,6 +13,7 @@ GAP = 6  # pixels between cells and around the grid
 LABEL_FONT_SIZE = 11
 TITLE_FONT_SIZE = 16
 ELLIPSIS = "…"
+INVISIBLE = dict.fromkeys(map(ord, "\ufe0e\ufe0f\u200d"))  # say how to draw or join emoji
 
 
 def make_image_grid(
@@ -32,7 +34,8 @@ def make_image_grid(
         labels (`list[str]`, *optional*):
             One label per image. If a label is wider than its cell, only its end is kept, after an ellipsis, since
             class names such as `fluent3d/animal-mammal` differ there. Line breaks and what cannot be printed are shown
-            as escapes. `None` draws no labels and reserves no space.
+            as escapes, characters that no installed font has by their Unicode name. `None` draws no labels and
+            reserves no space.
         columns (`int`):
             Images per row, at least 1. The last row may be shorter.
         cell_size (`int`, defaults to `64`):
@@ -56,8 +59,8 @@ def make_image_grid(
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"`labels` has {len(labels)} entries for {len(images)} images: pass one label per image.")
 
-    label_font = ImageFont.load_default(size=LABEL_FONT_SIZE)
-    title_font = ImageFont.load_default(size=TITLE_FONT_SIZE)
+    label_font = LabelFont(LABEL_FONT_SIZE)
+    title_font = LabelFont(TITLE_FONT_SIZE)
     label_height = LABEL_FONT_SIZE + GAP if labels is not None else 0
     title_height = TITLE_FONT_SIZE + 2 * GAP if title else 0
 
@@ -66,11 +69,10 @@ def make_image_grid(
     width = columns * (cell_size + GAP) + GAP
     height = title_height + rows * (cell_size + label_height + GAP) + GAP
     grid = Image.new("RGB", (width, height), BACKGROUND)
-    draw = ImageDraw.Draw(grid)
 
     if title:
         text = shorten_to_width(title, title_font, width - 2 * GAP, keep="start")
-        draw.text((GAP, GAP), text, fill=TITLE_COLOUR, font=title_font)
+        title_font.draw(grid, (GAP, GAP), text, TITLE_COLOUR)
     for index, image in enumerate(images):
         left = GAP + (index % columns) * (cell_size + GAP)
         top = title_height + GAP + (index // columns) * (cell_size + label_height + GAP)
@@ -79,7 +81,7 @@ def make_image_grid(
         if labels is not None:
             text = shorten_to_width(labels[index], label_font, cell_size, keep="end")
             offset = (cell_size - label_font.getlength(text)) / 2
-            draw.text((left + offset, top + cell_size + 1), text, fill=LABEL_COLOUR, font=label_font)
+            label_font.draw(grid, (left + offset, top + cell_size + 1), text, LABEL_COLOUR)
     return grid
 
 
@@ -100,13 +102,13 @@ def fit_into_cell(image: Image.Image, cell_size: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BOX)
 
 
-def shorten_to_width(text: str, font: ImageFont.FreeTypeFont, width: int, keep: str = "end") -> str:
+def shorten_to_width(text: str, font: LabelFont, width: int, keep: str = "end") -> str:
     """
     Shortens a line of text to at most `width` pixels: the longest part of its start or end (`keep`) that fits with an
     ellipsis, or nothing if not even the ellipsis fits.
     """
     longest = width + 1  # characters: wider than `width`, so the rest is left out in any case
-    text = one_line(text[:longest] if keep == "start" else text[-longest:])
+    text = one_line((text[:longest] if keep == "start" else text[-longest:]).translate(INVISIBLE))
     if font.getlength(text) <= width:
         return text
     for length in range(len(text) - 1, -1, -1):

@@ -1,6 +1,7 @@
 import pytest
 from PIL import Image, ImageFont
 
+from diffusers_pisdm.utils.fonts import LabelFont
 from diffusers_pisdm.utils.image_grid import GAP, fit_into_cell, make_image_grid, shorten_to_width
 
 
@@ -67,7 +68,7 @@ def test_long_labels_stay_inside_their_column():
 
 @pytest.mark.parametrize("keep, expected", [("start", "fluent"), ("end", "mammal")])
 def test_shortened_text_fits_and_keeps_the_wanted_side(keep, expected):
-    font = ImageFont.load_default(size=11)
+    font = LabelFont(11)
     text = "fluent3d/animal-mammal"
     short = shorten_to_width(text, font, 64, keep=keep)
     assert font.getlength(short) <= 64 < font.getlength(text)
@@ -100,7 +101,7 @@ ODD = "\u202ea\nb\x1b[31m../" + "word" * 4_000
 @pytest.mark.parametrize("keep", ["start", "end"])
 def test_odd_text_is_shortened_on_one_line(keep):
     """The kept part is the longest that fits: one more character would not."""
-    font = ImageFont.load_default(size=11)
+    font = LabelFont(11)
     shown = shorten_to_width(ODD if keep == "start" else ODD[::-1], font, 200, keep)
     assert shown.isprintable() and r"\n" in shown and r"\x1b" in shown
     assert font.getlength(shown) <= 200 < font.getlength(shown + "ww")
