@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
-from examples import drawing, generate
+from diffusers_pisdm.commands import drawing, generate
 
 
 NAMES = ["fluent3d/animal-mammal", "noto/flag", "tench, Tinca tinca", "golden retriever"]
