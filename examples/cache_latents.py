@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """`pisdm cache-latents` as a script, for `accelerate launch`; `--help` tells the rest.
 
-accelerate launch examples/cache_latents.py --cascade_config imagenet256 --train_data_dir imagenet --output_dir latents
+accelerate launch examples/cache_latents.py --cascade_config imagenet256 --train_data_dir images --output_dir latents
 """
 
 from diffusers_pisdm.commands.cache_latents import main

@@ -81,7 +81,7 @@ class RunArguments:
     output_dir: str = argument()
     cascade_config: str | None = argument(
         None,
-        "A recipe with noise schedule, stages and defaults for these arguments: a JSON file, or the name of one of ours.",
+        "A recipe with noise schedule, stages and defaults for these arguments: a file, or the name of one of ours.",
     )
     pretrained_model_name_or_path: str | None = argument(
         None, "A cascade to start from; you may add classes and stages."
