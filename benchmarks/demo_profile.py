@@ -6,7 +6,7 @@ and the rest, by stage; and the effect of guidance slicing on time and memory.
     python -m benchmarks.demo_profile
     python -m benchmarks.demo_profile --steps 50 20 20 20 --repeats 5 --threads 1 --output-dir results
 
-`examples/generate.py` runs up to its call of the pipeline. After a warm-up, that call is repeated with guidance in one
+`pisdm generate` runs up to its call of the pipeline. After a warm-up, that call is repeated with guidance in one
 forward and in two, in turns, and the run with the median time is reported. Writing the pictures is not included.
 Memory is the peak of a call beyond the weights. Prints tables and writes `demo_profile.json` and `demo_profile.png`.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import runpy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,10 +28,10 @@ from benchmarks.measuring.memory import measure_peak_growth
 from benchmarks.measuring.report import write_report
 from benchmarks.measuring.timing import now
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.commands import generate
 from diffusers_pisdm.utils.machine import describe_machine
 
 
-GENERATE = Path(__file__).parents[1] / "examples" / "generate.py"
 WAYS = {"one forward": False, "two forwards": True}  # how a guided step runs, and whether that takes guidance slicing
 PARTS = ("forwards", "scheduler", "rest")
 OUTSIDE = "outside"  # of the stages' loops over their steps
@@ -43,17 +42,17 @@ class _CallReached(Exception):
 
 
 def demo_call(arguments: list[str]) -> tuple[PISDMCascadePipeline, dict]:
-    """The pipeline that `examples/generate.py` builds from its arguments, and the arguments of its call."""
+    """The pipeline that `pisdm generate` builds from its arguments, and the arguments of its call."""
 
     def stop(pipe: PISDMCascadePipeline, **call_arguments) -> None:
         raise _CallReached(pipe, call_arguments)
 
     with mock.patch.object(PISDMCascadePipeline, "__call__", stop):
         try:
-            runpy.run_path(str(GENERATE))["main"](arguments)
+            generate.main(arguments)
         except _CallReached as reached:
             return reached.args
-    raise RuntimeError(f"{GENERATE} did not call its pipeline.")
+    raise RuntimeError("`pisdm generate` did not call its pipeline.")
 
 
 def repeat_call(pipe: PISDMCascadePipeline, call_arguments: dict) -> None:

@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--noise_level", type=SHARE, nargs="+", help="One number, or one per higher stage; default: the pipeline's.")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--batch_size", type=COUNT, default=50)
-    add("--features", default="efficientnet_lite0", help="See examples/evaluate.py.")
+    add("--features", default="efficientnet_lite0", help="See `pisdm evaluate`.")
     add("--output", type=Path, required=True)
     return parser.parse_args(argv)
 

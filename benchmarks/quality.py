@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_samples", type=int, default=1000)
     add("--num_inference_steps", type=int, default=20)
     add("--guidance_scale", type=float, default=1.0)
-    add("--features", default="efficientnet_lite0", help="See examples/evaluate.py.")
+    add("--features", default="efficientnet_lite0", help="See `pisdm evaluate`.")
     add("--features_weights")
     add("--output", type=Path, required=True)
     return parser.parse_args(argv)

@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--num_samples", type=int, default=576)
     add("--seed", type=int, default=0)
-    add("--features", default="efficientnet_lite0", help="See examples/evaluate.py.")
+    add("--features", default="efficientnet_lite0", help="See `pisdm evaluate`.")
     add("--features_weights")
     add("--part", type=int, nargs=2, metavar=("I", "N"), help="Only draw every N-th setting, from the I-th.")
     add("--timed_images", type=int, default=8, help="Images per timed call.")

@@ -6,14 +6,19 @@ from diffusers import ModelMixin
 from .models import PISDM_SIZES, PISDMTransformer2DModel
 from .pipelines import PISDMCascadePipeline, PISDMCascadePipelineOutput
 from .registration import register_with_diffusers
+from .utils.shipped_files import CHECKPOINT
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
+
+# The folder of the trained checkpoint that comes with the package.
+PISDM_EMOJI128 = str(CHECKPOINT)
 
 register_with_diffusers(PISDMTransformer2DModel, PISDMCascadePipeline)
 
 __all__ = [
     "ModelMixin",
+    "PISDM_EMOJI128",
     "PISDM_SIZES",
     "PISDMCascadePipeline",
     "PISDMCascadePipelineOutput",

@@ -1,71 +1,10 @@
-"""
-Publish a trained PIS-DM cascade on the Hugging Face Hub, with a model card made from the training run.
+#!/usr/bin/env python
+"""`pisdm publish` as a script; `--help` tells the rest.
 
-    hf auth login
-    python examples/publish.py outputs/emoji64 owner/name --license apache-2.0 --dry_run
-    python examples/publish.py outputs/emoji64 owner/name --license apache-2.0 --variant fp16
-    python examples/publish.py checkpoints/pisdm-emoji128 owner/name --model_card model_card.md
-    python examples/publish.py outputs/lora owner/my-lora --base_model owner/name
+python examples/publish.py outputs/emoji64 owner/name --license apache-2.0 --dry_run
 """
 
-import argparse
-import sys
-import tempfile
-from pathlib import Path
-
-from diffusers_pisdm.publishing.hub import VARIANTS, prepare_upload, upload
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Publish a trained PIS-DM cascade on the Hugging Face Hub.")
-    parser.add_argument("folder", type=Path, help="the training script's output folder, or a saved pipeline")
-    parser.add_argument("repo_id", metavar="owner/name", help="the Hub repository; created if needed")
-    parser.add_argument("--license", help="the weights' licence, as the Hub names it, e.g. apache-2.0")
-    parser.add_argument("--dataset", nargs="+", help="data sets on the Hub that the cascade was trained on")
-    parser.add_argument("--model_card", type=Path, help="a Markdown file to fill in (default: a skeleton)")
-    parser.add_argument("--base_model", help="the cascade on the Hub that this one, or this LoRA, was trained from")
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=[], help="add half-precision weights")
-    parser.add_argument("--max_shard_size", help="reshard the weights into files of at most this size, e.g. 5GB")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="the branch to publish to, created if needed (default: main)")
-    parser.add_argument("--commit_message", help="the commit message")
-    parser.add_argument("--dry_run", action="store_true", help="show the files and the model card; upload nothing")
-    return parser.parse_args(arguments)
-
-
-def describe_size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.2f} MB"
-
-
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
-    with tempfile.TemporaryDirectory() as work_dir:
-        try:
-            files = prepare_upload(
-                args.folder,
-                work_dir,
-                args.repo_id,
-                model_card=args.model_card,
-                license=args.license,
-                datasets=args.dataset,
-                variants=args.variant,
-                max_shard_size=args.max_shard_size,
-                base_model=args.base_model,
-            )
-            sizes = {path: file.stat().st_size for path, file in files.items()}
-            for path, size in sizes.items():
-                print(f"{describe_size(size):>14}  {path}")
-            total = f"{len(files)} files, {describe_size(sum(sizes.values()))}"
-            if args.dry_run:
-                print(f"\nREADME.md:\n\n{files['README.md'].read_text(encoding='utf-8')}")
-                print(f"Nothing was uploaded (--dry_run). {args.repo_id} would get {total}.")
-                return
-            commit = upload(files, args.repo_id, args.private, args.revision, args.commit_message)
-        except (OSError, ValueError) as error:
-            sys.exit(f"error: {error}")
-    revision = f', revision="{args.revision}"' if args.revision else ""
-    load = "PISDMCascadePipeline.from_pretrained" if "model_index.json" in files else "pipe.load_lora_weights"
-    print(f'Published {total} to {commit.repo_url}. Load it with {load}("{args.repo_id}"{revision})')
+from diffusers_pisdm.commands.publish import main
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
+from diffusers_pisdm.commands.train import TrainingArguments
 from diffusers_pisdm.data.image_transform import ImageTransform, decode_image
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_resume_point, read_state, save_checkpoint
 from diffusers_pisdm.training.fine_tuning import add_lora
 from diffusers_pisdm.training.recipes import read_recipe, recipe_arguments
-from examples.train_pisdm import TrainingArguments
 from tests.pipelines.tiny_cascade import make_cascade
 
 

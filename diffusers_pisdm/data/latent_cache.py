@@ -15,7 +15,7 @@ from .rows import DataError, TrainingRow
 
 
 INDEX_FILE = "index.json"
-REMEDY = "Rerun examples/cache_latents.py with the same arguments: it resumes where it stopped."
+REMEDY = "Rerun `pisdm cache-latents` with the same arguments: it resumes where it stopped."
 DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 
 
@@ -68,9 +68,7 @@ class CacheIndex:
         try:
             return cls(**json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(
-                f"{folder} is not a latent cache ({error}): examples/cache_latents.py writes one."
-            ) from error
+            raise DataError(f"{folder} is not a latent cache ({error}): `pisdm cache-latents` writes one.") from error
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -102,7 +100,7 @@ def find_shard_fault(folder: Path, index: CacheIndex, shard: int) -> str | None:
 
 class LatentCache:
     """
-    Reads a cache written by `examples/cache_latents.py`: each image's latents at every stage, straight from disk.
+    Reads a cache written by `pisdm cache-latents`: each image's latents at every stage, straight from disk.
     Latents of an [`AutoencoderKL`] are sampled afresh every epoch.
 
     Args:

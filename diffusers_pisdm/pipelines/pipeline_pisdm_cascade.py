@@ -36,7 +36,7 @@ from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
 from ..schedulers import check_residual_scheduler, check_scheduler, check_steps, relay_start, set_timesteps
-from ..utils.names import nearest_name, show_name
+from ..utils.names import did_you_mean, show_name
 from .class_names import ClassLabels, check_id2label, flatten_labels, ids_by_name
 from .lora_loading import PISDMLoraLoaderMixin
 from .saved_files import MAX_TIMESTEPS, check_saved_pipeline
@@ -405,10 +405,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 " pipeline names with `id2label`."
             )
         if name not in known:
-            nearest = show_name(nearest_name(name, known))
             raise ValueError(
-                f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline. Did you mean"
-                f" '{nearest}'?"
+                f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline."
+                f" {did_you_mean(name, known)}"
             )
         if len(known[name]) > 1:
             raise ValueError(

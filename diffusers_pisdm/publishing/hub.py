@@ -176,9 +176,9 @@ def upload(
         PermissionError: You are not logged in, your token may not write, or the repository is another's.
         ValueError: `private` is set, but the repository exists and is public.
     """
-    api = HfApi(token=True)  # without a token, fails before any request
+    api = HfApi(token=True)
+    check_login(repo_id)
     with _plain_errors(repo_id):
-        _check_token(api.whoami(), repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(
@@ -205,8 +205,11 @@ def upload(
         )
 
 
-def _check_token(user: dict, repo_id: str) -> None:
-    # `whoami` tells a token's role; fine-grained ones show only when they are used.
+def check_login(repo_id: str) -> None:
+    """Raises PermissionError unless you are logged in to the Hub with a token that may write, as far as it tells."""
+    with _plain_errors(repo_id):
+        user = HfApi(token=True).whoami()  # without a token, fails before any request
+    # Fine-grained tokens show what they may do only when they are used.
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PermissionError(
             f"Your token may only read, so nothing was uploaded to {repo_id}. Make one that may write under Access"

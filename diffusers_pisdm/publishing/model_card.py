@@ -60,7 +60,7 @@ def make_model_card(
 
     - `samples`: the newest of `samples/step-*.png`, or of each stage's `samples/stage_*/step-*.png`;
     - `usage`: how to load the repository;
-    - `metrics`: `evaluation*.json` (reports of examples/evaluate.py, or metric names and values), the last losses of
+    - `metrics`: `evaluation*.json` (reports of `pisdm evaluate`, or metric names and values), the last losses of
       `metrics.jsonl` or `stage_*/metrics.jsonl`, `loss_curves.png`;
     - `training`: `training_config.json`, and steps and speed from the metrics.
 
@@ -333,12 +333,12 @@ def _read_results(run_dir: Path) -> list[tuple[str, str, Any, str]]:
     results = []
     for path in paths:
         report = _public(_read_json(path))
-        if "scores" in report:  # of examples/evaluate.py
+        if "scores" in report:  # of `pisdm evaluate`
             try:
                 scores = [(key, score["name"], score["value"]) for key, score in report["scores"].items()]
             except (AttributeError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path} is not a report of examples/evaluate.py: {error!r}. Fix or remove it."
+                    f"{path} is not a report of `pisdm evaluate`: {error!r}. Fix or remove it."
                 ) from error
             counts = ("num_samples", "num_reference", "num_reference_features", "extractor")
             scores += [(name, name, report.get(name)) for name in counts]

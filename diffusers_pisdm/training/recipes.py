@@ -22,6 +22,7 @@ from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..pipelines.saved_files import MAX_TIMESTEPS
 from ..utils.arguments import Bounds, bounded
 from ..utils.files import write_whole
+from ..utils.shipped_files import find_recipe, recipe_names
 from .checkpoints import CheckpointError
 
 
@@ -67,7 +68,7 @@ def read_recipe(file: str | Path) -> Recipe:
     Reads a recipe.
 
     Args:
-        file (`str` or `Path`): The JSON file.
+        file (`str` or `Path`): The JSON file, or the name of a recipe that comes with the package, such as `emoji64`.
 
     Returns:
         [`Recipe`].
@@ -77,7 +78,11 @@ def read_recipe(file: str | Path) -> Recipe:
         ValueError: It is not JSON, or has unknown or missing keys.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(find_recipe(file).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no such file, nor a recipe of this name: ours are {', '.join(recipe_names())}"
+        ) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):

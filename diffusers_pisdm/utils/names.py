@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from .messages import one_line
 
 
 LONGEST = 80
+MOST_SUGGESTIONS = 8
 
 
 def show_name(name: object) -> str:
@@ -20,8 +22,34 @@ def show_name(name: object) -> str:
     return one_line(text)
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like this one, by their beginnings: comparing takes the square of the length."""
-    beginnings = {other[:LONGEST]: other for other in known}
-    matches = difflib.get_close_matches(name[:LONGEST], beginnings, n=1, cutoff=0.0)
-    return beginnings[matches[0]] if matches else None
+def names_with(word: str, known: Iterable[str]) -> list[str]:
+    """The known names that contain a word or a part of one, in upper or lower case."""
+    return [name for name in known if word.casefold() in name.casefold()]
+
+
+def similar_names(name: str, known: Iterable[str]) -> list[str]:
+    """
+    The known names that contain this one, then those that are spelled like it, or have a word that is: at least one.
+    Only beginnings are compared: comparing takes the square of the length.
+    """
+    known, wanted = list(known), name.casefold()[:LONGEST]
+    spellings: dict[str, list[str]] = {}
+    for other in known:
+        beginning = other.casefold()[:LONGEST]
+        for piece in dict.fromkeys([beginning, *re.findall(r"\w+", beginning)]):
+            spellings.setdefault(piece, []).append(other)
+    close = difflib.get_close_matches(wanted, spellings, n=MOST_SUGGESTIONS, cutoff=0.75)
+    similar = names_with(name, known) + [other for spelling in close for other in spellings[spelling]]
+    if not similar:
+        similar = [spellings[match][0] for match in difflib.get_close_matches(wanted, spellings, n=1, cutoff=0.0)]
+    return list(dict.fromkeys(similar))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests known names for one that is not."""
+    similar = similar_names(name, known)
+    *others, last = [f"'{show_name(other)}'" for other in similar[:MOST_SUGGESTIONS]]
+    left = len(similar) - MOST_SUGGESTIONS
+    if left > 0:
+        others, last = [*others, last], f"one of {left} more"
+    return f"Did you mean {', '.join(others)} or {last}?" if others else f"Did you mean {last}?"

@@ -147,7 +147,7 @@ def test_an_interrupted_cache_is_completed_to_the_same_bytes(images, tmp_path, v
         last.with_name(f"{last.name}.unfinished").write_bytes(b"half a file")
     else:
         last.write_bytes(last.read_bytes()[: -100 if harm == "cut" else 0])
-    with pytest.raises(DataError, match=r"1 of 3 files .*: shard-00002.*Rerun .*cache_latents.py"):
+    with pytest.raises(DataError, match=r"1 of 3 files .*: shard-00002.*Rerun .*pisdm cache-latents"):
         LatentCache(tmp_path / "latents")
     untouched = shard_path(tmp_path / "latents", 0).stat().st_mtime_ns
     assert contents(write(images, vae, tmp_path / "latents")) == whole
@@ -284,7 +284,7 @@ def test_a_cache_must_fit_the_cascade(images, tmp_path, vae):
 
 
 def test_a_folder_without_a_cache_is_an_error(images, tmp_path, vae):
-    with pytest.raises(DataError, match=r"not a latent cache.*cache_latents.py"):
+    with pytest.raises(DataError, match=r"not a latent cache.*pisdm cache-latents"):
         LatentCache(tmp_path)
     folder = write(images, vae, tmp_path / "latents", has_flips=False)
     with pytest.raises(DataError, match=r"no mirrored images: .*--random_flip"):

@@ -15,7 +15,7 @@ from PIL import Image
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.evaluation import read_sample_set
 from examples import ablate
-from tests.examples.training.tiny_training import CASCADE
+from tests.commands.training.tiny_training import CASCADE
 
 
 ROOT = Path(__file__).parents[2]

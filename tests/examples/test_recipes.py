@@ -7,8 +7,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from diffusers_pisdm import PISDM_SIZES, PISDMTransformer2DModel
+from diffusers_pisdm.commands import train
 from diffusers_pisdm.training.recipes import read_recipe
-from examples import train_on_device, train_pisdm
+from examples import train_on_device
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
@@ -41,7 +42,7 @@ def read(name):
 
 def arguments(name):
     """What the training script is told by the recipe alone."""
-    script = train_on_device if name in ON_DEVICE else train_pisdm
+    script = train_on_device if name in ON_DEVICE else train
     return script.parse_args(
         ["--cascade_config", str(FOLDER / f"{name}.json"), "--train_data_dir", "d", "--output_dir", "o"]
     )[0]

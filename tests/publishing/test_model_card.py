@@ -12,10 +12,10 @@ from accelerate.state import PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from diffusers_pisdm.commands import evaluate
 from diffusers_pisdm.evaluation.networks import extractor
 from diffusers_pisdm.publishing.model_card import SKELETON, TAGS, find_pictures, make_model_card
 from diffusers_pisdm.training.metrics import append_metrics
-from examples import evaluate
 from tests.evaluation.pixel_features import PixelFeatures
 from tests.publishing.finished_run import write_run_files
 

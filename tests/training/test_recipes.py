@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from diffusers_pisdm.commands.train import TrainingArguments
 from diffusers_pisdm.training.recipes import (
     Recipe,
     make_parser,
@@ -10,7 +11,6 @@ from diffusers_pisdm.training.recipes import (
     read_recipe,
     recipe_arguments,
 )
-from examples.train_pisdm import TrainingArguments
 
 
 CASCADE = {"scheduler": {}, "stages": [{"sample_size": 8, "in_channels": 3}]}

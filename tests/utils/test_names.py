@@ -1,7 +1,7 @@
 import pytest
 
 from diffusers_pisdm.utils import names
-from diffusers_pisdm.utils.names import LONGEST, nearest_name, show_name
+from diffusers_pisdm.utils.names import LONGEST, did_you_mean, names_with, show_name, similar_names
 
 
 def test_plain_names_are_shown_as_they_are():
@@ -20,9 +20,21 @@ def test_long_names_lose_their_middle():
     assert shown.startswith("begin") and shown.endswith("end") and len(shown) == LONGEST + 1
 
 
-def test_the_nearest_name():
-    assert nearest_name("Tabby kat", ["dog", "tabby cat", "horse"]) == "tabby cat"
-    assert nearest_name("?", []) is None
+def test_names_that_contain_a_word_come_before_those_spelled_like_it():
+    known = ["dog", "cast iron", "eduCation", "b/wildcats", "a/cap", "b/cup"]
+    assert similar_names("cat", known) == ["eduCation", "b/wildcats", "cast iron"]
+    assert similar_names("mamal", ["a/mammal", "dog", "b/animal-mammal"]) == ["a/mammal", "b/animal-mammal"]  # words
+    assert similar_names("Tabby kat", ["dog", "tabby cat", "horse"]) == ["tabby cat"]  # a whole name
+    assert similar_names("xyz", ["dog", "sly"]) == ["sly"]  # there is always one
+    assert similar_names("?", []) == []
+    assert names_with("CAT", known) == ["eduCation", "b/wildcats"]
+
+
+def test_suggestions_end_somewhere():
+    assert did_you_mean("ct", ["cat", "dog"]) == "Did you mean 'cat'?"
+    assert did_you_mean("cat", ["cat 1", "cat 2", "dog"]) == "Did you mean 'cat 1' or 'cat 2'?"
+    many = [f"cat {i}" for i in range(12)]
+    assert did_you_mean("cat", many).endswith(" 'cat 7' or one of 4 more?")
 
 
 def test_long_names_are_compared_by_their_beginnings(monkeypatch):
@@ -35,5 +47,5 @@ def test_long_names_are_compared_by_their_beginnings(monkeypatch):
 
     monkeypatch.setattr(names.difflib, "get_close_matches", spy)
     long = ["cat" + "x" * 16_000, "dog" + "y" * 16_000]
-    assert nearest_name("dog" + "z" * 16_000, long) == long[1]
+    assert similar_names("dog" + "z" * 16_000, long) == [long[1]]
     assert max(map(len, compared)) <= LONGEST

@@ -90,7 +90,7 @@ _factories: dict[str, FeatureExtractorFactory] = {}
 
 def register_feature_extractor(name: str, factory: FeatureExtractorFactory) -> None:
     """
-    Registers a network under a name, for [`load_feature_extractor`] and `examples/evaluate.py --features`.
+    Registers a network under a name, for [`load_feature_extractor`] and `pisdm evaluate --features`.
 
     Args:
         name (`str`): The name, without a colon.

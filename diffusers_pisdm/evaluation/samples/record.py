@@ -75,7 +75,7 @@ def read_sample_set(folder: str | Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{folder} is not a sample set: there is no {path}. Pass a folder written by examples/sample.py or"
+            f"{folder} is not a sample set: there is no {path}. Pass a folder written by `pisdm sample` or"
             " `write_sample_set`."
         ) from None
     except ValueError as error:  # not JSON, or not UTF-8

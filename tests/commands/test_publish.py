@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import publish
+from diffusers_pisdm.commands import publish
 from tests.hub_server import connect, serve_hub
 from tests.publishing.finished_run import make_finished_run
 

@@ -15,9 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.commands import cache_latents
+from diffusers_pisdm.commands import train as train_command
 from diffusers_pisdm.training.metrics import read_metrics
-from examples import cache_latents, train_pisdm
-from tests.examples.training.tiny_training import CASCADE, weights
+from tests.commands.training.tiny_training import CASCADE, weights
 from tests.hub_server import connect, serve_hub
 
 
@@ -107,7 +108,7 @@ def test_training_from_cached_latents_does_not_encode(
     del arguments[at : at + 2]
     at = arguments.index("--cascade_config")
     arguments[at + 1] = str(latent_config)
-    train_pisdm.main(arguments)
+    train_command.train(arguments)
     pipe = PISDMCascadePipeline.from_pretrained(tmp_path / "run")
     assert generate(pipe, ["heart"]).shape == (1, 16, 16, 3) and pipe.config.id2label[0] == "animal-mammal"
     assert any("validation/denoising_1" in row for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
@@ -176,7 +177,7 @@ def test_a_model_keeps_its_class_ids_and_a_configuration_is_chosen(tmp_path, tra
 def test_without_a_recipe_the_pretrained_cascade_says_what_to_train(tmp_path, train, command):
     base = train("base", 2)
     arguments = command("run", 2, "--pretrained_model_name_or_path", str(base), "--train_batch_size", "8")
-    train_pisdm.main(arguments[2:])  # without --cascade_config
+    train_command.train(arguments[2:])  # without --cascade_config
     pipe = PISDMCascadePipeline.from_pretrained(tmp_path / "run")
     assert [stage.config.sample_size for stage in pipe.stages] == [4, 8]
     assert pipe.scheduler.config.prediction_type == "v_prediction"

@@ -1,4 +1,4 @@
-"""examples/sample.py in two processes: killed, run again, and in one process.
+"""`pisdm sample` in two processes: killed, run again, and in one process.
 
 sample_in_processes.py MODEL FOLDER
 """
@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from examples import sample
-from tests.examples.forked_processes import finish, start
+from diffusers_pisdm.commands import sample
+from tests.commands.forked_processes import finish, start
 
 
 NUM_PROCESSES = 2

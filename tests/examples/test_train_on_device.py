@@ -11,7 +11,7 @@ from diffusers_pisdm.training.checkpoints import CheckpointError
 from diffusers_pisdm.training.device_trainer import DeviceStep, DeviceTrainer
 from examples import train_on_device
 from examples.train_on_device import parse_args
-from tests.examples.training.tiny_training import STAGE, weights
+from tests.commands.training.tiny_training import STAGE, weights
 
 
 CASCADE = {

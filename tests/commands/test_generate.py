@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from PIL import Image
+from PIL import Image, ImageChops
 
+import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
-from examples import drawing, generate
+from diffusers_pisdm.commands import drawing, generate
+from diffusers_pisdm.schedulers import swap_scheduler
+from diffusers_pisdm.training.fine_tuning import add_lora
+from diffusers_pisdm.utils.png_recipe import read_recipe
+from tests.pipelines.tiny_cascade import make_cascade
 
 
 NAMES = ["fluent3d/animal-mammal", "noto/flag", "tench, Tinca tinca", "golden retriever"]
@@ -114,6 +119,7 @@ def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(model_dir, tmp_p
         (["--classes", "4"], "`class_labels` contains 4, but this pipeline's classes are 0 to 3"),
         (["--classes", "noto/flagg"], "Did you mean 'noto/flag'?"),
         (["--classes", ","], "`class_labels` is empty"),
+        (["--lora", "no/such/adapter"], "no/such/adapter"),
         (["--scheduler", "PISDMTransformer2DModel"], "diffusers has no scheduler `PISDMTransformer2DModel`"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
     ],
@@ -124,6 +130,116 @@ def test_bad_arguments_end_with_one_line_and_no_picture(model_dir, tmp_path, arg
         run(model_dir, tmp_path, *arguments)
     assert error.value.code.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "grid.xyz"], "'grid.xyz' is no picture's name"),
+        (["--stages_output", "stages"], "'stages' is no picture's name"),
+        (["--output", "folder.png"], "folder.png is a folder"),
+        (["--output", "file/grid.png"], "file is not a folder that you may write to"),
+        (["--stages_output", "file/deeper/stages.png"], "file is not a folder that you may write to"),
+        (["--output_dir", "file"], "file is a file"),
+        (["--device", "gpuu"], "'gpuu' cannot be used"),
+        (["--lora_scale", "0.5"], "--lora_scale needs --lora"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_a_model_is_read(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    Path("file").touch()
+    with pytest.raises(SystemExit) as error:
+        generate.main(["--model", "nowhere", *arguments])
+    assert message in f"{error.value.code} {capsys.readouterr().err}"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_single_files_keep_recipes_that_draw_them_again(model_dir, tmp_path, capsys):
+    arguments = ["--model", str(model_dir), "--classes", "tench", "1", "--images_per_class", "2", "--seed", "5"]
+    arguments += ["--steps", "2", "1", "--noise_level", "0.3", "--scheduler", "DDIMScheduler"]
+    generate.main([*arguments, "--output_dir", str(tmp_path / "new" / "images")])
+    files = sorted((tmp_path / "new" / "images").iterdir())
+    assert [file.name for file in files] == [
+        *("0005_tench-Tinca-tinca.png", "0006_tench-Tinca-tinca.png", "0007_noto-flag.png", "0008_noto-flag.png")
+    ]
+    assert "images: 4 images of 2 classes" in capsys.readouterr().out.replace(str(tmp_path / "new"), "")
+    pipe = PISDMCascadePipeline.from_pretrained(model_dir)
+    swap_scheduler(pipe, "DDIMScheduler")
+    for number, file in enumerate(files):
+        recipe = read_recipe(file)
+        assert recipe.pop("versions")["diffusers_pisdm"] == diffusers_pisdm.__version__
+        label, seed = recipe.pop("class_label"), recipe.pop("seed")
+        assert (label, seed) == (["tench, Tinca tinca", "noto/flag"][number // 2], 5 + number)
+        assert (recipe.pop("model"), recipe.pop("scheduler")) == (str(model_dir), "DDIMScheduler")
+        assert recipe == {
+            "num_inference_steps": [2, 1],
+            "guidance_scale": pipe.config.default_guidance_scale,
+            "noise_level": 0.3,
+        }
+        again = pipe(class_labels=label, generator=[torch.Generator().manual_seed(seed)], **recipe).images[0]
+        with Image.open(file) as image:
+            assert ImageChops.difference(image, again).getextrema() <= ((0, 1),) * 3
+
+
+def test_a_grid_keeps_a_recipe_if_it_shows_one_image(model_dir, tmp_path):
+    path = run(model_dir, tmp_path, "--classes", "0", "--images_per_class", "1")
+    recipe = read_recipe(path)
+    assert (recipe["class_label"], recipe["scheduler"]) == (NAMES[0], "DPMSolverMultistepScheduler")
+    with pytest.raises(ValueError, match="carries no recipe"):
+        read_recipe(run(model_dir, tmp_path, "--classes", "0", "--images_per_class", "2"))
+    assert generate.parse_args(["--output_dir", "a"]).output is None
+    assert generate.parse_args(["--output_dir", "a", "--output", "b.png"]).output == Path("b.png")
+
+
+def test_a_class_that_shares_its_name_is_its_id_in_a_recipe(tmp_path):
+    make_cascade(1, id2label=["cat, puss", "puss", "dog", *"abcdefg"]).save_pretrained(tmp_path / "model")
+    generate.main(
+        [
+            *("--model", str(tmp_path / "model"), "--classes", "0", "1", "--images_per_class", "1"),
+            *("--num_inference_steps", "1", "--output_dir", str(tmp_path / "images")),
+        ]
+    )
+    recipes = [read_recipe(file) for file in sorted((tmp_path / "images").iterdir())]
+    assert [recipe["class_label"] for recipe in recipes] == ["cat, puss", 1]  # "puss" is a name of both
+
+
+def test_classes_are_listed(model_dir, tmp_path, capsys):
+    generate.main(["--model", str(model_dir), "--list_classes"])
+    assert capsys.readouterr().out.splitlines() == [f"{number:>6}  {name}" for number, name in enumerate(NAMES)]
+    generate.main(["--model", str(model_dir), "--list_classes", "FLU"])
+    assert capsys.readouterr().out == "     0  fluent3d/animal-mammal\n"
+    with pytest.raises(SystemExit, match=r"No class name contains 'retreiver'\. Did you mean 'golden retriever'"):
+        generate.main(["--model", str(model_dir), "--list_classes", "retreiver"])
+    make_cascade(1).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="no names: they are 0 to 9"):
+        generate.main(["--model", str(tmp_path), "--list_classes", "cat"])
+
+
+def test_an_adapter_draws_at_its_scale(model_dir, tmp_path):
+    pipe = PISDMCascadePipeline.from_pretrained(model_dir)
+    add_lora(pipe.transformer, rank=2, alpha=64)
+    for name, weight in pipe.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    pipe.save_lora_weights(tmp_path / "lora")
+    drawn = {}
+    for name, options in {
+        "plain": [],
+        "off": ["--lora", str(tmp_path / "lora"), "--lora_scale", "0"],
+        "full": ["--lora", str(tmp_path / "lora")],
+    }.items():
+        path = run(model_dir, tmp_path, "--classes", "1", "--images_per_class", "1", *options)
+        recipe = read_recipe(path)
+        assert (recipe.get("lora"), recipe.get("lora_scale")) == {
+            "plain": (None, None),
+            "off": (str(tmp_path / "lora"), 0.0),
+            "full": (str(tmp_path / "lora"), 1.0),
+        }[name]
+        with Image.open(path) as image:
+            drawn[name] = image.convert("RGB")
+    assert ImageChops.difference(drawn["plain"], drawn["off"]).getbbox() is None
+    assert ImageChops.difference(drawn["plain"], drawn["full"]).getbbox() is not None
 
 
 def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):
@@ -166,7 +282,7 @@ def test_stages_are_stacked_in_columns_and_short_rows_are_filled():
 
 
 def test_runs_as_a_script(model_dir, tmp_path):
-    script = Path(generate.__file__)
+    script = Path(__file__).parents[2] / "examples" / "generate.py"
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     command = [sys.executable, script, "--model", model_dir, "--classes", "0", "--images_per_class", "1"]
     command += ["--num_inference_steps", "1", "1", "--dtype", "bfloat16", "--output", tmp_path / "grid.png"]

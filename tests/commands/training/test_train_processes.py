@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.training.checkpoints import find_checkpoints, find_fault, read_state
 from diffusers_pisdm.training.metrics import read_metrics
-from tests.examples.training.tiny_training import weights
+from tests.commands.training.tiny_training import weights
 
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +29,7 @@ def launch_command(command):
             "args": [
                 *(sys.executable, "-m", "accelerate.commands.launch"),
                 *("--config_file", str(ROOT / "examples" / "accelerate" / configuration), *options),
-                *(str(ROOT / "examples" / "train_pisdm.py"), *command(*arguments)),
+                *("-m", "diffusers_pisdm.commands.train", *command(*arguments)),
             ],
             "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         }

@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusers_pisdm.commands import train as train_command
 from diffusers_pisdm.data.rows import BadImageError
 from diffusers_pisdm.publishing.model_card import make_model_card
 from diffusers_pisdm.training import CascadeObjective
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state
 from diffusers_pisdm.training.metrics import read_metrics
-from diffusers_pisdm.training.recipes import run_script
-from examples import train_pisdm
-from tests.examples.training.tiny_training import weights
+from tests.commands.training.tiny_training import weights
 
 
 ROOT = Path(__file__).parents[3]
@@ -215,7 +214,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_a_second_run_in_its_folder_is
 )
 def test_a_mistake_is_a_sentence(command, more, told, capsys):
     with pytest.raises(SystemExit) as ended:
-        run_script(lambda: train_pisdm.main(command("run", 1, *more)))
+        train_command.main(command("run", 1, *more))
     said = f"{ended.value.code} {capsys.readouterr().err}"
     assert told in said and "error" in said
 
@@ -225,7 +224,7 @@ def test_decorations_that_fail_cost_no_step(train, monkeypatch, capsys):
         raise RuntimeError("out of paint")
 
     for name in ("draw_samples", "plot_loss_curves"):
-        monkeypatch.setattr(train_pisdm, name, fail)
+        monkeypatch.setattr(train_command, name, fail)
     output = train("run", 8)
     said = capsys.readouterr().out
     assert said.count("drawing samples failed") == said.count("plotting the losses failed") == 1

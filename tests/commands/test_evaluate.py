@@ -10,18 +10,17 @@ import pytest
 from accelerate.state import PartialState
 from PIL import Image
 
+from diffusers_pisdm.commands import evaluate
 from diffusers_pisdm.data.image_transform import decode_image
 from diffusers_pisdm.evaluation import FolderImages, missing_samples, register_feature_extractor
 from diffusers_pisdm.evaluation.networks import extractor as features_module
-from examples import evaluate
+from tests.commands import evaluate_in_processes
 from tests.data.image_folders import copy_folder, write_parquet
 from tests.evaluation.pixel_features import PixelFeatures
-from tests.examples import evaluate_in_processes
 from tests.pipelines.tiny_cascade import make_cascade
 
 
 ROOT = Path(__file__).parents[2]
-PATHS = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +153,7 @@ def test_two_processes_do_as_one(model, folders, tmp_path):
         text=True,
         env={
             **os.environ,
-            "PYTHONPATH": PATHS,
+            "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "true",
         },
@@ -213,7 +212,7 @@ def test_the_error_of_one_process_ends_all_with_one_line(model, folders, tmp_pat
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         timeout=250,
     )
     assert finished.returncode != 0

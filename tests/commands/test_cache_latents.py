@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
+from diffusers_pisdm.commands import cache_latents
 from diffusers_pisdm.data.latent_cache import LatentCache
-from examples import cache_latents
 from tests.data.image_folders import copy_folder, write_parquet
 from tests.models.tiny_vae import make_kl, make_tiny
 

@@ -3,8 +3,8 @@ import json
 import pytest
 from accelerate.state import AcceleratorState
 
-from examples import train_pisdm
-from tests.examples.training.tiny_training import CASCADE
+from diffusers_pisdm.commands import train as train_command
+from tests.commands.training.tiny_training import CASCADE
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def command(tmp_path, real_image_dir):
 def train(tmp_path, command):
     def run(name, steps, *more, **others):
         AcceleratorState._reset_state(reset_partial_state=True)  # each run is a process of its own, as it were
-        train_pisdm.main(command(name, steps, *more, **others))
+        train_command.train(command(name, steps, *more, **others))
         return tmp_path / name
 
     return run

@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
-from examples import train_pisdm
+from diffusers_pisdm.commands import train as train_command
+from tests.commands.training.tiny_training import CASCADE, weights
 from tests.conftest import REAL_IMAGES
-from tests.examples.training.tiny_training import CASCADE, weights
 
 
 def test_a_run_leaves_a_pipeline_samples_curves_and_checkpoints(train):
@@ -71,13 +71,13 @@ def test_wrong_usage_is_told(tmp_path, capsys, arguments, message):
     config = tmp_path / "cascade.json"
     config.write_text(json.dumps(CASCADE))
     with pytest.raises(SystemExit):
-        train_pisdm.parse_args(["--cascade_config", str(config), "--output_dir", "o", *arguments])
+        train_command.parse_args(["--cascade_config", str(config), "--output_dir", "o", *arguments])
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_cascade_must_be_described(capsys):
     with pytest.raises(SystemExit):
-        train_pisdm.parse_args(["--train_data_dir", "a", "--output_dir", "o"])
+        train_command.parse_args(["--train_data_dir", "a", "--output_dir", "o"])
     assert "--cascade_config, --pretrained_model_name_or_path or both" in capsys.readouterr().err
 
 
@@ -85,7 +85,7 @@ def test_a_recipe_gives_defaults_and_the_command_line_counts_more(tmp_path):
     config = tmp_path / "cascade.json"
     config.write_text(json.dumps({**CASCADE, "training": {"learning_rate": 0.5, "sil_weight": 0}}))
     arguments = ["--cascade_config", str(config), "--train_data_dir", "a", "--output_dir", "o"]
-    args, recipe = train_pisdm.parse_args([*arguments, "--sil_weight", "0.25"])
+    args, recipe = train_command.parse_args([*arguments, "--sil_weight", "0.25"])
     assert (args.learning_rate, args.sil_weight) == (0.5, 0.25)
     assert recipe.stages == CASCADE["stages"]
 
@@ -117,7 +117,7 @@ def test_each_stage_is_saved_with_the_schedule_that_it_was_trained_with_and_fine
     tuned = output.with_name("tuned")
     arguments = ["--train_data_dir", str(REAL_IMAGES), "--max_train_steps", "1", "--train_batch_size", "4"]
     arguments += ["--validation_classes", "1", "--validation_inference_steps", "1", "--output_dir", str(tuned)]
-    train_pisdm.main(["--pretrained_model_name_or_path", str(output), *arguments])
+    train_command.train(["--pretrained_model_name_or_path", str(output), *arguments])
     tuned = PISDMCascadePipeline.from_pretrained(tuned)
     assert tuned.config.default_num_inference_steps == [7, 3]
     schedulers = tuned.get_stage_schedulers()

@@ -1,14 +1,14 @@
-"""examples/evaluate.py in two processes, with a network "pixels".
+"""`pisdm evaluate` in two processes, with a network "pixels".
 
 evaluate_in_processes.py ARGUMENTS...
 """
 
 import sys
 
+from diffusers_pisdm.commands import evaluate
 from diffusers_pisdm.evaluation import register_feature_extractor
-from examples import evaluate
+from tests.commands.forked_processes import finish, start
 from tests.evaluation.pixel_features import PixelFeatures
-from tests.examples.forked_processes import finish, start
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Drawing samples in one process or several, for sample.py and evaluate.py, and what `--classes` means."""
+"""What the commands that draw share: their arguments, what `--classes` means, and drawing in several processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import diffusers
 import torch
@@ -16,9 +16,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import DiffusionPipeline
 
-import diffusers_pisdm  # noqa: F401  (makes diffusers know PISDMCascadePipeline)
-from diffusers_pisdm.evaluation import SampleSettings, write_sample_set
-from diffusers_pisdm.evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES
+from ..evaluation import SampleSettings, write_sample_set
+from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES
+from ..utils.shipped_files import CHECKPOINT
 
 
 T = TypeVar("T")
@@ -28,8 +28,26 @@ ERRORS = (ImportError, OSError, TypeError, ValueError)  # of what was given to a
 PATIENCE = timedelta(days=7)
 
 
+MODEL_HELP = f"A folder, a Hub repository or {CHECKPOINT.name}, the checkpoint that comes with this package"
+
+
+def add_call_arguments(add: Callable[..., argparse.Action]) -> None:
+    """Adds what to draw with: arguments of the pipeline's call, scheduler and precision."""
+    add("--scheduler", help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    for name in CALL_ARGUMENTS:
+        kind = int if name == "num_inference_steps" else float
+        add(f"--{name}", type=kind, nargs="+", help="One, or one per stage; default: the pipeline's.")
+
+
+def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the pipeline's call: `None` is the pipeline's default."""
+    values = {name: getattr(args, name) for name in CALL_ARGUMENTS}
+    return {name: value[0] if value is not None and len(value) == 1 else value for name, value in values.items()}
+
+
 def add_drawing_arguments(add: Callable[..., argparse.Action]) -> None:
-    """Adds the sampling arguments that sample.py and evaluate.py share."""
+    """Adds the sampling arguments that `sample` and `evaluate` share."""
     add(
         "--classes",
         nargs="+",
@@ -37,11 +55,7 @@ def add_drawing_arguments(add: Callable[..., argparse.Action]) -> None:
         metavar="CLASS",
         help="balanced (the default): equally many of each; uniform: drawn anew for each sample; or names or ids.",
     )
-    add("--scheduler", help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    for name in CALL_ARGUMENTS:
-        kind = int if name == "num_inference_steps" else float
-        add(f"--{name}", type=kind, nargs="+", help="One, or one per stage; default: the pipeline's.")
+    add_call_arguments(add)
 
 
 def find_processes() -> PartialState:
@@ -118,14 +132,13 @@ def find_class_ids(pipe: DiffusionPipeline, words: list[str]) -> list[int]:
 def _read_settings(args: argparse.Namespace, pipe: DiffusionPipeline) -> SampleSettings:
     is_rule = len(args.classes) == 1 and args.classes[0] in CLASS_RULES
     classes = args.classes[0] if is_rule else find_class_ids(pipe, args.classes)
-    values = {name: getattr(args, name) for name in CALL_ARGUMENTS}
-    single = {name: value[0] if value is not None and len(value) == 1 else value for name, value in values.items()}
-    return SampleSettings(args.num_samples, args.seed, classes, scheduler=args.scheduler, **single)
+    return SampleSettings(args.num_samples, args.seed, classes, scheduler=args.scheduler, **call_arguments(args))
 
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     """Loads a pipeline by its own class, whose checks `DiffusionPipeline.from_pretrained` would leave out."""
     name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
+    name = name[-1] if isinstance(name, list) else name  # a published repository also names its code
     pipeline_class = getattr(diffusers, name or "", None)
     if pipeline_class is None:
         raise ValueError(f"{model} is a pipeline of class {name}, which diffusers does not have.")

@@ -9,15 +9,14 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.commands import drawing, sample
 from diffusers_pisdm.evaluation import read_sample_set
-from examples import drawing, sample
-from tests.examples import sample_in_processes
+from tests.commands import sample_in_processes
 from tests.pipelines.tiny_cascade import make_cascade
 from tests.pipelines.tiny_dit import make_dit
 
 
 ROOT = Path(__file__).parents[2]
-PATHS = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_killed_processes_go_on_to_the_files_that_one_process_writes(model, tmp_
         text=True,
         env={
             **os.environ,
-            "PYTHONPATH": PATHS,
+            "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "true",
         },

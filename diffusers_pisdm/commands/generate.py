@@ -1,0 +1,238 @@
+"""Draws images of chosen classes, as one labelled picture or as single files.
+
+    pisdm generate --classes 207 fluent3d/animal-mammal --images_per_class 8 --seed 1 --output grid.png
+    pisdm generate --classes noto/animal-bird --output_dir birds --scheduler UniPCMultistepScheduler
+    pisdm generate --list_classes cat
+
+A PNG of a single image keeps the recipe that it was drawn by, from which `pisdm app` draws it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .. import PISDMCascadePipeline
+from ..pipelines.class_names import ids_by_name
+from ..schedulers import swap_scheduler
+from ..utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE
+from ..utils.files import write_whole
+from ..utils.image_grid import make_image_grid
+from ..utils.names import did_you_mean, names_with, show_name
+from ..utils.png_recipe import recipe_chunk
+from ..utils.shipped_files import CHECKPOINT, find_model, model_name
+from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids
+
+
+NUM_DEFAULT_CLASSES = 8
+COLUMNS = 8
+CELL_SIZE = 128  # wide enough for the class names of the published model
+STAGE_COLUMNS = 16
+STAGE_CELL_SIZE = 64
+DEFAULT_OUTPUT = Path("grid.png")
+RECIPE_DEFAULTS = ("num_inference_steps", "guidance_scale", "noise_level")
+LONGEST_STEM = 60  # characters of a class name in a file's name, whose bytes are limited
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=find_model, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
+    add("--lora", metavar="FOLDER_OR_REPO", help="A LoRA adapter for the model: a folder, file or Hub repository.")
+    add("--lora_scale", type=NOT_NEGATIVE, help="Multiplies the adapter's strength.")
+    add(
+        "--list_classes",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="Print ids and names of the classes, or of those whose name contains the word, and draw nothing.",
+    )
+    add(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="Names or ids, separated by spaces or commas; a number that is a name is that class. "
+        f"Default: {NUM_DEFAULT_CLASSES} classes spread evenly over the model's.",
+    )
+    add("--images_per_class", type=COUNT, default=4)
+    add("--seed", type=COUNT_OR_ZERO, default=0, help="Image i is drawn with seed + i.")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=picture_path, help=f"One labelled picture of all images; default: {DEFAULT_OUTPUT}."
+    )
+    output.add_argument("--output_dir", type=Path, help="A folder for single files: a PNG for each image.")
+    output.add_argument("--stages_output", type=picture_path, help="A picture of the same images at every stage.")
+
+    how = parser.add_argument_group("how images are drawn")
+    add_call_arguments(how.add_argument)
+    how.add_argument("--steps", dest="num_inference_steps", type=COUNT, nargs="+", help=argparse.SUPPRESS)
+
+    args = parser.parse_args(arguments)
+    if args.lora_scale is not None and args.lora is None:
+        parser.error("--lora_scale needs --lora")
+    if args.output is None and args.output_dir is None:
+        args.output = DEFAULT_OUTPUT
+    return args
+
+
+def usable_device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # no such device, a torch built without it
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def picture_path(text: str) -> Path:
+    """A file that Pillow can write, by its suffix."""
+    formats = Image.registered_extensions()
+    suffix = Path(text).suffix.lower()
+    if formats.get(suffix) not in Image.SAVE:
+        raise argparse.ArgumentTypeError(f"{text!r} is no picture's name: use .png, .jpg or .webp")
+    return Path(text)
+
+
+def check_writable(path: Path, is_folder: bool) -> None:
+    """Raises OSError if a file or folder cannot be written, before hours of drawing; makes nothing."""
+    if path.exists() and path.is_dir() != is_folder:
+        raise OSError(f"{path} is a {'file' if is_folder else 'folder'}: choose another name.")
+    folder = path.absolute() if is_folder else path.absolute().parent
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OSError(f"Cannot write {path}: {nearest} is not a folder that you may write to.")
+
+
+def load_pipeline(args: argparse.Namespace) -> PISDMCascadePipeline:
+    pipe = PISDMCascadePipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    if args.scheduler:
+        swap_scheduler(pipe, args.scheduler)
+    if args.lora:
+        pipe.load_lora_weights(args.lora)
+    return pipe
+
+
+def list_classes(pipe: PISDMCascadePipeline, word: str) -> None:
+    """Prints the ids and names of the classes whose name contains a word."""
+    names = pipe.config.id2label
+    if not names:
+        raise ValueError(
+            f"This model's classes have no names: they are 0 to {pipe.transformer.config.num_classes - 1}."
+        )
+    found = set(names_with(word, names.values()))
+    if not found:
+        raise ValueError(f"No class name contains '{show_name(word)}'. {did_you_mean(word, names.values())}")
+    for class_id, name in names.items():
+        if name in found:
+            print(f"{class_id:>6}  {show_name(name)}")
+
+
+def make_recipes(
+    args: argparse.Namespace, pipe: PISDMCascadePipeline, call: dict[str, Any], class_ids: list[int]
+) -> list[dict[str, Any]]:
+    """What each image is drawn by, to keep in its PNG."""
+    names, ids = pipe.config.id2label or {}, ids_by_name(pipe.config.id2label)
+    names = {class_id: name for class_id, name in names.items() if ids[name] == [class_id]}  # of one class only
+    shared = {"model": model_name(args.model), "scheduler": type(pipe.scheduler).__name__}
+    shared |= {name: pipe.config[f"default_{name}"] for name in RECIPE_DEFAULTS} | call
+    if args.lora:
+        shared |= {"lora": args.lora, "lora_scale": 1.0 if args.lora_scale is None else args.lora_scale}
+    return [
+        {"class_label": names.get(class_id, class_id), "seed": args.seed + index, **shared}
+        for index, class_id in enumerate(class_ids)
+    ]
+
+
+def draw_stages(stage_images: list[list[Image.Image]], labels: list[str]) -> Image.Image:
+    """
+    Draw every image at every stage: a column per image, with its label below, and a row per stage, from the first
+    down to the last.
+    """
+    columns = min(STAGE_COLUMNS, len(labels))
+    cells, captions = [], []
+    for start in range(0, len(labels), columns):
+        block = slice(start, start + columns)
+        empty = columns - len(labels[block])
+        for stage, images in enumerate(stage_images):
+            is_last = stage == len(stage_images) - 1
+            cells += images[block] + [Image.new("RGB", (1, 1), "white")] * empty
+            captions += labels[block] if is_last else [f"{image.width} px" for image in images[block]]
+            captions += [""] * empty
+    return make_image_grid(cells, captions, columns=columns, cell_size=STAGE_CELL_SIZE)
+
+
+def write_images(images: list[Image.Image], names: list[str], recipes: list[dict[str, Any]], folder: Path) -> None:
+    """Writes a PNG for each image, named by seed and class."""
+    for image, name, recipe in zip(images, names, recipes):
+        stem = re.sub(r"[^\w.-]+", "-", name)[:LONGEST_STEM]
+        save_image(image, folder / f"{recipe['seed']:04d}_{stem}.png", recipe)
+
+
+def save_image(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> None:
+    """Write an image so that an interruption leaves either the old file or the new one, never a torn one."""
+    options = {"pnginfo": recipe_chunk(recipe)} if recipe is not None and path.suffix.lower() == ".png" else {}
+    with write_whole(path, f".unfinished{path.suffix}") as unfinished:  # Pillow goes by the suffix
+        image.save(unfinished, **options)
+
+
+def generate(args: argparse.Namespace) -> str:
+    """Draws and writes what the arguments say; returns what to tell of it."""
+    start = time.perf_counter()
+    for path in (args.output, args.stages_output):
+        if path is not None:
+            check_writable(path, is_folder=False)
+    if args.output_dir is not None:
+        check_writable(args.output_dir, is_folder=True)
+
+    pipe = load_pipeline(args)
+    num_classes = pipe.transformer.config.num_classes
+    if args.classes:
+        classes = pipe.get_label_ids(find_class_ids(pipe, args.classes))
+    else:
+        classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
+    pipe.to(args.device)
+
+    class_ids = [class_id for class_id in classes for _ in range(args.images_per_class)]
+    call = {name: value for name, value in call_arguments(args).items() if value is not None}
+    recipes = make_recipes(args, pipe, call, class_ids)
+    # CPU generators draw the same noise whatever the device.
+    generators = [torch.Generator().manual_seed(recipe["seed"]) for recipe in recipes]
+    lora = {} if args.lora_scale is None else {"attention_kwargs": {"scale": args.lora_scale}}
+    output = pipe(class_labels=class_ids, generator=generators, output_stages=True, **call, **lora)
+
+    names = [(pipe.config.id2label or {}).get(class_id, str(class_id)) for class_id in class_ids]
+    written = []
+    if args.output_dir is not None:
+        write_images(output.images, names, recipes, args.output_dir)
+        written.append(args.output_dir)
+    if args.output is not None:
+        grid = make_image_grid(output.images, names, columns=COLUMNS, cell_size=CELL_SIZE)
+        save_image(grid, args.output, recipes[0] if len(recipes) == 1 else None)
+        written.append(args.output)
+    if args.stages_output is not None:
+        save_image(draw_stages(output.stage_images, names), args.stages_output)
+        written.append(args.stages_output)
+    width, height = output.images[0].size
+    return (
+        f"Wrote {' and '.join(map(str, written))}: {len(names)} images of {len(set(names))} classes at"
+        f" {width}x{height} pixels in {time.perf_counter() - start:.1f} s."
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    try:
+        if args.list_classes is not None:
+            list_classes(load_pipeline(args), args.list_classes)
+        else:
+            print(generate(args))
+    except (ImportError, OSError, ValueError, NotImplementedError) as error:  # the last: a scheduler that cannot
+        sys.exit(f"error: {error}")

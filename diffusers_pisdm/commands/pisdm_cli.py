@@ -1,0 +1,72 @@
+"""The `pisdm` command."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+from .. import __version__
+
+
+# By name, with the extra that installs what a command needs beyond the package's own requirements.
+COMMANDS = {
+    "generate": None,
+    "app": "gradio",
+    "train": "train",
+    "cache-latents": "train",
+    "sample": None,
+    "evaluate": "evaluate",
+    "publish": None,
+    "env": None,
+}
+
+
+def summary(command: str) -> str:
+    """The first line of a command's docstring, read without importing the command."""
+    source = Path(__file__).with_name(f"{module_name(command)}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)).splitlines()[0]
+
+
+def module_name(command: str) -> str:
+    return command.replace("-", "_")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="pisdm",
+        usage="pisdm COMMAND ...",
+        description="Draws, trains, evaluates and publishes PIS-DM cascades.",
+        epilog="commands:\n"
+        + "\n".join(f"  {command:<{width}}  {summary(command)}" for command in COMMANDS)
+        + "\n\n`pisdm COMMAND --help` describes a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pisdm {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parsed = make_parser().parse_args(arguments)
+    command = parsed.command
+    sys.argv = [f"pisdm {command}", *parsed.arguments]  # argparse takes a command's name from here
+    try:
+        importlib.import_module(f".{module_name(command)}", __package__).main()
+    except ModuleNotFoundError as error:
+        extra, module = COMMANDS[command], error.name or ""
+        if extra is None or module.startswith(__package__.partition(".")[0]):
+            raise
+        sys.exit(
+            f'error: `pisdm {command}` needs {module}, which is not installed: pip install "diffusers-pisdm[{extra}]"'
+        )
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Draws samples to evaluate a model by: a folder of PNG files, or one file for ADM's evaluator.
+
+    pisdm sample --output_dir samples --num_samples 5000
+    pisdm sample ... --save_npz samples.npz
+
+If interrupted, rerun the same command to resume. Several processes share the work, and the images do not depend on
+their number: accelerate launch -m diffusers_pisdm.commands.sample ...
+`--model` can be any class-conditional diffusers pipeline, for example a DiT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from ..evaluation import missing_samples, write_sample_archive
+from ..utils.arguments import COUNT, COUNT_OR_ZERO
+from ..utils.shipped_files import CHECKPOINT, find_model
+from .drawing import (
+    ERRORS,
+    MODEL_HELP,
+    add_drawing_arguments,
+    draw_sample_set,
+    exit_with,
+    find_processes,
+    load_pipeline,
+    together,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", type=find_model, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
+    add("--revision", help="The repository's branch, tag or commit.")
+    add("--output_dir", required=True, help="Where the images go.")
+    add("--num_samples", type=COUNT, default=50_000)
+    add("--seed", type=COUNT_OR_ZERO, default=0)
+    add("--batch_size", type=COUNT, default=50, help="Images per process and step.")
+    add("--save_npz", metavar="FILE", help="Pack the complete set into this file for ADM's evaluator.")
+
+    add_drawing_arguments(parser.add_argument_group("how they are drawn").add_argument)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    start = time.perf_counter()
+    state = find_processes()
+    try:
+        pipe, settings = together(lambda: load_pipeline(args, state))
+        draw_sample_set(pipe, settings, args.batch_size, args.output_dir, state)
+        if state.is_main_process:
+            finish(args)
+            print(f"{args.num_samples} samples in {args.output_dir}, {time.perf_counter() - start:.1f} s")
+    except ERRORS as error:
+        exit_with(error, state)
+    state.destroy_process_group()
+
+
+def finish(args: argparse.Namespace) -> None:
+    """Checks that the set is complete, and packs it."""
+    if args.save_npz:
+        write_sample_archive(args.output_dir, args.save_npz)
+        print(f"Wrote {args.save_npz}")
+    elif missing := missing_samples(args.output_dir):
+        raise ValueError(
+            f"{len(missing)} samples are missing in {args.output_dir}, the first is number {missing[0]}. Check that"
+            " all processes see the same folder, then rerun the command to draw the rest."
+        )
+
+
+if __name__ == "__main__":
+    main()

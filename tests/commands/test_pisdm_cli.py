@@ -1,0 +1,97 @@
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffusers_pisdm
+from diffusers_pisdm.commands import app, pisdm_cli
+
+
+HELPERS = {"__init__", "drawing", "pisdm_cli"}
+# Nobody has these packages; a command that needs them is asked for its help.
+BARE = """
+import sys
+from diffusers_pisdm.commands.pisdm_cli import main
+sys.modules |= {"datasets": None, "gradio": None, "matplotlib": None}
+for command in ("train", "evaluate", "cache-latents", "sample"):
+    try:
+        main([command, "--help"])
+    except SystemExit as end:
+        print("END", command, end.code)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+
+
+def test_every_command_is_listed_with_what_it_does(capsys):
+    files = {path.stem for path in Path(pisdm_cli.__file__).parent.glob("*.py")} - HELPERS
+    assert {command.replace("-", "_") for command in pisdm_cli.COMMANDS} == files
+    with pytest.raises(SystemExit, match="0"):
+        pisdm_cli.main(["--help"])
+    out = capsys.readouterr().out
+    for command in pisdm_cli.COMMANDS:
+        (line,) = re.findall(rf"^  {command} +(\S.*)$", out, re.MULTILINE)
+        assert line == pisdm_cli.summary(command) and len(line) < 100 and line.endswith(".")
+
+
+@pytest.mark.parametrize("arguments", [[], ["drow"], ["--verbose"]])
+def test_what_is_no_command_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pisdm_cli.main(arguments)
+    assert re.search("invalid choice: 'drow'.*'generate'|required|--verbose", capsys.readouterr().err)
+
+
+def test_options_go_to_the_command_under_its_name(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        pisdm_cli.main(["cache-latents", "--help"])
+    assert capsys.readouterr().out.startswith("usage: pisdm cache-latents [-h] --output_dir")
+    with pytest.raises(SystemExit, match="2"):
+        pisdm_cli.main(["generate", "--seed", "-1"])
+    assert "pisdm generate: error: argument --seed: must be at least 0" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named():
+    ran = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr
+    ends = dict(re.findall(r"^END (\S+) (.*)$", ran.stdout, re.MULTILINE))
+    for command, extra in {"train": "train", "evaluate": "evaluate", "cache-latents": "train"}.items():
+        assert re.search(rf'needs datasets.* pip install "diffusers-pisdm\[{extra}\]"$', ends[command])
+    assert ends["sample"] == "0"  # needs none
+
+
+def test_the_report_says_what_is_installed_and_what_runs(capsys):
+    pisdm_cli.main(["env"])
+    lines = dict(line.removeprefix("- ").split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["diffusers_pisdm version"] == diffusers_pisdm.__version__
+    assert lines["PyTorch version (GPU?)"] == f"{torch.__version__} ({torch.cuda.is_available()})"
+    assert lines["Backends on cpu"] == "scan: numba, convolution: numba"
+    assert lines["Checkpoint pisdm-emoji128"] == "found"
+    assert f"{torch.get_num_threads()} threads" in lines["CPU"]
+    assert "<fill in>" not in lines.values()
+
+
+def test_the_app_is_launched_as_told(monkeypatch):
+    launched = []
+    module = types.ModuleType("diffusers_pisdm.app")  # what gradio is needed for
+    module.launch = lambda model, **options: launched.append((model, options))
+    monkeypatch.setitem(sys.modules, "diffusers_pisdm.app", module)
+    app.main([])
+    app.main(["--model", "a/b", "--host", "0.0.0.0", "--port", "80", "--share"])
+    assert launched == [
+        (None, {"host": "127.0.0.1", "port": 7860, "share": False}),
+        ("a/b", {"host": "0.0.0.0", "port": 80, "share": True}),
+    ]
+
+    def busy(model, **options):
+        raise OSError("Cannot find empty port")
+
+    module.launch = busy
+    with pytest.raises(SystemExit, match="error: Cannot find empty port"):
+        app.main([])
