@@ -39,7 +39,7 @@ def test_the_command_publishes_and_says_how_to_load(hub, run_dir, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(
-        rf"Published 11 files, [\d.]+ MB to {hub.url}/someone/cascade\. Load it with"
+        rf"Published 12 files, [\d.]+ MB to {hub.url}/someone/cascade\. Load it with"
         r' PISDMCascadePipeline\.from_pretrained\("someone/cascade", revision="later"\)',
         run.stdout.splitlines()[-1],
     )
@@ -57,7 +57,7 @@ def test_a_dry_run_shows_files_and_card_and_sends_nothing(hub, run_dir, capsys):
     assert "checkpoint-4" not in out
     assert "datasets:\n- someone/images" in out
     assert re.fullmatch(
-        r"Nothing was uploaded \(--dry_run\)\. someone/cascade would get 9 files, [\d.]+ MB\.", out.splitlines()[-1]
+        r"Nothing was uploaded \(--dry_run\)\. someone/cascade would get 10 files, [\d.]+ MB\.", out.splitlines()[-1]
     )
     assert hub.requests == []
 
@@ -66,8 +66,8 @@ def test_a_dry_run_shows_files_and_card_and_sends_nothing(hub, run_dir, capsys):
     ("token", "folder", "message"),
     [
         ("token", "nowhere", "error: .*nowhere is not a saved pipeline"),
-        ("", "", "error: Token is required .*hf auth login"),
-        ("wrong", "", "error: .*401"),
+        ("", "", "error: You are not logged in .*hf auth login"),
+        ("wrong", "", "error: The Hub does not accept your token"),
     ],
 )
 def test_errors_are_one_message(hub, run_dir, monkeypatch, token, folder, message):
