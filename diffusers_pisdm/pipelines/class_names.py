@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..utils.names import nearest_name, show_name
+
 
 ClassLabels = int | str | Sequence | np.ndarray | torch.Tensor  # sequences may be nested, as in DiTPipeline
 
@@ -31,6 +33,40 @@ def ids_by_name(id2label: dict[int, str] | None) -> dict[str, list[int]]:
         for name in {label, *(synonym.strip() for synonym in label.split(","))}:
             ids.setdefault(name, []).append(class_id)
     return ids
+
+
+def get_class_id(label: int | str, id2label: dict[int, str] | None, num_classes: int) -> int:
+    """The id of a class given by id or name; raises a TypeError or ValueError if there is no such class."""
+    if isinstance(label, bool) or not isinstance(label, (Integral, str)):
+        raise TypeError(
+            f"`class_labels` has to hold class ids (`int`) or names (`str`) but has {label!r}, a {type(label)}."
+        )
+    if isinstance(label, str):
+        label = _find_class(label, id2label)
+    if not 0 <= label < num_classes:
+        raise ValueError(f"`class_labels` contains {label}, but this pipeline's classes are 0 to {num_classes - 1}.")
+    return int(label)
+
+
+def _find_class(name: str, id2label: dict[int, str] | None) -> int:
+    known = ids_by_name(id2label)
+    if not known:
+        raise ValueError(
+            f"Cannot look up '{show_name(name)}': this pipeline has no class names. Pass class ids, or give the"
+            " pipeline names with `id2label`."
+        )
+    if name not in known:
+        nearest = show_name(nearest_name(name, known))
+        raise ValueError(
+            f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline. Did you mean"
+            f" '{nearest}'?"
+        )
+    if len(known[name]) > 1:
+        raise ValueError(
+            f"`class_labels` contains '{show_name(name)}', the name of several classes: {known[name]}. Pass one of"
+            " these ids."
+        )
+    return known[name][0]
 
 
 def check_id2label(id2label: dict | Sequence | None, num_classes: int) -> dict[int, str] | None:

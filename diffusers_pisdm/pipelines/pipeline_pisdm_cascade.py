@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-import json
 import math
 import os
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +31,18 @@ from typing_extensions import Self
 from ..models.latents import cast_vae, decode_latents, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
-from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
-from ..schedulers import check_residual_scheduler, check_scheduler, check_steps, relay_start, set_timesteps
-from ..utils.names import nearest_name, show_name
-from .class_names import ClassLabels, check_id2label, flatten_labels, ids_by_name
+from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
+from ..schedulers import check_steps, relay_start, set_timesteps
+from .call_checks import check_attention_kwargs, check_callback, check_generator, check_latents
+from .call_lock import CallLock, one_call_at_a_time
+from .class_names import ClassLabels, check_id2label, flatten_labels, get_class_id, ids_by_name
 from .lora_loading import PISDMLoraLoaderMixin
-from .saved_files import MAX_TIMESTEPS, check_saved_pipeline
+from .saved_files import check_saved_pipeline
+from .stage_fit import check_cascade
+from .stage_plan import StagePlan, by_stage, check_number, first_values, is_positive_integer, per_stage
 
 
 logger = logging.get_logger(__name__)
-
-# What an option of a stage must equal in the stage before.
-_FITTING = {"low_res_channels": "in_channels", "in_channels": "in_channels", "num_classes": "num_classes"}
 
 # Numbered components are the one container of stages that diffusers saves, loads, offloads and shards.
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_3", "transformer_4")
@@ -68,55 +65,6 @@ class PISDMCascadePipelineOutput(BaseOutput):
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     stage_images: list[list[PIL.Image.Image]] | list[np.ndarray] | list[torch.Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """Everything one call does in one stage, decided before anything is drawn."""
-
-    number: int  # from 1
-    first_step: int  # counted over all stages
-    transformer: PISDMTransformer2DModel
-    scheduler: SchedulerMixin
-    timesteps: torch.Tensor  # (T,), on the CPU
-    step_kwargs: dict[str, Any]  # what `scheduler.step` takes besides prediction, timestep and latents
-    shape: tuple[int, int, int, int]  # (B, C, H, W)
-    latents: torch.Tensor | None  # initial noise; None: drawn
-    guidance_scale: float | None  # None: as the stage before left it
-    guidance_start: float
-    guidance_stop: float
-    noise_level: float | None  # None in the first stage, which has no condition
-    relay_strength: float | None  # None: starts from pure noise
-
-    @property
-    def residual_scale(self) -> float | None:
-        return self.transformer.config.get("residual_scale")
-
-    def to_image(self, latents: torch.Tensor, upsampled: torch.Tensor | None) -> torch.Tensor:
-        """Turns what the stage diffuses into its image; both are `(B, C, H, W)`."""
-        if self.residual_scale is None:
-            return latents
-        return residual_to_image(latents, upsampled, self.residual_scale)
-
-
-class _CallLock:
-    """Lets one thread at a time into a pipeline's call. Copies and pickles are fresh locks."""
-
-    def __init__(self):
-        self.lock = threading.RLock()  # a callback may call the pipeline
-
-    def __reduce__(self) -> tuple:
-        return _CallLock, ()
-
-
-def _one_call_at_a_time(call: Callable) -> Callable:
-    # A call's progress is in the pipeline, where callbacks look for it: guidance, interrupt, the schedulers' state.
-    @functools.wraps(call)
-    def locked(self, *args, **kwargs):
-        with self._call_lock.lock:
-            return call(self, *args, **kwargs)
-
-    return locked
 
 
 class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoaderMixin):
@@ -175,7 +123,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         default_noise_level: float | list[float] = 0.1,
     ):
         super().__init__()
-        self._call_lock = _CallLock()
+        self._call_lock = CallLock()
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -189,12 +137,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         )
         self.check_stages()
         defaults = {
-            "default_guidance_scale": _first_values(default_guidance_scale, self.num_stages),
-            "default_num_inference_steps": _first_values(default_num_inference_steps, self.num_stages),
-            "default_noise_level": _first_values(default_noise_level, self.num_stages - 1),
+            "default_guidance_scale": first_values(default_guidance_scale, self.num_stages),
+            "default_num_inference_steps": first_values(default_num_inference_steps, self.num_stages),
+            "default_noise_level": first_values(default_noise_level, self.num_stages - 1),
         }
         for name, value in defaults.items():
-            _per_stage(name, value, self.num_stages)
+            per_stage(name, value, self.num_stages)
         self.register_to_config(id2label=check_id2label(id2label, self.transformer.config.num_classes), **defaults)
         self.image_processor = VaeImageProcessor()
 
@@ -373,109 +321,13 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         labels = list(flatten_labels(class_labels))
         if len(labels) == 0:
             raise ValueError("`class_labels` is empty. Pass at least one class id or name.")
-        return [self._get_label_id(label) for label in labels]
-
-    def _get_label_id(self, label: int | str) -> int:
-        if isinstance(label, bool) or not isinstance(label, (Integral, str)):
-            raise TypeError(
-                f"`class_labels` has to hold class ids (`int`) or names (`str`) but has {label!r}, a {type(label)}."
-            )
-        if isinstance(label, str):
-            label = self._find_class(label)
         num_classes = self.transformer.config.num_classes
-        if not 0 <= label < num_classes:
-            raise ValueError(
-                f"`class_labels` contains {label}, but this pipeline's classes are 0 to {num_classes - 1}."
-            )
-        return int(label)
-
-    def _find_class(self, name: str) -> int:
-        known = ids_by_name(self.config.id2label)
-        if not known:
-            raise ValueError(
-                f"Cannot look up '{show_name(name)}': this pipeline has no class names. Pass class ids, or give the"
-                " pipeline names with `id2label`."
-            )
-        if name not in known:
-            nearest = show_name(nearest_name(name, known))
-            raise ValueError(
-                f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline. Did you mean"
-                f" '{nearest}'?"
-            )
-        if len(known[name]) > 1:
-            raise ValueError(
-                f"`class_labels` contains '{show_name(name)}', the name of several classes: {known[name]}. Pass one of"
-                " these ids."
-            )
-        return known[name][0]
+        return [get_class_id(label, self.config.id2label, num_classes) for label in labels]
 
     def check_stages(self) -> None:
         """Raises a `ValueError` if a stage is missing or does not fit the one before, or a scheduler its stage."""
-        present = [name for name in TRANSFORMERS if getattr(self, name) is not None]
-        if self.transformer is None:
-            raise ValueError("`transformer` is None, but a cascade needs its first stage. Pass `transformer`.")
-        if self.scheduler is None:
-            raise ValueError("`scheduler` is None, but a cascade needs at least that one. Pass `scheduler`.")
-        gaps = [name for name in TRANSFORMERS[: len(present)] if name not in present]
-        if gaps:
-            higher = [name for name in present if name > gaps[0]]
-            raise ValueError(
-                f"`{gaps[0]}` is None, but {' and '.join(f'`{name}`' for name in higher)} would need it. Pass"
-                f" `{gaps[0]}`, or {' and '.join(f'`{name}=None`' for name in higher)}."
-            )
-
-        for index, name in enumerate(present):
-            self._check_transformer(name, self.stages[index], self.stages[index - 1] if index else None)
-        if self.vae is not None and self.vae.config.latent_channels != self.transformer.config.in_channels:
-            raise ValueError(
-                f"`vae` has {self.vae.config.latent_channels} latent channels (`latent_channels`), but `transformer`"
-                f" has {self.transformer.config.in_channels} (`in_channels`). Pass the autoencoder that the"
-                " transformers were trained with."
-            )
-        for name, transformer in zip(SCHEDULERS, self.stages):
-            if getattr(self, name) is not None:
-                check_scheduler(name, getattr(self, name))
-            if transformer.config.get("residual_scale") is not None:
-                check_residual_scheduler(name, getattr(self, name) or self.scheduler)
-
-    def _check_transformer(
-        self, name: str, transformer: PISDMTransformer2DModel, lower: PISDMTransformer2DModel | None
-    ) -> None:
-        config = getattr(transformer, "config", {})
-        absent = [
-            option for option in (*_FITTING, "sample_size", "patch_size", "out_channels") if option not in config
-        ]
-        if absent:
-            raise ValueError(
-                f"`{name}` is of {type(transformer)}, which has no `{absent[0]}` in its configuration. Pass a"
-                " `PISDMTransformer2DModel`."
-            )
-        if config.out_channels not in (None, config.in_channels):
-            raise ValueError(
-                f"`{name}` has {config.out_channels} output channels (`out_channels`) for {config.in_channels} of its"
-                " input (`in_channels`). Pass a transformer with as many."
-            )
-        if lower is None:
-            if config.low_res_channels is not None:
-                raise ValueError(
-                    f"`{name}` is a higher stage (`low_res_channels={config.low_res_channels}`) and cannot be the"
-                    " first. Pass a transformer with `low_res_channels=None`."
-                )
-            return
-        for option, of_lower in _FITTING.items():
-            if config[option] != lower.config[of_lower]:
-                raise ValueError(
-                    f"`{name}` has `{option}={config[option]}`, but the stage before has"
-                    f" `{of_lower}={lower.config[of_lower]}`. Pass stages that were trained as one cascade."
-                )
-        factors, lower_factors = (
-            json.dumps(c.get("class_factors")) for c in (config, lower.config)
-        )  # tuples or lists
-        if factors != lower_factors:
-            raise ValueError(
-                f"`{name}` has other `class_factors` than the stage before: {factors:.100} and {lower_factors:.100}."
-                " Pass stages that were trained as one cascade."
-            )
+        transformers = {name: getattr(self, name) for name in TRANSFORMERS}
+        check_cascade(transformers, {name: getattr(self, name) for name in SCHEDULERS}, self.vae)
 
     def check_inputs(
         self,
@@ -492,30 +344,13 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         Raises a `TypeError` or `ValueError` that names the first wrong argument, of those that are the same for all
         stages.
         """
-        _check_number("num_images_per_prompt", num_images_per_prompt)
-        _check_number("eta", eta)
-        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-        wrong = [item for item in generators if not isinstance(item, torch.Generator)]
-        if wrong:
-            raise TypeError(
-                f"`generator` has to be a `torch.Generator`, or a list of one per image, but has {wrong[0]!r}, a"
-                f" {type(wrong[0])}. Pass `torch.Generator().manual_seed(seed)`."
-            )
-        if isinstance(generator, list) and len(generator) != batch_size * num_images_per_prompt:
-            raise ValueError(
-                f"You have passed a list of generators of length {len(generator)}, but requested an effective batch"
-                f" size of {batch_size * num_images_per_prompt}. Pass one generator per image."
-            )
+        check_number("num_images_per_prompt", num_images_per_prompt)
+        check_number("eta", eta)
+        check_generator(generator, batch_size * num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` has to be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}.")
-        if attention_kwargs:
-            if set(attention_kwargs) != {"scale"}:
-                raise ValueError(
-                    f"`attention_kwargs` has {sorted(attention_kwargs)}, but this model has no attention: only"
-                    ' `{"scale": ...}`, the strength of the LoRA adapters, has an effect.'
-                )
-            _check_number("attention_kwargs['scale']", attention_kwargs["scale"])
-        _check_callback(callback_on_step_end)
+        check_attention_kwargs(attention_kwargs)
+        check_callback(callback_on_step_end)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -543,15 +378,15 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         """Checks the arguments of `__call__` that may differ between stages, and gives each stage its own."""
         num_stages = self.num_stages
         if num_inference_steps is None:
-            num_inference_steps = _first_values(self.config.default_num_inference_steps, num_stages)
+            num_inference_steps = first_values(self.config.default_num_inference_steps, num_stages)
         if guidance_scale is None:
-            guidance_scale = _first_values(self.config.default_guidance_scale, num_stages)
+            guidance_scale = first_values(self.config.default_guidance_scale, num_stages)
         if noise_level is None:
-            noise_level = _first_values(self.config.default_noise_level, num_stages - 1)
+            noise_level = first_values(self.config.default_noise_level, num_stages - 1)
         if isinstance(latents, torch.Tensor):
             latents = [latents] + [None] * (num_stages - 1)
-        schedules = _by_stage(num_stages, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        settings = _by_stage(
+        schedules = by_stage(num_stages, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        settings = by_stage(
             num_stages,
             latents=latents,
             guidance_scale=guidance_scale,
@@ -575,7 +410,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         for setting, size in zip(settings, self.get_stage_sizes(height, width)):
             setting["shape"] = (batch_size, self.transformer.config.in_channels, *size)
             if setting["latents"] is not None:
-                self.check_latents(setting["latents"], setting["shape"])
+                check_latents(setting["latents"], setting["shape"], self._execution_device)
 
         plans: list[StagePlan] = []
         for transformer, scheduler, schedule, setting in zip(
@@ -617,7 +452,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         # Stage s gets length * sample_size_s / full, which must be a multiple of its patch size.
         units = [full * c.patch_size // math.gcd(c.sample_size, full * c.patch_size) for c in configs]
         unit = math.lcm(*units)
-        if not _is_positive_integer(length) or length % unit != 0:
+        if not is_positive_integer(length) or length % unit != 0:
             is_number = isinstance(length, Real) and math.isfinite(length)
             nearest = max(unit, round(length / unit) * unit) if is_number else full
             raise ValueError(
@@ -656,25 +491,6 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)  # a search would take the second of two equal timesteps
         return scheduler.timesteps[start:]
-
-    def check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
-        """Raises a `TypeError` or `ValueError` unless `latents` are floats of this shape on the pipeline's device."""
-        if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
-            kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents)
-            raise TypeError(f"`latents` has to be a floating point tensor but is {kind}. Pass `torch.randn({shape})`.")
-        if latents.shape != shape:
-            raise ValueError(
-                f"`latents` has to have shape {shape} (images, channels, height, width) but has shape"
-                f" {tuple(latents.shape)}."
-            )
-        device = self._execution_device
-        if latents.device.type != device.type:
-            raise ValueError(
-                f"`latents` is on {latents.device}, but the pipeline runs on {device}. Move it with"
-                f" `latents.to('{device}')`."
-            )
-        if not latents.is_meta and not latents.isfinite().all():
-            raise ValueError(f"`latents` holds NaN or infinity. Pass `torch.randn({shape})`, or noise like it.")
 
     def prepare_extra_step_kwargs(
         self, scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float
@@ -821,7 +637,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         return latents, class_labels
 
     @torch.no_grad()
-    @_one_call_at_a_time
+    @one_call_at_a_time
     def __call__(
         self,
         class_labels: ClassLabels,
@@ -1036,85 +852,3 @@ def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     names = TRANSFORMERS[dropped[0] :] + SCHEDULERS[dropped[0] :]
     return {**dict.fromkeys(names), **kwargs}
-
-
-def _check_callback(callback: Callable | None) -> None:
-    if callback is None:
-        return
-    if not callable(callback):
-        raise TypeError(
-            f"`callback_on_step_end` has to be a function but is {callback!r}. Pass one that takes `pipe, step,"
-            " timestep, callback_kwargs`."
-        )
-    try:
-        signature = inspect.signature(callback)
-    except ValueError:  # a builtin that does not tell its arguments
-        return
-    try:
-        signature.bind(None, 0, None, {})
-    except TypeError as error:
-        raise TypeError(
-            f"`callback_on_step_end` has to take four arguments, `pipe, step, timestep, callback_kwargs`, but takes"
-            f" {signature}."
-        ) from error
-
-
-def _first_values(value: Any, num_values: int) -> Any:
-    # The default may come from a cascade that has since been shortened.
-    return value[:num_values] if isinstance(value, (list, tuple)) else value
-
-
-def _by_stage(num_stages: int, **arguments: Any) -> list[dict[str, Any]]:
-    # Each stage's own values, by argument
-    columns = [_per_stage(name, value, num_stages) for name, value in arguments.items()]
-    return [dict(zip(arguments, values)) for values in zip(*columns)]
-
-
-def _per_stage(name: str, value: Any, num_stages: int) -> list:
-    is_list = isinstance(value, (list, tuple))
-    if is_list and name in ("timesteps", "sigmas"):
-        # One stage's value is also a list, but of numbers.
-        is_list = all(item is None or not isinstance(item, Real) for item in value)
-    only_higher = name in ("noise_level", "default_noise_level", "relay_strength")
-    num_values, unit = (num_stages - 1, "higher stage") if only_higher else (num_stages, "stage")
-    values = list(value) if is_list else [value] * num_values
-    if len(values) != num_values:
-        raise ValueError(
-            f"`{name}` has {len(values)} values, but this pipeline has {num_values} {unit}{'s' * (num_values != 1)}."
-            f" Pass one value for all, or a list with one value per {unit}."
-        )
-    if name.removeprefix("default_") in _NUMBERS:
-        for number in values:
-            _check_number(name, number)
-    return [None, *values] if only_higher else values
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
-
-
-# What a number has to be: in words, and as a test.
-_NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "num_images_per_prompt": ("a positive integer", _is_positive_integer),
-    "num_inference_steps": (
-        f"a positive integer up to {MAX_TIMESTEPS}",
-        lambda value: _is_positive_integer(value) and value <= MAX_TIMESTEPS,
-    ),
-    "guidance_scale": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
-    "guidance_start": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
-    "guidance_stop": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
-    "noise_level": ("in [0, 1)", lambda value: _is_real(value) and 0 <= value < 1),
-    "attention_kwargs['scale']": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
-    "eta": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
-    "relay_strength": ("None or in (0, 1]", lambda value: value is None or (_is_real(value) and 0 < value <= 1)),
-}
-
-
-def _check_number(name: str, value: Any) -> None:
-    wanted, is_valid = _NUMBERS[name.removeprefix("default_")]
-    if not is_valid(value):
-        raise ValueError(f"`{name}` has to be {wanted} but is {value!r} of type {type(value)}.")

@@ -1,0 +1,108 @@
+"""What one call does in each stage, from arguments that may differ between stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+from ..models.transformer_pisdm import PISDMTransformer2DModel
+from ..ops.conditioning_augmentation import residual_to_image
+from .saved_files import MAX_TIMESTEPS
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Everything one call does in one stage, decided before anything is drawn."""
+
+    number: int  # from 1
+    first_step: int  # counted over all stages
+    transformer: PISDMTransformer2DModel
+    scheduler: SchedulerMixin
+    timesteps: torch.Tensor  # (T,), on the CPU
+    step_kwargs: dict[str, Any]  # what `scheduler.step` takes besides prediction, timestep and latents
+    shape: tuple[int, int, int, int]  # (B, C, H, W)
+    latents: torch.Tensor | None  # initial noise; None: drawn
+    guidance_scale: float | None  # None: as the stage before left it
+    guidance_start: float
+    guidance_stop: float
+    noise_level: float | None  # None in the first stage, which has no condition
+    relay_strength: float | None  # None: starts from pure noise
+
+    @property
+    def residual_scale(self) -> float | None:
+        return self.transformer.config.get("residual_scale")
+
+    def to_image(self, latents: torch.Tensor, upsampled: torch.Tensor | None) -> torch.Tensor:
+        """Turns what the stage diffuses into its image; both are `(B, C, H, W)`."""
+        if self.residual_scale is None:
+            return latents
+        return residual_to_image(latents, upsampled, self.residual_scale)
+
+
+def first_values(value: Any, num_values: int) -> Any:
+    """A default without the values of stages that are gone: it may come from a cascade since shortened."""
+    return value[:num_values] if isinstance(value, (list, tuple)) else value
+
+
+def by_stage(num_stages: int, **arguments: Any) -> list[dict[str, Any]]:
+    """Each stage's own values, by argument."""
+    columns = [per_stage(name, value, num_stages) for name, value in arguments.items()]
+    return [dict(zip(arguments, values)) for values in zip(*columns)]
+
+
+def per_stage(name: str, value: Any, num_stages: int) -> list:
+    """One value for each stage; raises a ValueError that names the argument if there are more, fewer or wrong ones."""
+    is_list = isinstance(value, (list, tuple))
+    if is_list and name in ("timesteps", "sigmas"):
+        # One stage's value is also a list, but of numbers.
+        is_list = all(item is None or not isinstance(item, Real) for item in value)
+    only_higher = name in ("noise_level", "default_noise_level", "relay_strength")
+    num_values, unit = (num_stages - 1, "higher stage") if only_higher else (num_stages, "stage")
+    values = list(value) if is_list else [value] * num_values
+    if len(values) != num_values:
+        raise ValueError(
+            f"`{name}` has {len(values)} values, but this pipeline has {num_values} {unit}{'s' * (num_values != 1)}."
+            f" Pass one value for all, or a list with one value per {unit}."
+        )
+    if name.removeprefix("default_") in _NUMBERS:
+        for number in values:
+            check_number(name, number)
+    return [None, *values] if only_higher else values
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_positive_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+
+
+# What a number has to be: in words, and as a test.
+_NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_images_per_prompt": ("a positive integer", is_positive_integer),
+    "num_inference_steps": (
+        f"a positive integer up to {MAX_TIMESTEPS}",
+        lambda value: is_positive_integer(value) and value <= MAX_TIMESTEPS,
+    ),
+    "guidance_scale": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
+    "guidance_start": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
+    "guidance_stop": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
+    "noise_level": ("in [0, 1)", lambda value: _is_real(value) and 0 <= value < 1),
+    "attention_kwargs['scale']": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
+    "eta": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
+    "relay_strength": ("None or in (0, 1]", lambda value: value is None or (_is_real(value) and 0 < value <= 1)),
+}
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises a ValueError unless the value is what the argument of this name takes."""
+    wanted, is_valid = _NUMBERS[name.removeprefix("default_")]
+    if not is_valid(value):
+        raise ValueError(f"`{name}` has to be {wanted} but is {value!r} of type {type(value)}.")
