@@ -23,12 +23,12 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from typing_extensions import Self
 
-from ..models.latents import cast_vae, decode_latents, vae_scale_factor
+from ..models.latents import cast_vae, decode_latents, encode_moments, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
@@ -36,6 +36,7 @@ from ..schedulers import check_steps, relay_start, set_timesteps
 from .call_checks import check_attention_kwargs, check_callback, check_generator, check_latents
 from .call_lock import CallLock, one_call_at_a_time
 from .class_names import ClassLabels, check_id2label, flatten_labels, get_class_id, ids_by_name
+from .image_inputs import GivenImages, place_image
 from .lora_loading import PISDMLoraLoaderMixin
 from .saved_files import check_saved_pipeline
 from .stage_fit import check_cascade
@@ -374,8 +375,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         eta: float,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | list[torch.Tensor | None] | None,
+        given: list[GivenImages | None],
     ) -> list[StagePlan]:
-        """Checks the arguments of `__call__` that may differ between stages, and gives each stage its own."""
+        """
+        Checks the arguments of `__call__` that may differ between stages, and gives each stage its own; those without
+        `given` do not run.
+        """
         num_stages = self.num_stages
         if num_inference_steps is None:
             num_inference_steps = first_values(self.config.default_num_inference_steps, num_stages)
@@ -395,9 +400,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             noise_level=noise_level,
             relay_strength=relay_strength,
         )
+        first = next(i for i, images in enumerate(given) if images is not None)
         if not isinstance(guidance_scale, (list, tuple)):
             # A single scale is set once: what a callback makes of it lasts.
-            for setting in settings[1:]:
+            for setting in settings[first + 1 :]:
                 setting["guidance_scale"] = None
 
         for setting in settings:
@@ -407,18 +413,23 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     f" {setting['guidance_stop']}. Pass a start that is not above the stop; to turn guidance off, pass"
                     " `guidance_scale=1.0`."
                 )
-        for setting, size in zip(settings, self.get_stage_sizes(height, width)):
+        for setting, size, images in zip(settings, self.get_stage_sizes(height, width), given):
             setting["shape"] = (batch_size, self.transformer.config.in_channels, *size)
+            setting["given"] = images
             if setting["latents"] is not None:
                 check_latents(setting["latents"], setting["shape"], self._execution_device)
+        if any(setting["latents"] is not None for setting in settings[:first]):
+            raise ValueError(
+                f"`latents` is the noise of a stage that does not run: `image` begins with stage {first + 1}. Pass a"
+                " list, with None for the stages below."
+            )
 
         plans: list[StagePlan] = []
-        for transformer, scheduler, schedule, setting in zip(
-            self.stages, self.get_stage_schedulers(), schedules, settings
-        ):
+        stages = list(zip(self.stages, self.get_stage_schedulers(), schedules, settings))
+        for number, (transformer, scheduler, schedule, setting) in enumerate(stages[first:], first + 1):
             plans.append(
                 StagePlan(
-                    number=len(plans) + 1,
+                    number=number,
                     first_step=sum(len(plan.timesteps) for plan in plans),
                     transformer=transformer,
                     scheduler=scheduler,
@@ -501,6 +512,21 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         # If nothing is clipped, this changes nothing.
         extra = {"generator": generator, "eta": eta, "use_clipped_model_output": True}
         return {name: value for name, value in extra.items() if name in accepted}
+
+    def place_image(
+        self, image: PipelineImageInput | None, num_labels: int, height: int | None, width: int | None
+    ) -> list[GivenImages | None]:
+        """Checks a given image, and returns what each stage does with it; `None` for those that do not run."""
+        scale_factor = vae_scale_factor(self.vae)
+        sizes = [(scale_factor * h, scale_factor * w) for h, w in self.get_stage_sizes(height, width)]
+        config = self.transformer.config if self.vae is None else self.vae.config
+        return place_image(image, sizes, config.in_channels, num_labels)
+
+    def encode_image(self, pixels: torch.Tensor, num_images: int) -> torch.Tensor:
+        """Turns given images `(N, C, H, W)` in [-1, 1] into latents `(B, C, h, w)`, each repeated for its images."""
+        pixels = pixels.to(self._execution_device)
+        latents = pixels if self.vae is None else encode_moments(self.vae, pixels)[0]
+        return latents.repeat_interleave(num_images // len(latents), dim=0)
 
     def prepare_low_res(
         self,
@@ -664,6 +690,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; only read
         attention_kwargs: dict[str, Any] | None = None,
+        image: PipelineImageInput | None = None,
     ) -> PISDMCascadePipelineOutput | tuple:
         r"""
         Generates images.
@@ -711,7 +738,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 Initial standard normal noise to use instead of drawing it, per stage. A single tensor is the first
                 stage's.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            output_stages (`bool`, defaults to `False`): Whether to also return the images of every stage.
+            output_stages (`bool`, defaults to `False`): Whether to also return the images of every stage that ran.
             return_dict (`bool`, defaults to `True`): Whether to return a [`PISDMCascadePipelineOutput`].
             callback_on_step_end (`Callable`, [`PipelineCallback`] or [`MultiPipelineCallbacks`], *optional*):
                 Called as `callback(pipe, step, timestep, callback_kwargs)` after every step; `step` counts over all
@@ -724,6 +751,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 that, in a stage with `residual_scale`, the noisy residual.
             attention_kwargs (`dict`, *optional*):
                 `{"scale": s}` multiplies the strength of the LoRA adapters by `s` for this call, as in diffusers.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these, *optional*):
+                An image to enlarge, or one per label: PIL images, arrays `(H, W, C)` or tensors `(C, H, W)` in [0, 1],
+                also in batches. It is taken as the output of the stage whose size it has; only the stages above run.
+                Between the sizes of two stages, it is first shrunk to the lower one. What is transparent becomes
+                white.
 
         Returns:
             [`PISDMCascadePipelineOutput`], or a tuple of its values if `return_dict` is `False`.
@@ -781,6 +813,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             eta=eta,
             generator=generator,
             latents=latents,
+            given=self.place_image(image, len(label_ids), height, width),
         )
         self._num_timesteps = sum(len(stage.timesteps) for stage in stages)
         self._current_timestep = None
@@ -791,6 +824,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         class_labels = class_labels.repeat_interleave(num_images_per_prompt)  # (B,)
         stage_latents = []
         upsampled = low_res = None
+        if stages[0].given.lower is not None:
+            latents = self.encode_image(stages[0].given.lower, len(class_labels))  # (B, C, h, w)
         for stage in stages:
             self._stage = stage.number
             if stage.guidance_scale is not None:

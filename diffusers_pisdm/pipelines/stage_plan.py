@@ -13,6 +13,7 @@ from diffusers import SchedulerMixin
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import residual_to_image
+from .image_inputs import GivenImages
 from .saved_files import MAX_TIMESTEPS
 
 
@@ -33,6 +34,7 @@ class StagePlan:
     guidance_stop: float
     noise_level: float | None  # None in the first stage, which has no condition
     relay_strength: float | None  # None: starts from pure noise
+    given: GivenImages
 
     @property
     def residual_scale(self) -> float | None:
