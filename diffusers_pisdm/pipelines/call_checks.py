@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .stage_plan import check_number
+from .number_checks import check_number
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, num_images: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -36,11 +37,12 @@ from ..schedulers import check_steps, relay_start, set_timesteps
 from .call_checks import check_attention_kwargs, check_callback, check_generator, check_latents
 from .call_lock import CallLock, one_call_at_a_time
 from .class_names import ClassLabels, check_id2label, flatten_labels, get_class_id, ids_by_name
-from .image_inputs import GivenImages, place_image
+from .image_inputs import GivenImages, KnownPart, place_image, repeat_images
 from .lora_loading import PISDMLoraLoaderMixin
+from .number_checks import check_number, is_positive_integer
 from .saved_files import check_saved_pipeline
 from .stage_fit import check_cascade
-from .stage_plan import StagePlan, by_stage, check_number, first_values, is_positive_integer, per_stage
+from .stage_plan import StagePlan, by_stage, first_values, per_stage
 
 
 logger = logging.get_logger(__name__)
@@ -416,6 +418,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         for setting, size, images in zip(settings, self.get_stage_sizes(height, width), given):
             setting["shape"] = (batch_size, self.transformer.config.in_channels, *size)
             setting["given"] = images
+            if images is not None and images.strength is not None:
+                setting["relay_strength"] = images.strength
             if setting["latents"] is not None:
                 check_latents(setting["latents"], setting["shape"], self._execution_device)
         if any(setting["latents"] is not None for setting in settings[:first]):
@@ -514,19 +518,25 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         return {name: value for name, value in extra.items() if name in accepted}
 
     def place_image(
-        self, image: PipelineImageInput | None, num_labels: int, height: int | None, width: int | None
+        self,
+        image: PipelineImageInput | None,
+        mask_image: PipelineImageInput | None,
+        strength: float | None,
+        num_labels: int,
+        height: int | None,
+        width: int | None,
     ) -> list[GivenImages | None]:
         """Checks a given image, and returns what each stage does with it; `None` for those that do not run."""
         scale_factor = vae_scale_factor(self.vae)
         sizes = [(scale_factor * h, scale_factor * w) for h, w in self.get_stage_sizes(height, width)]
         config = self.transformer.config if self.vae is None else self.vae.config
-        return place_image(image, sizes, config.in_channels, num_labels)
+        return place_image(image, mask_image, strength, sizes, config.in_channels, num_labels)
 
     def encode_image(self, pixels: torch.Tensor, num_images: int) -> torch.Tensor:
         """Turns given images `(N, C, H, W)` in [-1, 1] into latents `(B, C, h, w)`, each repeated for its images."""
         pixels = pixels.to(self._execution_device)
         latents = pixels if self.vae is None else encode_moments(self.vae, pixels)[0]
-        return latents.repeat_interleave(num_images // len(latents), dim=0)
+        return repeat_images(latents, num_images)
 
     def prepare_low_res(
         self,
@@ -546,15 +556,29 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         stage: StagePlan,
         upsampled: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        """Returns what a stage starts from, `(B, C, H, W)`: noise or, in a relay, the noised lower image."""
+    ) -> tuple[torch.Tensor, KnownPart | None]:
+        """
+        Returns what a stage starts from, `(B, C, H, W)`: noise or, in a relay, the noised lower image or a given one;
+        and what it keeps of a given image.
+        """
         noise = self._draw_noise(stage, generator) if stage.latents is None else stage.latents
         noise = noise.to(self._execution_device, torch.float32)
+        known = self._prepare_known(stage, upsampled, noise)
         if stage.relay_strength is None:
-            return noise * stage.scheduler.init_noise_sigma
-        # In a residual stage, the upsampled image is a residual of zero.
-        image = upsampled if stage.residual_scale is None else torch.zeros_like(upsampled)
-        return stage.scheduler.add_noise(image, noise, stage.timesteps[:1].expand(len(noise)))
+            return noise * stage.scheduler.init_noise_sigma, known
+        image = upsampled if stage.given.start is None else self.encode_image(stage.given.start, len(noise))
+        timesteps = stage.timesteps[:1].expand(len(noise))
+        return stage.scheduler.add_noise(stage.from_image(image, upsampled), noise, timesteps), known
+
+    def _prepare_known(
+        self, stage: StagePlan, upsampled: torch.Tensor | None, noise: torch.Tensor
+    ) -> KnownPart | None:
+        if stage.given.known is None:
+            return None
+        image = self.encode_image(stage.given.known, len(noise))  # (B, C, h, w)
+        mask = F.adaptive_max_pool2d(stage.given.mask.float(), stage.shape[2:]) > 0  # (N, 1, h, w)
+        mask = repeat_images(mask, len(noise)).to(image.device)  # (B, 1, h, w)
+        return KnownPart(image, stage.from_image(image, upsampled), noise, mask)
 
     def _draw_noise(self, stage: StagePlan, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
         return randn_tensor(stage.shape, generator=generator, device=self._execution_device, dtype=torch.float32)
@@ -613,6 +637,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         latents: torch.Tensor,
         upsampled: torch.Tensor | None,
         low_res: torch.Tensor | None,
+        known: KnownPart | None,
         class_labels: torch.Tensor,
         callback_on_step_end: Callable[[Self, int, torch.Tensor, dict], dict] | None,
         callback_on_step_end_tensor_inputs: list[str],
@@ -628,17 +653,20 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             # Nothing in this loop may wait for the device: the next steps are queued while it works.
             for i, (scheduler_t, t) in enumerate(zip(stage.timesteps, timesteps)):
                 if self.interrupt:
-                    return stage.to_image(latents, upsampled), class_labels
+                    return self._finish(stage, latents, upsampled, known), class_labels
                 self._current_timestep = t
                 in_interval = stage.guidance_start <= i / num_steps < stage.guidance_stop
                 guided = self.do_classifier_free_guidance and in_interval
                 if guided not in conditions:
                     conditions[guided] = self.prepare_condition(stage, class_labels, low_res, guided)
+                # Second-order schedulers evaluate twice per step, the second time at a level that only they know.
+                if known is not None and i % scheduler.order == 0:
+                    latents = known.renoise(latents, scheduler, scheduler_t)
                 model_input = scheduler.scale_model_input(latents, scheduler_t)  # (B, C, H, W)
                 prediction = self.predict(stage.transformer, model_input, t, conditions[guided], guided)
                 latents = scheduler.step(prediction, scheduler_t, latents, **stage.step_kwargs, return_dict=False)[0]
                 if i == num_steps - 1:
-                    latents = stage.to_image(latents, upsampled)
+                    latents = self._finish(stage, latents, upsampled, known)
 
                 if callback_on_step_end is not None:
                     available = {
@@ -691,6 +719,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; only read
         attention_kwargs: dict[str, Any] | None = None,
         image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        strength: float | None = None,
     ) -> PISDMCascadePipelineOutput | tuple:
         r"""
         Generates images.
@@ -752,10 +782,19 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             attention_kwargs (`dict`, *optional*):
                 `{"scale": s}` multiplies the strength of the LoRA adapters by `s` for this call, as in diffusers.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these, *optional*):
-                An image to enlarge, or one per label: PIL images, arrays `(H, W, C)` or tensors `(C, H, W)` in [0, 1],
-                also in batches. It is taken as the output of the stage whose size it has; only the stages above run.
-                Between the sizes of two stages, it is first shrunk to the lower one. What is transparent becomes
-                white.
+                An image to begin with, or one per label: PIL images, arrays `(H, W, C)` or tensors `(C, H, W)` in
+                [0, 1], also in batches. Transparent pixels become white. The image belongs to the stage of its size,
+                or between two sizes to the lower stage, for which it is shrunk. By itself, it is taken as that stage's
+                output: only the stages above run, and enlarge it.
+            mask_image (the types of `image`, *optional*):
+                What to repaint of `image`, of its size: white pixels are repainted, black ones kept, as in diffusers.
+                All stages run. Up to the image's stage, the known pixels are noised to the level of each step, and
+                returned as they were; the stages above enlarge the result.
+            strength (`float`, *optional*):
+                Image-to-image: how much to change `image`, in [0, 1]. Its stage begins with the image noised to this
+                share of the schedule, and runs that share of the steps; 0 keeps the image, the default. Shrink an
+                image to let lower stages change it. With `mask_image`, it is the first stage that begins with the
+                noised image; by default, 1.0, with pure noise.
 
         Returns:
             [`PISDMCascadePipelineOutput`], or a tuple of its values if `return_dict` is `False`.
@@ -813,7 +852,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             eta=eta,
             generator=generator,
             latents=latents,
-            given=self.place_image(image, len(label_ids), height, width),
+            given=self.place_image(image, mask_image, strength, len(label_ids), height, width),
         )
         self._num_timesteps = sum(len(stage.timesteps) for stage in stages)
         self._current_timestep = None
@@ -832,19 +871,20 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 self._guidance_scale = stage.guidance_scale
             if stage.number > 1:
                 upsampled, low_res = self.prepare_low_res(stage, latents, generator)  # (B, C, H, W) each
-            latents = self.prepare_latents(stage, upsampled, generator)  # (B, C, H, W)
+            latents, known = self.prepare_latents(stage, upsampled, generator)  # (B, C, H, W)
             with self._scaled_adapters((attention_kwargs or {}).get("scale", 1.0)):
                 latents, class_labels = self.denoise(
                     stage,
                     latents,
                     upsampled,
                     low_res,
+                    known,
                     class_labels,
                     callback_on_step_end,
                     callback_on_step_end_tensor_inputs,
                 )
             if output_stages:
-                stage_latents.append(latents)
+                stage_latents.append((latents, stage.given))
             if self.interrupt:
                 if stage.number < self.num_stages:
                     height, width = (length * vae_scale_factor(self.vae) for length in stage.shape[2:])
@@ -856,10 +896,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
         # 3. Turn latents into images
         self._current_timestep = None
-        images = self._postprocess(latents, output_type)
+        images = self._postprocess(latents, stage.given, output_type)
         stage_images = None
         if output_stages:
-            stage_images = [self._postprocess(lower, output_type) for lower in stage_latents[:-1]] + [images]
+            stage_images = [self._postprocess(*lower, output_type) for lower in stage_latents[:-1]] + [images]
 
         self.maybe_free_model_hooks()
 
@@ -872,12 +912,22 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             height, width = (length * vae_scale_factor(self.vae) for length in stage.shape[2:])
             progress_bar.set_description(f"stage {stage.number}/{self.num_stages} ({height}x{width})")
 
+    def _finish(
+        self, stage: StagePlan, latents: torch.Tensor, upsampled: torch.Tensor | None, known: KnownPart | None
+    ) -> torch.Tensor:
+        image = stage.to_image(latents, upsampled)  # (B, C, H, W)
+        return image if known is None else known.keep(image)
+
     def _postprocess(
-        self, latents: torch.Tensor, output_type: str
+        self, latents: torch.Tensor, given: GivenImages, output_type: str
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         if output_type == "latent":
             return latents
-        return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type)
+        images = decode_latents(self.vae, latents)  # (B, C, H, W)
+        if given.known is not None:  # an autoencoder does not give back what it was given
+            known, mask = (repeat_images(part, len(images)).to(images.device) for part in (given.known, given.mask))
+            images = torch.where(mask, images, known)
+        return self.image_processor.postprocess(images, output_type)
 
 
 def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
-from ..ops.conditioning_augmentation import residual_to_image
+from ..ops.conditioning_augmentation import image_to_residual, residual_to_image
 from .image_inputs import GivenImages
-from .saved_files import MAX_TIMESTEPS
+from .number_checks import NUMBERS, check_number
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,12 @@ class StagePlan:
     @property
     def residual_scale(self) -> float | None:
         return self.transformer.config.get("residual_scale")
+
+    def from_image(self, image: torch.Tensor, upsampled: torch.Tensor | None) -> torch.Tensor:
+        """Turns an image into what the stage diffuses; both are `(B, C, H, W)`."""
+        if self.residual_scale is None:
+            return image
+        return image_to_residual(image, upsampled, self.residual_scale)
 
     def to_image(self, latents: torch.Tensor, upsampled: torch.Tensor | None) -> torch.Tensor:
         """Turns what the stage diffuses into its image; both are `(B, C, H, W)`."""
@@ -72,39 +76,7 @@ def per_stage(name: str, value: Any, num_stages: int) -> list:
             f"`{name}` has {len(values)} values, but this pipeline has {num_values} {unit}{'s' * (num_values != 1)}."
             f" Pass one value for all, or a list with one value per {unit}."
         )
-    if name.removeprefix("default_") in _NUMBERS:
+    if name.removeprefix("default_") in NUMBERS:
         for number in values:
             check_number(name, number)
     return [None, *values] if only_higher else values
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def is_positive_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
-
-
-# What a number has to be: in words, and as a test.
-_NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "num_images_per_prompt": ("a positive integer", is_positive_integer),
-    "num_inference_steps": (
-        f"a positive integer up to {MAX_TIMESTEPS}",
-        lambda value: is_positive_integer(value) and value <= MAX_TIMESTEPS,
-    ),
-    "guidance_scale": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
-    "guidance_start": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
-    "guidance_stop": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
-    "noise_level": ("in [0, 1)", lambda value: _is_real(value) and 0 <= value < 1),
-    "attention_kwargs['scale']": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
-    "eta": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
-    "relay_strength": ("None or in (0, 1]", lambda value: value is None or (_is_real(value) and 0 < value <= 1)),
-}
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raises a ValueError unless the value is what the argument of this name takes."""
-    wanted, is_valid = _NUMBERS[name.removeprefix("default_")]
-    if not is_valid(value):
-        raise ValueError(f"`{name}` has to be {wanted} but is {value!r} of type {type(value)}.")

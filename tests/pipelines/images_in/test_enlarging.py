@@ -182,7 +182,7 @@ WRONG = {
     "smaller": (torch.rand(3, 7, 7), ValueError, "7x7 .* first stage's 8x8. Enlarge"),
     "narrow": (torch.rand(3, 16, 7), ValueError, "16x7 .* first stage's 8x8. Enlarge"),
     "of another shape": (torch.rand(3, 16, 24), ValueError, "16x24 .* another shape.* `height` and `width`"),
-    "of the last stage": (torch.rand(3, 64, 64), ValueError, "as large as .*64x64.* at most 32x32"),
+    "of the last stage": (torch.rand(3, 64, 64), ValueError, "has the size .*64x64.* smaller one, or `strength`"),
     "text": ("image.png", TypeError, "`image` has to be a PIL image.* holds 'image.png'"),
     "empty": ([], TypeError, "`image` .* is empty"),
     "mixed": ([torch.rand(3, 8, 8), np.zeros((8, 8, 3))], ValueError, "`image` .*several sizes or types"),
