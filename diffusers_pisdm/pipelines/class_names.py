@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from numbers import Integral
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,68 @@ import torch
 from ..utils.names import nearest_name, show_name
 
 
-ClassLabels = int | str | Sequence | np.ndarray | torch.Tensor  # sequences may be nested, as in DiTPipeline
+# Sequences may be nested, as in DiTPipeline; a mapping is a mix of classes, by their shares.
+ClassLabels = int | str | Mapping[int | str, float] | Sequence | np.ndarray | torch.Tensor
+
+MAX_WEIGHT_ERROR = 1e-3  # of the sum of a mix's weights: 0.333 three times will do
 
 
-def flatten_labels(labels: ClassLabels) -> Iterator[Any]:
-    """Yields the labels of nested sequences, arrays and tensors one by one."""
+def list_labels(labels: ClassLabels) -> list[Any]:
+    """The labels of nested sequences, arrays and tensors; raises a ValueError if there are none."""
+    flat = list(_flatten(labels))
+    if not flat:
+        raise ValueError("`class_labels` is empty. Pass at least one class id or name.")
+    return flat
+
+
+def _flatten(labels: ClassLabels) -> Iterator[Any]:
     if isinstance(labels, (torch.Tensor, np.ndarray)):
         labels = labels.tolist()
     if isinstance(labels, Sequence) and not isinstance(labels, (str, bytes)):
         for label in labels:
-            yield from flatten_labels(label)
+            yield from _flatten(label)
     else:
         yield labels
+
+
+def get_class_mix(
+    label: int | str | Mapping[int | str, float], id2label: dict[int, str] | None, num_classes: int
+) -> dict[int, float]:
+    """
+    The shares of a label's classes, by id; of a single class, 1. Raises a TypeError or ValueError if there is no such
+    class, or shares do not sum to 1.
+    """
+    if not isinstance(label, Mapping):
+        return {get_class_id(label, id2label, num_classes): 1.0}
+    mix: dict[int, float] = {}
+    for name, weight in label.items():
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= 1:  # false for NaN, too
+            raise ValueError(f"`class_labels` gives {name!r} the weight {weight!r}, which has to be in [0, 1].")
+        class_id = get_class_id(name, id2label, num_classes)
+        mix[class_id] = mix.get(class_id, 0.0) + float(weight)  # a class may stand there by id and by name
+    total = sum(mix.values())
+    # Scaling them would hide what was forgotten or mistyped.
+    if abs(total - 1) > MAX_WEIGHT_ERROR:
+        raise ValueError(
+            f"`class_labels` has the mix {label!r:.200}, whose weights sum to {total:g}. Pass weights that sum to 1."
+        )
+    return mix
+
+
+def stack_mixes(
+    mixes: list[dict[int, float]], num_images_per_prompt: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Returns the class ids of all images, `(B,)`, and no weights, if each label is a single class; else ids and weights
+    `(B, K)`, with weights of 0 where a label has fewer classes.
+    """
+    most = max(map(len, mixes))
+    ids = torch.tensor([[*mix, *[next(iter(mix))] * (most - len(mix))] for mix in mixes], device=device)  # (N, K)
+    ids = ids.repeat_interleave(num_images_per_prompt, dim=0)  # (B, K)
+    if most == 1:
+        return ids[:, 0], None
+    weights = torch.tensor([[*mix.values(), *[0.0] * (most - len(mix))] for mix in mixes], device=device)
+    return ids, weights.repeat_interleave(num_images_per_prompt, dim=0)
 
 
 def ids_by_name(id2label: dict[int, str] | None) -> dict[str, list[int]]:

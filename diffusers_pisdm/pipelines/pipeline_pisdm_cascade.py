@@ -36,7 +36,15 @@ from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
 from ..schedulers import check_steps, relay_start, set_timesteps
 from .call_checks import check_attention_kwargs, check_callback, check_generator, check_latents
 from .call_lock import CallLock, one_call_at_a_time
-from .class_names import ClassLabels, check_id2label, flatten_labels, get_class_id, ids_by_name
+from .class_names import (
+    ClassLabels,
+    check_id2label,
+    get_class_id,
+    get_class_mix,
+    ids_by_name,
+    list_labels,
+    stack_mixes,
+)
 from .image_inputs import GivenImages, KnownPart, place_image, repeat_images
 from .lora_loading import PISDMLoraLoaderMixin
 from .number_checks import check_number, is_positive_integer
@@ -321,11 +329,26 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             TypeError: A label is neither an integer nor a name.
             ValueError: There are no labels, an id is out of range, or a name is unknown or that of several classes.
         """
-        labels = list(flatten_labels(class_labels))
-        if len(labels) == 0:
-            raise ValueError("`class_labels` is empty. Pass at least one class id or name.")
         num_classes = self.transformer.config.num_classes
-        return [get_class_id(label, self.config.id2label, num_classes) for label in labels]
+        return [get_class_id(label, self.config.id2label, num_classes) for label in list_labels(class_labels)]
+
+    def get_class_mixes(self, class_labels: ClassLabels) -> list[dict[int, float]]:
+        """
+        Turns `class_labels` in any form that a call takes into the shares of each label's classes, by class id.
+
+        Args:
+            class_labels (`int`, `str`, `dict`, or a sequence, `np.ndarray` or `torch.Tensor` of these, nested or not):
+                As of [`~PISDMCascadePipeline.get_label_ids`], or mixes: `{class: weight}`.
+
+        Returns:
+            `list[dict[int, float]]`: One per label; a single class has the share 1.
+
+        Raises:
+            TypeError: A class is neither an integer nor a name.
+            ValueError: A class is none of the pipeline's, a weight is not in [0, 1], or weights do not sum to 1.
+        """
+        num_classes = self.transformer.config.num_classes
+        return [get_class_mix(label, self.config.id2label, num_classes) for label in list_labels(class_labels)]
 
     def check_stages(self) -> None:
         """Raises a `ValueError` if a stage is missing or does not fit the one before, or a scheduler its stage."""
@@ -377,6 +400,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         eta: float,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | list[torch.Tensor | None] | None,
+        class_weights: torch.Tensor | None,
         given: list[GivenImages | None],
     ) -> list[StagePlan]:
         """
@@ -439,6 +463,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     scheduler=scheduler,
                     timesteps=self.retrieve_timesteps(scheduler, **schedule, relay_strength=setting["relay_strength"]),
                     step_kwargs=self.prepare_extra_step_kwargs(scheduler, generator, eta),
+                    class_weights=class_weights,
                     **setting,
                 )
             )
@@ -588,16 +613,19 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     ) -> dict[str, torch.Tensor]:
         """
         Returns the model's inputs besides latents and timestep: `class_labels` and `noise_level` `(B,)` and `low_res`
-        `(B, C, H, W)`, or if guided, twice the batch, the unconditional half first.
+        `(B, C, H, W)`, and for mixes of classes, `class_labels` and `class_weights` `(B, K)`; or if guided, twice the
+        batch, the unconditional half first.
         """
-        condition = {"class_labels": class_labels}  # (B,)
+        condition = {"class_labels": class_labels}
+        if stage.class_weights is not None:
+            condition["class_weights"] = stage.class_weights
         if low_res is not None:
             condition["low_res"] = low_res.to(stage.transformer.dtype)  # (B, C, H, W)
             condition["noise_level"] = torch.full(
-                class_labels.shape, stage.noise_level, dtype=torch.float32, device=class_labels.device
+                class_labels.shape[:1], stage.noise_level, dtype=torch.float32, device=class_labels.device
             )  # (B,)
         if guided:
-            null_labels = torch.full_like(class_labels, stage.transformer.config.num_classes)  # (B,)
+            null_labels = torch.full_like(class_labels, stage.transformer.config.num_classes)
             unconditional = {**condition, "class_labels": null_labels}
             condition = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}  # (2B, ...)
         return condition
@@ -729,8 +757,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         `relay_strength` only concern the higher stages: their lists begin with the second stage's value.
 
         Args:
-            class_labels (`int`, `str`, or a sequence, `np.ndarray` or `torch.Tensor` of these, nested or not):
-                Class ids, or names from `config.id2label` (`pipe.labels` lists them).
+            class_labels (`int`, `str`, `dict`, or a sequence, `np.ndarray` or `torch.Tensor` of these, nested or not):
+                Class ids, or names from `config.id2label` (`pipe.labels` lists them). A dictionary is a mix of
+                classes, `{class: weight}`, whose embeddings are averaged; its weights are in [0, 1] and sum to 1.
             height, width (`int`, *optional*):
                 Size of the final images in pixels; the last stage's `sample_size` by default. Lower stages scale with
                 it.
@@ -826,9 +855,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_stages()
         self._copy_schedulers()  # another pipeline, in another thread, may hold the same ones
-        label_ids = self.get_label_ids(class_labels)
+        mixes = self.get_class_mixes(class_labels)
         self.check_inputs(
-            len(label_ids),
+            len(mixes),
             num_images_per_prompt,
             generator,
             output_type,
@@ -837,8 +866,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             callback_on_step_end_tensor_inputs,
             attention_kwargs,
         )
+        class_labels, class_weights = stack_mixes(mixes, num_images_per_prompt, self._execution_device)
         stages = self.plan_stages(
-            len(label_ids) * num_images_per_prompt,
+            len(class_labels),
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -852,15 +882,14 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             eta=eta,
             generator=generator,
             latents=latents,
-            given=self.place_image(image, mask_image, strength, len(label_ids), height, width),
+            class_weights=class_weights,
+            given=self.place_image(image, mask_image, strength, len(mixes), height, width),
         )
         self._num_timesteps = sum(len(stage.timesteps) for stage in stages)
         self._current_timestep = None
         self._interrupt = False
 
         # 2. Run the stages, from low to high resolution
-        class_labels = torch.tensor(label_ids, device=self._execution_device)
-        class_labels = class_labels.repeat_interleave(num_images_per_prompt)  # (B,)
         stage_latents = []
         upsampled = low_res = None
         if stages[0].given.lower is not None:

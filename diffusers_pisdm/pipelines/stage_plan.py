@@ -33,6 +33,7 @@ class StagePlan:
     noise_level: float | None  # None in the first stage, which has no condition
     relay_strength: float | None  # None: starts from pure noise
     given: GivenImages
+    class_weights: torch.Tensor | None  # (B, K): images are mixes of K classes
 
     @property
     def residual_scale(self) -> float | None:
