@@ -21,6 +21,7 @@ def is_positive_integer(value: Any) -> bool:
 # What a number has to be: in words, and as a test.
 NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_images_per_prompt": ("a positive integer", is_positive_integer),
+    "batch_size": ("a positive integer", is_positive_integer),
     "num_inference_steps": (
         f"a positive integer up to {MAX_TIMESTEPS}",
         lambda value: is_positive_integer(value) and value <= MAX_TIMESTEPS,

@@ -357,8 +357,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
     def check_inputs(
         self,
-        batch_size: int,
+        num_labels: int,
         num_images_per_prompt: int,
+        batch_size: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         eta: float,
@@ -372,7 +373,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         """
         check_number("num_images_per_prompt", num_images_per_prompt)
         check_number("eta", eta)
-        check_generator(generator, batch_size * num_images_per_prompt)
+        if batch_size is not None:
+            check_number("batch_size", batch_size)
+        check_generator(generator, num_labels * num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` has to be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}.")
         check_attention_kwargs(attention_kwargs)
@@ -386,7 +389,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
     def plan_stages(
         self,
-        batch_size: int,
+        num_images: int,
+        batch_size: int | None,
         height: int | None,
         width: int | None,
         num_inference_steps: int | list[int] | None,
@@ -440,7 +444,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     " `guidance_scale=1.0`."
                 )
         for setting, size, images in zip(settings, self.get_stage_sizes(height, width), given):
-            setting["shape"] = (batch_size, self.transformer.config.in_channels, *size)
+            setting["shape"] = (num_images, self.transformer.config.in_channels, *size)
             setting["given"] = images
             if images is not None and images.strength is not None:
                 setting["relay_strength"] = images.strength
@@ -464,6 +468,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     timesteps=self.retrieve_timesteps(scheduler, **schedule, relay_strength=setting["relay_strength"]),
                     step_kwargs=self.prepare_extra_step_kwargs(scheduler, generator, eta),
                     class_weights=class_weights,
+                    batch_size=num_images if batch_size is None else batch_size,
                     **setting,
                 )
             )
@@ -557,11 +562,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         config = self.transformer.config if self.vae is None else self.vae.config
         return place_image(image, mask_image, strength, sizes, config.in_channels, num_labels)
 
-    def encode_image(self, pixels: torch.Tensor, num_images: int) -> torch.Tensor:
+    def encode_image(self, stage: StagePlan, pixels: torch.Tensor) -> torch.Tensor:
         """Turns given images `(N, C, H, W)` in [-1, 1] into latents `(B, C, h, w)`, each repeated for its images."""
-        pixels = pixels.to(self._execution_device)
-        latents = pixels if self.vae is None else encode_moments(self.vae, pixels)[0]
-        return repeat_images(latents, num_images)
+        latents = pixels.to(self._execution_device)
+        if self.vae is not None:
+            latents = torch.cat([encode_moments(self.vae, batch)[0] for batch in latents.split(stage.batch_size)])
+        return repeat_images(latents, stage.shape[0])
 
     def prepare_low_res(
         self,
@@ -591,7 +597,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         known = self._prepare_known(stage, upsampled, noise)
         if stage.relay_strength is None:
             return noise * stage.scheduler.init_noise_sigma, known
-        image = upsampled if stage.given.start is None else self.encode_image(stage.given.start, len(noise))
+        image = upsampled if stage.given.start is None else self.encode_image(stage, stage.given.start)
         timesteps = stage.timesteps[:1].expand(len(noise))
         return stage.scheduler.add_noise(stage.from_image(image, upsampled), noise, timesteps), known
 
@@ -600,7 +606,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
     ) -> KnownPart | None:
         if stage.given.known is None:
             return None
-        image = self.encode_image(stage.given.known, len(noise))  # (B, C, h, w)
+        image = self.encode_image(stage, stage.given.known)  # (B, C, h, w)
         mask = F.adaptive_max_pool2d(stage.given.mask.float(), stage.shape[2:]) > 0  # (N, 1, h, w)
         mask = repeat_images(mask, len(noise)).to(image.device)  # (B, 1, h, w)
         return KnownPart(image, stage.from_image(image, upsampled), noise, mask)
@@ -632,16 +638,35 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
     def predict(
         self,
-        transformer: PISDMTransformer2DModel,
+        stage: StagePlan,
         model_input: torch.Tensor,
         timestep: torch.Tensor,
         condition: dict[str, torch.Tensor],
         guided: bool,
     ) -> torch.Tensor:
         """
-        Runs the model on `model_input` `(B, C, H, W)` and returns its prediction, same shape, float32: if guided,
-        `uncond + guidance_scale * (cond - uncond)` on all channels.
+        Runs the model on `model_input` `(B, C, H, W)`, at most `stage.batch_size` images at once, and returns its
+        prediction, same shape, float32: if guided, `uncond + guidance_scale * (cond - uncond)` on all channels.
         """
+        size = stage.batch_size
+        if size >= len(model_input):
+            return self._predict_batch(stage.transformer, model_input, timestep, condition, guided)
+        predictions = []
+        for start in range(0, len(model_input), size):
+            batch = slice(start, start + size)
+            halves = {name: value.chunk(2 if guided else 1) for name, value in condition.items()}
+            own = {name: torch.cat([half[batch] for half in halves[name]]) for name in condition}
+            predictions.append(self._predict_batch(stage.transformer, model_input[batch], timestep, own, guided))
+        return torch.cat(predictions)
+
+    def _predict_batch(
+        self,
+        transformer: PISDMTransformer2DModel,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: dict[str, torch.Tensor],
+        guided: bool,
+    ) -> torch.Tensor:
         model_input = model_input.to(transformer.dtype)
         inputs = [(model_input, condition)]
         if guided and self._guidance_slicing:
@@ -691,7 +716,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 if known is not None and i % scheduler.order == 0:
                     latents = known.renoise(latents, scheduler, scheduler_t)
                 model_input = scheduler.scale_model_input(latents, scheduler_t)  # (B, C, H, W)
-                prediction = self.predict(stage.transformer, model_input, t, conditions[guided], guided)
+                prediction = self.predict(stage, model_input, t, conditions[guided], guided)
                 latents = scheduler.step(prediction, scheduler_t, latents, **stage.step_kwargs, return_dict=False)[0]
                 if i == num_steps - 1:
                     latents = self._finish(stage, latents, upsampled, known)
@@ -749,6 +774,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         image: PipelineImageInput | None = None,
         mask_image: PipelineImageInput | None = None,
         strength: float | None = None,
+        batch_size: int | None = None,
     ) -> PISDMCascadePipelineOutput | tuple:
         r"""
         Generates images.
@@ -824,6 +850,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 share of the schedule, and runs that share of the steps; 0 keeps the image, the default. Shrink an
                 image to let lower stages change it. With `mask_image`, it is the first stage that begins with the
                 noised image; by default, 1.0, with pure noise.
+            batch_size (`int`, *optional*):
+                The most images that the models and the autoencoder take at once, to bound memory; all by default. The
+                images are the same up to rounding: noise is drawn for all of them.
 
         Returns:
             [`PISDMCascadePipelineOutput`], or a tuple of its values if `return_dict` is `False`.
@@ -859,6 +888,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         self.check_inputs(
             len(mixes),
             num_images_per_prompt,
+            batch_size,
             generator,
             output_type,
             eta,
@@ -869,6 +899,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         class_labels, class_weights = stack_mixes(mixes, num_images_per_prompt, self._execution_device)
         stages = self.plan_stages(
             len(class_labels),
+            batch_size,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -893,7 +924,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         stage_latents = []
         upsampled = low_res = None
         if stages[0].given.lower is not None:
-            latents = self.encode_image(stages[0].given.lower, len(class_labels))  # (B, C, h, w)
+            latents = self.encode_image(stages[0], stages[0].given.lower)  # (B, C, h, w)
         for stage in stages:
             self._stage = stage.number
             if stage.guidance_scale is not None:
@@ -913,7 +944,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     callback_on_step_end_tensor_inputs,
                 )
             if output_stages:
-                stage_latents.append((latents, stage.given))
+                stage_latents.append((stage, latents))
             if self.interrupt:
                 if stage.number < self.num_stages:
                     height, width = (length * vae_scale_factor(self.vae) for length in stage.shape[2:])
@@ -925,7 +956,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
         # 3. Turn latents into images
         self._current_timestep = None
-        images = self._postprocess(latents, stage.given, output_type)
+        images = self._postprocess(stage, latents, output_type)
         stage_images = None
         if output_stages:
             stage_images = [self._postprocess(*lower, output_type) for lower in stage_latents[:-1]] + [images]
@@ -948,13 +979,14 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         return image if known is None else known.keep(image)
 
     def _postprocess(
-        self, latents: torch.Tensor, given: GivenImages, output_type: str
+        self, stage: StagePlan, latents: torch.Tensor, output_type: str
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         if output_type == "latent":
             return latents
-        images = decode_latents(self.vae, latents)  # (B, C, H, W)
-        if given.known is not None:  # an autoencoder does not give back what it was given
-            known, mask = (repeat_images(part, len(images)).to(images.device) for part in (given.known, given.mask))
+        images = torch.cat([decode_latents(self.vae, batch) for batch in latents.split(stage.batch_size)])
+        if stage.given.known is not None:  # an autoencoder does not give back what it was given
+            given = (stage.given.known, stage.given.mask)
+            known, mask = (repeat_images(part, len(images)).to(images.device) for part in given)
             images = torch.where(mask, images, known)
         return self.image_processor.postprocess(images, output_type)
 

@@ -26,6 +26,7 @@ class StagePlan:
     timesteps: torch.Tensor  # (T,), on the CPU
     step_kwargs: dict[str, Any]  # what `scheduler.step` takes besides prediction, timestep and latents
     shape: tuple[int, int, int, int]  # (B, C, H, W)
+    batch_size: int  # images that the model takes at once
     latents: torch.Tensor | None  # initial noise; None: drawn
     guidance_scale: float | None  # None: as the stage before left it
     guidance_start: float
