@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import image_to_residual, residual_to_image
 from .image_inputs import GivenImages
-from .number_checks import NUMBERS, check_number
+from .number_checks import NUMBERS, check_number, is_positive_integer
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,26 @@ class StagePlan:
         if self.residual_scale is None:
             return latents
         return residual_to_image(latents, upsampled, self.residual_scale)
+
+
+def stage_lengths(name: str, length: int | None, configs: list[FrozenDict], scale_factor: int) -> list[int]:
+    """
+    Each stage's `height` or `width` in latents for a final image's in pixels, in proportion to the stages'
+    `sample_size`. Raises a ValueError if a stage would have a fraction of a patch.
+    """
+    full = configs[-1].sample_size * scale_factor
+    length = full if length is None else length
+    # Stage s gets length * sample_size_s / full, which must be a multiple of its patch size.
+    units = [full * c.patch_size // math.gcd(c.sample_size, full * c.patch_size) for c in configs]
+    unit = math.lcm(*units)
+    if not is_positive_integer(length) or length % unit != 0:
+        is_number = isinstance(length, Real) and math.isfinite(length)
+        nearest = max(unit, round(length / unit) * unit) if is_number else full
+        raise ValueError(
+            f"`{name}` has to be a positive integer divisible by {unit}, so that every stage has whole patches,"
+            f" but is {length!r}. Pass `{name}={nearest}`."
+        )
+    return [length * config.sample_size // full for config in configs]
 
 
 def first_values(value: Any, num_values: int) -> Any:
