@@ -122,9 +122,18 @@ def make_mask(side: int) -> torch.Tensor:
 
 
 def test_known_pixels_are_noised_to_the_level_of_each_step_and_returned(pipe):
-    """In every stage, with the noise it began with; of Heun's calls, each step's first."""
-    pixels, mask = torch.rand(1, 3, 32, 32), make_mask(32)
-    calls, output = calls_of(pipe, image=pixels, mask_image=mask, output_type="latent")
+    """In every stage, with the noise it began with; of Heun's calls, each step's first: between, it goes its way."""
+    pixels, mask, made = torch.rand(1, 3, 32, 32), make_mask(32), []
+
+    def record(pipe, step, timestep, tensors):
+        made.append(tensors["latents"])
+        return {}
+
+    arguments = {"image": pixels, "mask_image": mask, "output_type": "latent"}
+    calls, output = calls_of(pipe, callback_on_step_end=record, **arguments)
+    for i in range(1, 15, 2):
+        a, _ = alphas(calls[2][i]["timestep"])
+        torch.testing.assert_close(calls[2][i]["hidden_states"], (a * made[10 + i - 1]).float(), rtol=0, atol=1e-3)
     assert [len(own) for own in calls.values()] == [10, 15, 5]
     generator, lower = generators(7)[0], None
     for stage, side in ((1, 8), (2, 16), (3, 32)):
