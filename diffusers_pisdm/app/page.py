@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from ..utils.shipped_files import CHECKPOINT
-from .drawing import GUIDANCE_RANGE, LARGEST_SEED, Drawing, Progress, draw, plan_drawing
+from .drawing import GUIDANCE_RANGE, LARGEST_SEED, MOST_STEPS, Drawing, Progress, draw, plan_drawing
 from .models import Model, Models
 from .own_picture import read_picture
 from .parts import STATIC, class_picker, classes_of, head_of, scan_view, stage_viewer
@@ -24,7 +24,6 @@ from .style import make_theme
 MOST_STAGES = 4
 MOST_WAITING = 64  # requests in the queue
 MOST_IMAGES_PER_CLASS = 8
-SLIDER_STEPS = 50
 FIRST_CLASS = "fluent3d/animal-mammal"
 CLEAN_EVERY, KEEP_FILES = 600, 3600  # seconds
 DRAWING = {"concurrency_id": "drawing", "concurrency_limit": 1}  # the pipeline draws for one at a time
@@ -163,19 +162,18 @@ def _finished(files: list[tuple[str, str]]) -> gr.Gallery:
     return gr.Gallery(value=files, columns=columns(len(files)), visible=True, selected_index=None)
 
 
-def _stage_sliders(model: Model) -> tuple[list[dict], list[dict]]:
-    """Arguments of the sliders of steps and guidance, for as many stages as there can be."""
-    steps, scales = model.default("num_inference_steps"), model.default("guidance_scale")
-    has_stage = [i < model.pipe.num_stages for i in range(MOST_STAGES)]
-    labels = [f"{model.sizes[i]} px" if has else "" for i, has in enumerate(has_stage)]
-    of_steps = [
-        {"value": steps[i] if has else 1, "label": labels[i], "visible": has, "maximum": max(SLIDER_STEPS, *steps)}
-        for i, has in enumerate(has_stage)
-    ]
-    of_scales = [
-        {"value": scales[i] if has else 1, "label": labels[i], "visible": has} for i, has in enumerate(has_stage)
-    ]
-    return of_steps, of_scales
+def _stage_inputs(model: Model) -> tuple[list[dict], list[dict]]:
+    """Arguments of the inputs of steps and guidance, for as many stages as there can be."""
+    num_stages = model.pipe.num_stages
+    return tuple(
+        [
+            {"value": values[i], "label": f"{model.sizes[i]} px", "visible": True}
+            if i < num_stages
+            else {"visible": False}
+            for i in range(MOST_STAGES)
+        ]
+        for values in (model.default("num_inference_steps"), model.default("guidance_scale"))
+    )
 
 
 def _size_choices(model: Model) -> list[str]:
@@ -198,14 +196,15 @@ def build_app(model: str) -> gr.Blocks:
     studio = _Studio(Models(), model)
     first = studio.first
     first_label = FIRST_CLASS if FIRST_CLASS in first.labels else first.labels[0]
-    of_steps, of_scales = _stage_sliders(first)
+    of_steps, of_scales = _stage_inputs(first)
+    least, most = GUIDANCE_RANGE
 
     with gr.Blocks(
         title="PIS-DM: pictures that grow", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FILES)
     ) as app:
         name = gr.State(model)
         head = gr.HTML(head_of(first), elem_id="head")
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Draw"), gr.Row(elem_classes="workbench"):
                 with gr.Column(scale=5, min_width=300, elem_classes="tools"):
                     picker = class_picker(first, [first_label])
@@ -222,26 +221,32 @@ def build_app(model: str) -> gr.Blocks:
                                 0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed"
                             )
                             keep = gr.Checkbox(label="The same seed again", container=False, elem_id="keep")
-                    with gr.Row(equal_height=True, elem_classes="actions"):
-                        recipe_file = gr.UploadButton(
-                            "Open a picture drawn here", file_types=[".png"], size="sm", scale=0, elem_id="recipe-file"
-                        )
-                        gr.HTML("<p class='hint'>or drop it anywhere on the page: it sets everything as it was.</p>")
+                    recipe_file = gr.UploadButton(
+                        "Open a picture drawn here, or drop it on the page, to get its settings back",
+                        file_types=[".png"],
+                        size="sm",
+                        elem_id="recipe-file",
+                    )
                     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-                        gr.Markdown("Denoising steps per stage")
-                        with gr.Row():
-                            steps = [gr.Slider(1, step=1, min_width=120, **arguments) for arguments in of_steps]
-                        gr.Markdown("Guidance per stage: how strictly it follows the class; 1 turns it off")
-                        with gr.Row():
+                        gr.HTML("<p class='hint'>Denoising steps per stage</p>")
+                        with gr.Row(elem_classes="per-stage"):
+                            steps = [
+                                gr.Number(precision=0, minimum=1, maximum=MOST_STEPS, min_width=64, **arguments)
+                                for arguments in of_steps
+                            ]
+                        gr.HTML(
+                            "<p class='hint'>Guidance per stage: how strictly to follow the class; 1 turns it off</p>"
+                        )
+                        with gr.Row(elem_classes="per-stage"):
                             scales = [
-                                gr.Slider(*GUIDANCE_RANGE, step=0.1, min_width=120, **arguments)
+                                gr.Number(minimum=least, maximum=most, step=0.5, min_width=64, **arguments)
                                 for arguments in of_scales
                             ]
                         with gr.Row(equal_height=True):
                             model_box = gr.Textbox(
-                                model, label="Model: a folder or Hub repository", max_length=300, elem_id="model"
+                                model, label="Model (folder or Hub repository)", max_length=300, elem_id="model"
                             )
-                            load_button = gr.Button("Load", scale=0, min_width=90, elem_id="load")
+                            load_button = gr.Button("Load", scale=0, min_width=90, size="sm", elem_id="load")
                 with gr.Column(scale=6, min_width=300, elem_classes="stage-area"):
                     growing = gr.HTML(empty_canvas(), elem_id="growing")
                     gallery = gr.Gallery(
@@ -358,13 +363,13 @@ def build_app(model: str) -> gr.Blocks:
         def load(wanted: str) -> list:
             with _sentences():
                 loaded = studio.models.get(wanted.strip())
-            of_steps, of_scales = _stage_sliders(loaded)
+            of_steps, of_scales = _stage_inputs(loaded)
             gr.Info(f"Drawing with {loaded.name} from now on.")
             return [
                 wanted.strip(),
                 head_of(loaded),
                 gr.HTML(value=[loaded.labels[0]], **classes_of(loaded)),
-                *(gr.Slider(**arguments) for arguments in (*of_steps, *of_scales)),
+                *(gr.Number(**arguments) for arguments in (*of_steps, *of_scales)),
                 gr.Dropdown(choices=loaded.labels, value=loaded.labels[0]),
                 gr.Radio(choices=_size_choices(loaded), value="Auto"),
                 scans_of(loaded),
@@ -380,7 +385,7 @@ def build_app(model: str) -> gr.Blocks:
         )
         _add_endpoints(studio, own_inputs)
 
-        app.load(None, None, None, js=(STATIC / "drop.js").read_text(encoding="utf-8"))
+        app.load(None, None, None, js=(STATIC / "page.js").read_text(encoding="utf-8"))
     return app.queue(max_size=MOST_WAITING)
 
 
