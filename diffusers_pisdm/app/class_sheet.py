@@ -19,8 +19,8 @@ from ..utils.shipped_files import CHECKPOINT, find_model
 
 FILE_NAME = "class_thumbnails.webp"  # in the model's folder
 COLUMNS = 32
-CELL_SIZE = 48  # pixels
-QUALITY = 78
+CELL_SIZE = 64  # pixels
+QUALITY = 80
 BATCH_SIZE = 20
 
 

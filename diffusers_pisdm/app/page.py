@@ -221,12 +221,13 @@ def build_app(model: str) -> gr.Blocks:
                                 0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed"
                             )
                             keep = gr.Checkbox(label="The same seed again", container=False, elem_id="keep")
-                    recipe_file = gr.UploadButton(
-                        "Open a picture drawn here, or drop it on the page, to get its settings back",
-                        file_types=[".png"],
-                        size="sm",
-                        elem_id="recipe-file",
-                    )
+                    with gr.Column(elem_id="recipe"):
+                        recipe_file = gr.UploadButton(
+                            "Open a picture drawn here, or drop it on the page, to get its settings back",
+                            file_types=[".png"],
+                            size="sm",
+                            elem_id="recipe-file",
+                        )
                     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                         gr.HTML("<p class='hint'>Denoising steps per stage</p>")
                         with gr.Row(elem_classes="per-stage"):
@@ -242,7 +243,7 @@ def build_app(model: str) -> gr.Blocks:
                                 gr.Number(minimum=least, maximum=most, step=0.5, min_width=64, **arguments)
                                 for arguments in of_scales
                             ]
-                        with gr.Row(equal_height=True):
+                        with gr.Row():
                             model_box = gr.Textbox(
                                 model, label="Model (folder or Hub repository)", max_length=300, elem_id="model"
                             )
@@ -318,19 +319,15 @@ def build_app(model: str) -> gr.Blocks:
 
         buttons, own_buttons = [draw_button, stop_button], [enlarge_button, own_stop]
 
-        drawing_events = []
-        inputs = [name, *settings]
+        # One after the other, so that an early error cannot be overtaken by the buttons' change.
         picked = surprise_button.click(studio.surprise, name, [picker, keep], **AT_ONCE)
-        for trigger in (draw_button.click, picked.then):
-            trigger(_busy, None, buttons, **AT_ONCE)
-            event = trigger(
-                studio.draw,
-                inputs,
-                drawn,
-                show_progress_on=[lines],
-                **WATCHED,
+        drawing_events = []
+        for start in (draw_button.click, picked.then):
+            event = start(_busy, None, buttons, **AT_ONCE).then(
+                studio.draw, [name, *settings], drawn, show_progress_on=[lines], **WATCHED
             )
-            event.then(_idle, None, buttons, **AT_ONCE)
+            for end in (event.success, event.failure):
+                end(_idle, None, buttons, **AT_ONCE)
             drawing_events.append(event)
         stop_button.click(
             lambda: (*_idle(), message("Stopped.")),
@@ -339,19 +336,22 @@ def build_app(model: str) -> gr.Blocks:
             cancels=drawing_events,
             **AT_ONCE,
         )
-        seed.input(lambda: True, None, keep, **AT_ONCE)
-        recipe_file.upload(studio.apply_recipe, [name, recipe_file], [*settings, recipe_file], **AT_ONCE)
+        seed.input(None, None, keep, js="() => true")  # a seed that is typed is meant
+        recipe_file.upload(
+            studio.apply_recipe,
+            [name, recipe_file],
+            [*settings, recipe_file],
+            api_visibility="private",
+            show_progress="hidden",
+            concurrency_limit=None,
+        )
 
         own_inputs = [name, own, label, size, own_seed]
-        enlarge_button.click(_busy, None, own_buttons, **AT_ONCE)
-        enlarging = enlarge_button.click(
-            studio.enlarge,
-            own_inputs,
-            [own_growing, own_lines, enlarged],
-            show_progress_on=[own_lines],
-            **WATCHED,
+        enlarging = enlarge_button.click(_busy, None, own_buttons, **AT_ONCE).then(
+            studio.enlarge, own_inputs, [own_growing, own_lines, enlarged], show_progress_on=[own_lines], **WATCHED
         )
-        enlarging.then(_idle, None, own_buttons, **AT_ONCE)
+        for end in (enlarging.success, enlarging.failure):
+            end(_idle, None, own_buttons, **AT_ONCE)
         own_stop.click(
             lambda: (*_idle(), message("Stopped.")),
             None,

@@ -2,10 +2,10 @@
 () => {
   // A file dropped anywhere, but for what takes files itself, goes to the button that reads recipes.
   const isFile = (event) => [...(event.dataTransfer?.types || [])].includes("Files");
-  const isElsewhere = (event) => event.target.closest?.("#own-picture, #recipe-file");
+  const isElsewhere = (event) => event.target.closest?.("#own-picture");
   window.addEventListener("dragover", (event) => { if (isFile(event)) event.preventDefault(); });
   window.addEventListener("drop", (event) => {
-    const input = document.querySelector("#recipe-file input[type=file]");
+    const input = document.querySelector("#recipe input[type=file]");
     if (!isFile(event) || isElsewhere(event) || !input) return;
     event.preventDefault();
     input.files = event.dataTransfer.files;
