@@ -142,6 +142,10 @@ def _idle() -> tuple[gr.Button, gr.Button]:
     return gr.Button(visible=True), gr.Button(visible=False)
 
 
+def _stopped() -> tuple[gr.Button, gr.Button, str]:
+    return *_idle(), message("Stopped.")
+
+
 def _new_seed() -> int:
     return random.randint(0, 999_999)
 
@@ -329,13 +333,7 @@ def build_app(model: str) -> gr.Blocks:
             for end in (event.success, event.failure):
                 end(_idle, None, buttons, **AT_ONCE)
             drawing_events.append(event)
-        stop_button.click(
-            lambda: (*_idle(), message("Stopped.")),
-            None,
-            [*buttons, lines],
-            cancels=drawing_events,
-            **AT_ONCE,
-        )
+        stop_button.click(None, cancels=drawing_events).then(_stopped, None, [*buttons, lines], **AT_ONCE)
         seed.input(None, None, keep, js="() => true")  # a seed that is typed is meant
         recipe_file.upload(
             studio.apply_recipe,
@@ -352,13 +350,7 @@ def build_app(model: str) -> gr.Blocks:
         )
         for end in (enlarging.success, enlarging.failure):
             end(_idle, None, own_buttons, **AT_ONCE)
-        own_stop.click(
-            lambda: (*_idle(), message("Stopped.")),
-            None,
-            [*own_buttons, own_lines],
-            cancels=[enlarging],
-            **AT_ONCE,
-        )
+        own_stop.click(None, cancels=[enlarging]).then(_stopped, None, [*own_buttons, own_lines], **AT_ONCE)
 
         def load(wanted: str) -> list:
             with _sentences():
