@@ -390,7 +390,7 @@ def _add_endpoints(studio: _Studio, own_inputs: list) -> None:
         seed: int = 0,
         num_inference_steps: list[int] | None = None,
         guidance_scale: list[float] | None = None,
-    ) -> list[str]:
+    ) -> Iterator[list[dict[str, Any]]]:
         """Draws pictures of classes; returns the files, each with its recipe.
 
         Parameters:
@@ -418,8 +418,14 @@ def _add_endpoints(studio: _Studio, own_inputs: list) -> None:
         """
         return [label for label in studio.first.labels if contains.lower() in label.lower()]
 
+    def stages() -> list[int]:
+        """Lists the width in pixels of each stage's pictures."""
+        return studio.first.sizes
+
+    generate.__annotations__["return"] = list[str]  # what callers get: Gradio describes the endpoint by it
     gr.api(generate, api_name="generate", **DRAWING)
-    gr.api(classes, api_name="classes")
+    gr.api(classes, api_name="classes", concurrency_limit=None)
+    gr.api(stages, api_name="stages", concurrency_limit=None)
     gr.Button(visible=False).click(
         studio.enlarge_to_files,
         own_inputs,
