@@ -1,12 +1,14 @@
 """The page in a real browser."""
 
 import base64
+import time
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.utils.png_recipe import read_recipe, recipe_chunk
 
 
@@ -165,7 +167,14 @@ def test_nothing_chosen_is_a_sentence_and_the_page_goes_on(open_page):
     draw(page)
 
 
-def test_stop_ends_a_drawing_and_frees_the_worker(open_page):
+def test_stop_ends_a_drawing_and_frees_the_worker(open_page, monkeypatch):
+    forward = PISDMTransformer2DModel.forward
+
+    def slow_forward(*args, **kwargs):  # the drawing would take 10 seconds
+        time.sleep(0.05)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(PISDMTransformer2DModel, "forward", slow_forward)
     page = open_page()
     page.click("#advanced button")
     for stage in (0, 1):
