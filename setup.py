@@ -43,6 +43,8 @@ extras["test"] = [
     *extras["evaluate"],
     *extras["benchmarks"],
     *extras["emoji"],
+    *extras["gradio"],
+    "playwright>=1.50",  # drives the system's Chromium
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -68,6 +70,7 @@ setup(
     packages=[*find_packages(include=["diffusers_pisdm", "diffusers_pisdm.*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={
+        "diffusers_pisdm.app": ["static/*"],
         "diffusers_pisdm.publishing": ["model_card.md"],
         "diffusers_pisdm.checkpoints": ["pisdm-emoji128/**"],
         "diffusers_pisdm.recipes": ["*.json"],

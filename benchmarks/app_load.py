@@ -1,0 +1,96 @@
+"""
+Many people on the page at once: how long they wait, how many are refused, and whether memory grows.
+
+    python benchmarks/app_load.py --clients 20 --seconds 120
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+from gradio_client import Client
+
+from diffusers_pisdm.app.page import build_app, launch_options
+
+
+@contextmanager
+def serve(model: str) -> Iterator[str]:
+    """The page of a model in this process, at a free port of this machine."""
+    app = build_app(model)
+    try:
+        yield app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **launch_options())[1]
+    finally:
+        app.close(verbose=False)
+
+
+def visit(url: str, number: int, end: float, steps: list[int], waits: list[float], errors: list[str]) -> None:
+    """Draws one picture after another until the time is up, as a visitor of its own."""
+    try:
+        client = Client(url, verbose=False)
+        labels = client.predict("", api_name="/classes")
+        while time.monotonic() < end:
+            start = time.monotonic()
+            seed = len(waits)
+            (file,) = client.predict(
+                [labels[number % len(labels)]], 1, seed, num_inference_steps=steps, api_name="/generate"
+            )
+            if not file.endswith(".png"):
+                raise ValueError(f"got {file}")
+            waits.append(time.monotonic() - start)
+    except Exception as error:  # whatever a visitor may see is what is counted
+        errors.append(f"{type(error).__name__}: {error}")
+
+
+def measure(model: str, num_clients: int, seconds: float, steps_per_stage: int) -> dict[str, float | int | list]:
+    """Lets clients draw for some time; returns what they saw, and this process's memory in MB at each quarter."""
+    process = psutil.Process()
+    waits: list[float] = []
+    errors: list[str] = []
+    memory = []
+    with serve(model) as url:
+        steps = [steps_per_stage] * len(Client(url, verbose=False).predict(api_name="/stages"))
+        end = time.monotonic() + seconds
+        arguments = [(url, number, end, steps, waits, errors) for number in range(num_clients)]
+        threads = [threading.Thread(target=visit, args=values) for values in arguments]
+        for thread in threads:
+            thread.start()
+        for _ in range(4):
+            time.sleep(seconds / 4)
+            memory.append(round(process.memory_info().rss / 1e6))
+        for thread in threads:
+            thread.join()
+    waits.sort()
+    return {
+        "clients": num_clients,
+        "seconds": seconds,
+        "drawn": len(waits),
+        "errors": errors,
+        "median_wait_s": round(statistics.median(waits), 2) if waits else None,
+        "longest_wait_s": round(waits[-1], 2) if waits else None,
+        "memory_mb": memory,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser.add_argument("--model", default="pisdm-emoji128")
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--steps_per_stage", type=int, default=1)
+    args = parser.parse_args(arguments)
+    result = measure(args.model, args.clients, args.seconds, args.steps_per_stage)
+    print(json.dumps(result, indent=2))
+    if result["errors"] or not result["drawn"]:
+        sys.exit("error: some clients were refused" if result["errors"] else "error: nothing was drawn")
+
+
+if __name__ == "__main__":
+    main()

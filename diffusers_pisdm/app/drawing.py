@@ -1,0 +1,159 @@
+"""One drawing: checked, run in a thread of its own, and watched step by step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..models.latents import decode_latents
+from ..ops.conditioning_augmentation import residual_to_image
+from ..pipelines import PISDMCascadePipeline
+from ..pipelines.pipeline_pisdm_cascade import SCHEDULERS
+from .models import Model
+
+
+MOST_IMAGES = 16
+MOST_STEPS = 100  # in a stage
+LARGEST_SEED = 2**32 - 1
+GUIDANCE_RANGE = (1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What to draw: image `i` shows class `class_ids[i]`, from a generator seeded with `seed + i`."""
+
+    class_ids: list[int]
+    seed: int
+    num_inference_steps: list[int]  # per stage
+    guidance_scale: list[float]  # per stage
+    image: Image.Image | None = None  # to enlarge, of a stage's size
+
+    def recipes(self, model: Model) -> list[dict[str, Any]]:
+        """What each image is drawn by, to keep in its file."""
+        shared = {
+            "model": model.name,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "noise_level": model.default("noise_level")[: model.pipe.num_stages - 1],
+            "scheduler": type(model.pipe.scheduler).__name__,
+        }
+        if self.image is not None:
+            shared["image"] = f"a picture of {self.image.width}x{self.image.height} pixels"
+        labels = [model.labels[class_id] for class_id in self.class_ids]
+        return [
+            {"class_label": int(label) if label.isdigit() else label, "seed": self.seed + i, **shared}
+            for i, label in enumerate(labels)
+        ]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What there is after a step: the images so far, of the running stage's size."""
+
+    stage: int  # from 1
+    step: int  # of this stage, from 1
+    images: list[Image.Image]
+
+
+def plan_drawing(
+    model: Model,
+    class_labels: list[str | int],
+    images_per_class: int,
+    seed: int | None,
+    num_inference_steps: list[int],
+    guidance_scale: list[float],
+    image: Image.Image | None = None,
+) -> Drawing:
+    """Checks what is asked for; raises a TypeError or ValueError that says what is wrong."""
+    if not isinstance(class_labels, list) or not class_labels:
+        raise ValueError("No class is chosen. Pick at least one.")
+    if not _is_whole(images_per_class, 1, MOST_IMAGES):
+        raise ValueError(f"The number of pictures has to be 1 to {MOST_IMAGES}, but is {images_per_class}.")
+    num_images = len(class_labels) * int(images_per_class)
+    if num_images > MOST_IMAGES:
+        raise ValueError(
+            f"{len(class_labels)} classes with {images_per_class} pictures each are {num_images}, but at most"
+            f" {MOST_IMAGES} are drawn at once. Choose fewer."
+        )
+    if not _is_whole(seed, 0, LARGEST_SEED):
+        raise ValueError(f"The seed has to be a whole number from 0 to {LARGEST_SEED}, but is {seed}.")
+    for stage, steps in enumerate(num_inference_steps, start=1):
+        if not _is_whole(steps, 1, MOST_STEPS):
+            raise ValueError(f"Stage {stage} has {steps} steps, but 1 to {MOST_STEPS} are possible.")
+    least, most = GUIDANCE_RANGE
+    for stage, scale in enumerate(guidance_scale, start=1):
+        if not isinstance(scale, (int, float)) or not least <= scale <= most:
+            raise ValueError(f"Stage {stage} has a guidance of {scale}, but {least:g} to {most:g} is possible.")
+    for name, values in (("steps", num_inference_steps), ("guidance", guidance_scale)):
+        if len(values) != model.pipe.num_stages:
+            raise ValueError(f"There are {len(values)} values for {name}, but {model.pipe.num_stages} stages.")
+    class_ids = [model.find_class(label) for label in class_labels for _ in range(int(images_per_class))]
+    steps, scales = [int(value) for value in num_inference_steps], [float(value) for value in guidance_scale]
+    return Drawing(class_ids, int(seed), steps, scales, image)
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and least <= value <= most and value == int(value)
+
+
+def draw(pipe: PISDMCascadePipeline, drawing: Drawing) -> Iterator[Progress]:
+    """Draws and yields after every step. Whoever stops iterating also stops the drawing, within a step."""
+    done: queue.SimpleQueue[Progress | Exception | None] = queue.SimpleQueue()
+    abandoned = threading.Event()  # of this drawing alone: the pipeline is shared
+    last_stage = step = 0
+
+    def on_step_end(pipe: PISDMCascadePipeline, _: int, __: torch.Tensor, now: dict[str, Any]) -> dict:
+        nonlocal last_stage, step
+        step = step + 1 if now["stage"] == last_stage else 1
+        last_stage = now["stage"]
+        if abandoned.is_set():
+            pipe._interrupt = True
+        elif (images := _show(pipe, now, step == drawing.num_inference_steps[last_stage - 1])) is not None:
+            done.put(Progress(last_stage, step, images))
+        return {}
+
+    def run() -> None:
+        try:
+            pipe(
+                class_labels=drawing.class_ids,
+                generator=[torch.Generator().manual_seed(drawing.seed + i) for i in range(len(drawing.class_ids))],
+                num_inference_steps=drawing.num_inference_steps,
+                guidance_scale=drawing.guidance_scale,
+                image=drawing.image,
+                output_type="latent",
+                callback_on_step_end=on_step_end,
+                callback_on_step_end_tensor_inputs=["latents", "low_res", "stage"],
+            )
+            done.put(None)
+        except Exception as error:  # of the thread: raised below
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while (item := done.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        abandoned.set()
+
+
+def _show(pipe: PISDMCascadePipeline, now: dict[str, Any], is_last: bool) -> list[Image.Image] | None:
+    """The images after a step; before a stage's last one, what the model takes them to be."""
+    latents, low_res, stage = now["latents"], now["low_res"], now["stage"]  # (B, C, H, W)
+    if not is_last:
+        if pipe.vae is not None:  # decoding takes longer than a step
+            return None
+        scheduler = getattr(pipe, SCHEDULERS[stage - 1])
+        if getattr(getattr(scheduler, "config", None), "algorithm_type", "").endswith("++"):
+            latents = scheduler.model_outputs[-1]  # the predicted image, without the noise of later steps
+        scale = pipe.stages[stage - 1].config.get("residual_scale")
+        latents = latents if scale is None else residual_to_image(latents, low_res, scale)
+    return pipe.image_processor.postprocess(decode_latents(pipe.vae, latents).clamp(-1, 1), "pil")

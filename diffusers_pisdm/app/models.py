@@ -1,0 +1,84 @@
+"""The models that the page draws with: loaded once, shared by all who use the page."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..models.latents import vae_scale_factor
+from ..pipelines import PISDMCascadePipeline
+from ..pipelines.class_names import ids_by_name
+from ..utils.messages import one_line
+from ..utils.shipped_files import find_model, model_name
+from .class_sheet import find_sheet
+
+
+MOST_LOADED = 2
+LOADING_ERRORS = (OSError, ValueError, TypeError, ImportError, AttributeError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline, and what the page shows of it."""
+
+    name: str  # as recipes have it
+    pipe: PISDMCascadePipeline
+    labels: list[str]  # by class id: its name, or its number where no other class may have the name
+    sheet: Path | None  # thumbnails of the classes
+
+    @property
+    def sizes(self) -> list[int]:
+        """Width of each stage's images in pixels."""
+        return [transformer.config.sample_size * vae_scale_factor(self.pipe.vae) for transformer in self.pipe.stages]
+
+    def default(self, name: str) -> list:
+        """The model's default of an argument, a value per stage."""
+        value = self.pipe.config[f"default_{name}"]
+        return list(value) if isinstance(value, (list, tuple)) else [value] * self.pipe.num_stages
+
+    def find_class(self, label: str | int) -> int:
+        """The id of a class, by name or by number; raises a TypeError or ValueError if there is none."""
+        known = self.labels.index(label) if label in self.labels else None
+        is_number = isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10
+        return known if known is not None else self.pipe.get_label_ids([int(label) if is_number else label])[0]
+
+
+class Models:
+    """Loads models by folder or Hub repository and keeps those used last."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[str, Model] = OrderedDict()
+
+    def get(self, name: str) -> Model:
+        """Returns a model, loaded if need be; raises a ValueError that says why it cannot be."""
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = _load(name)
+            self._loaded.move_to_end(name)
+            while len(self._loaded) > MOST_LOADED:
+                self._loaded.popitem(last=False)
+            return self._loaded[name]
+
+
+def _load(name: str) -> Model:
+    path = find_model(name)
+    try:
+        pipe = PISDMCascadePipeline.from_pretrained(path, use_safetensors=True)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    except LOADING_ERRORS as error:
+        reason = one_line(str(error).strip().split("\n")[0])[:300]
+        raise ValueError(
+            f"The model '{one_line(name)[:200]}' cannot be loaded: {reason} Pass the folder of a saved"
+            " PISDMCascadePipeline, or its repository on the Hub."
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    pipe(class_labels=0, num_inference_steps=2)  # compiles the kernels: nobody should wait for that
+    names, ids = pipe.config.id2label or {}, ids_by_name(pipe.config.id2label)
+    num_classes = pipe.transformer.config.num_classes
+    labels = [names[i] if ids.get(names.get(i)) == [i] else str(i) for i in range(num_classes)]
+    return Model(model_name(path), pipe, labels, find_sheet(path, num_classes))

@@ -1,0 +1,57 @@
+"""The page's settings, as a picture drawn by it carries them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..utils.messages import one_line
+from ..utils.png_recipe import read_recipe
+from .drawing import Drawing, plan_drawing
+from .models import Model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe sets on the page, and what it says that the page has no place for."""
+
+    label: str
+    drawing: Drawing
+    unmatched: list[str]
+
+
+def read_settings(path: str | Path, model: Model) -> Settings:
+    """Reads a picture's recipe; raises a ValueError that says why it cannot be used with this model."""
+    recipe = read_recipe(path)
+    absent = [key for key in ("class_label", "seed") if key not in recipe]
+    if absent:
+        raise ValueError(f"The picture's recipe has no `{absent[0]}`.")
+    num_stages = model.pipe.num_stages
+    steps, scales = (
+        _per_stage(recipe.get(name), model.default(name), num_stages)
+        for name in ("num_inference_steps", "guidance_scale")
+    )
+    try:
+        drawing = plan_drawing(model, [recipe["class_label"]], 1, recipe["seed"], steps, scales)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The picture's recipe does not fit this model: {error}") from error
+    (ours,) = drawing.recipes(model)
+    wanted = {
+        "model": recipe.get("model", ours["model"]),
+        "scheduler": recipe.get("scheduler", ours["scheduler"]),
+        "noise_level": _per_stage(recipe.get("noise_level"), ours["noise_level"], num_stages - 1),
+    }
+    unmatched = [f"{key}={_show(value)}" for key, value in wanted.items() if value != ours[key]]
+    unmatched += [f"{key}={_show(recipe[key])}" for key in ("stage", "lora", "image") if key in recipe]
+    return Settings(model.labels[drawing.class_ids[0]], drawing, unmatched)
+
+
+def _per_stage(value: Any, default: list, num_values: int) -> list:
+    if value is None:
+        return default
+    return value if isinstance(value, list) else [value] * num_values
+
+
+def _show(value: Any) -> str:
+    return one_line(str(value))[:80]
