@@ -24,7 +24,7 @@ from .style import make_theme
 MOST_STAGES = 4
 MOST_WAITING = 64  # requests in the queue
 MOST_IMAGES_PER_CLASS = 8
-FIRST_CLASS = "fluent3d/animal-mammal"
+FIRST_CLASS = "fluent3d/face-smiling"
 CLEAN_EVERY, KEEP_FILES = 600, 3600  # seconds
 DRAWING = {"concurrency_id": "drawing", "concurrency_limit": 1}  # the pipeline draws for one at a time
 AT_ONCE = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
