@@ -65,6 +65,7 @@ def test_classes_are_found_by_words_style_and_subject(open_page):
     page.click(".picker-style >> text=All styles")
     page.select_option(".picker-subject", "heart")
     assert visible_tiles(page) == ["noto/heart", "twemoji/heart"]
+    assert page.locator(".picker-name").all_inner_texts() == ["noto", "twemoji"]  # the subject is the same
     page.fill(".picker-search", "nothing")
     assert "No class" in page.inner_text(".picker-count")
 

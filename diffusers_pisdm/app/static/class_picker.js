@@ -63,17 +63,18 @@ const showTiles = () => {
     return (!state.style || style === state.style) && (!state.subject || subject === state.subject)
       && words.every((word) => label.toLowerCase().includes(word) || word === String(index));
   };
-  const tiles = props.labels.flatMap((label, index) => {
-    if (!matches(label, index)) return [];
+  const shown = props.labels.map((label, index) => [label, index]).filter(([label, index]) => matches(label, index));
+  const isOneSubject = unique(shown.map(([label]) => parts(label)[1])).length === 1; // then the style tells them apart
+  const tiles = shown.map(([label, index]) => {
     const [style, subject] = parts(label);
     const tile = make("button", "picker-tile");
     tile.type = "button";
     tile.title = `${label} (class ${index})`;
     tile.dataset.label = label;
     tile.setAttribute("aria-pressed", chosen().includes(label));
-    tile.append(thumbnail(index, label), make("span", "picker-name", state.subject ? style : subject));
+    tile.append(thumbnail(index, label), make("span", "picker-name", (isOneSubject && style) || subject));
     tile.onclick = () => toggle(label);
-    return [tile];
+    return tile;
   });
   $(".picker-grid").replaceChildren(...tiles);
   $(".picker-count").textContent =
