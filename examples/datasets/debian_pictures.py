@@ -14,8 +14,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from emoji import import_resvg, render
 from PIL import ImageColor
+
+from emoji import import_resvg, render
 
 
 STAMPS = {
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         found = list(find(args.unpacked))
         if not found:
-            raise FileNotFoundError(f"{args.unpacked} has none of the pictures: unpack the package there (see --help).")
+            raise FileNotFoundError(
+                f"{args.unpacked} has none of the pictures: unpack the package there (see --help)."
+            )
         args.output_dir.mkdir(parents=True)
         for name, path in found:
             (args.output_dir / name).mkdir(exist_ok=True)
