@@ -1,4 +1,4 @@
-"""Looks through a folder of images or a data set before training: classes, sizes, faults and duplicates.
+"""Looks through images before training: classes, sizes, faults and duplicates.
 
     pisdm check-data my_images
     pisdm check-data my_images --size 64 --output sheet.png

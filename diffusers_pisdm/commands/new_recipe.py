@@ -107,7 +107,7 @@ class Plan:
         return self.steps * self.batch_size
 
     def recipe(self) -> dict[str, Any]:
-        """The recipe, as `--cascade_config` reads it: with the settings of `emoji128_gpu` where they are not in doubt."""
+        """The recipe, as `--cascade_config` reads it; settings not chosen here are `emoji128_gpu`'s."""
         upper = len(self.stages) - 1
         every_quarter = max(1, self.steps // 4)
         return {

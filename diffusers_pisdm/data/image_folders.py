@@ -65,7 +65,8 @@ def load_folder(
     Args:
         folder (`str`): Its absolute path.
         label_column (`str`): The column of labels where images have metadata.
-        split, streaming, cache_dir, config_name, report_left_out: See [`~diffusers_pisdm.data.image_data.load_image_data`].
+        split, streaming, cache_dir, config_name, report_left_out:
+            See [`~diffusers_pisdm.data.image_data.load_image_data`].
 
     Returns:
         `Dataset` or `IterableDataset`: A stream only of what `datasets` copies to its cache otherwise.

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, path in found:
             (args.output_dir / name).mkdir(exist_ok=True)
             picture = render(path.read_bytes(), resolution, ImageColor.getrgb("white"))
-            picture.save(args.output_dir / name / f"{path.stem}.png")
+            picture.save(args.output_dir / name / f"{path.parent.name}-{path.stem}.png")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"Wrote {len(found)} pictures of {len({name for name, _ in found})} classes to {args.output_dir}")
