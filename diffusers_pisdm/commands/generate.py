@@ -26,6 +26,7 @@ from ..schedulers import swap_scheduler
 from ..utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, output_path
 from ..utils.files import write_whole
 from ..utils.image_grid import make_image_grid
+from ..utils.messages import show_duration
 from ..utils.names import did_you_mean, names_with, show_name
 from ..utils.png_recipe import recipe_chunk
 from ..utils.shipped_files import CHECKPOINT, find_model, model_name
@@ -223,7 +224,7 @@ def generate(args: argparse.Namespace) -> str:
     width, height = output.images[0].size
     return (
         f"Wrote {' and '.join(map(str, written))}: {len(names)} images of {len(set(names))} classes at"
-        f" {width}x{height} pixels in {time.perf_counter() - start:.1f} s."
+        f" {width}x{height} pixels in {show_duration(time.perf_counter() - start)}."
     )
 
 

@@ -162,7 +162,7 @@ class Plan:
 
 def batch_shares(num_stages: int) -> list[float]:
     """Of the batch: low stages decide what the image shows and are cheap; high ones learn sooner."""
-    return [max(0.25, 2.0**-stage) for stage in range(num_stages)]
+    return [1.0] + [0.25] * (num_stages - 1)
 
 
 def stage_sizes(size: int) -> list[int]:

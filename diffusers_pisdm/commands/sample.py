@@ -15,6 +15,7 @@ import time
 
 from ..evaluation import missing_samples, write_sample_archive
 from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty
+from ..utils.messages import show_duration
 from ..utils.shipped_files import CHECKPOINT, find_model
 from .drawing import (
     ERRORS,
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_sample_set(pipe, settings, args.batch_size, args.output_dir, state)
         if state.is_main_process:
             finish(args)
-            print(f"{args.num_samples} samples in {args.output_dir}, {time.perf_counter() - start:.1f} s")
+            print(f"{args.num_samples} samples in {args.output_dir}, {show_duration(time.perf_counter() - start)}")
     except ERRORS as error:
         exit_with(error, state)
     state.destroy_process_group()

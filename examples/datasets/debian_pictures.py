@@ -5,8 +5,8 @@
     python examples/datasets/debian_pictures.py stamps --unpacked unpacked --output_dir data/stamps
     python examples/datasets/debian_pictures.py folders --unpacked unpacked --output_dir data/folders
 
-`stamps` are birds, flowers, fruit and houses (Tux Paint, GPL-2); `folders` are icons of folders in 26 colours, a class
-for each sign on them (Papirus, GPL-3; needs `pip install resvg-py`). The pictures are centred on white squares.
+`stamps` are birds, flowers, fruit and houses (Tux Paint, GPL-2). `folders` are icons of folders with various signs, by
+colour (Papirus, GPL-3; needs `pip install resvg-py`). The pictures are centred on white squares.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from PIL import ImageColor
 from emoji import import_resvg, render
 
 
-STAMPS = {
-    "birds": ("animals/birds", "animals/birds/cartoon"),
-    "flowers": ("plants/flowers",),
-    "fruit": ("food/fruit", "food/fruit/cartoon"),
-    "houses": ("town/houses/cartoon",),
+STAMPS = {  # by names that are part of the published checkpoint's, from which such classes start
+    "animal-bird": ("animals/birds", "animals/birds/cartoon"),
+    "food-fruit": ("food/fruit", "food/fruit/cartoon"),
+    "place-building": ("town/houses/cartoon",),
+    "plant-flower": ("plants/flowers",),
 }
-FOLDERS = ("documents", "download", "games", "locked", "mail", "music", "photo", "videos")
+FOLDERS = ("black", "blue", "brown", "green", "orange", "pink", "red", "yellow")
 
 
 def find_stamps(unpacked: Path) -> Iterator[tuple[str, Path]]:
@@ -40,7 +40,7 @@ def find_folders(unpacked: Path) -> Iterator[tuple[str, Path]]:
     import_resvg()
     top = unpacked / "usr/share/icons/Papirus/64x64/places"
     for name in FOLDERS:
-        yield from ((name, path) for path in sorted(top.glob(f"folder-*-{name}.svg")))
+        yield from ((name, path) for path in sorted(top.glob(f"folder-{name}-*.svg")))
 
 
 SETS = {"stamps": (find_stamps, 128), "folders": (find_folders, 64)}  # and the pixels per side

@@ -52,7 +52,9 @@ def test_what_is_wrong_is_named_by_path_and_ends_with_1(images, capsys):
     out = capsys.readouterr().out
     assert end.value.code == 1
     assert re.search(r"^Unreadable: 1 image\n.*heart/torn\.png\): image file is truncated", out, re.MULTILINE)
-    assert re.search(rf"^Duplicates.*: 1\n.*heart/again\.bmp\) = .*heart/{re.escape(first.name)}\)$", out, re.MULTILINE)
+    assert re.search(
+        rf"^Duplicates.*: 1\n.*heart/again\.bmp\) = .*heart/{re.escape(first.name)}\)$", out, re.MULTILINE
+    )
     assert re.search(r"^Smaller than 32 pixels.*: 1\n.*heart/small\.png", out, re.MULTILINE)
     assert re.search(r"^Longer than 1\.5:1.*: 1\n.*heart/small\.png", out, re.MULTILINE)
     assert re.search(r"^Left out: not in a class folder: 1\n  stray\.png$", out, re.MULTILINE)

@@ -100,7 +100,7 @@ def test_the_file_is_a_recipe_with_a_value_for_each_stage(monkeypatch, real_imag
     (tmp_path / "recipe.json").write_text(json.dumps(made.recipe()))
     recipe = read_recipe(tmp_path / "recipe.json")
     assert [stage["sample_size"] for stage in recipe.stages] == [16, 32, 64]
-    assert recipe.training["batch_shares"] == [1, 0.5, 0.25]
+    assert recipe.training["batch_shares"] == [1, 0.25, 0.25]
     assert recipe.training["loss_weighting"] == ["uniform", "min_snr", "min_snr"]
 
 
