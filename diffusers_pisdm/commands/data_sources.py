@@ -31,8 +31,10 @@ def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """Ends the command unless it got one data set; a folder becomes `args.train_data_dir`."""
     folders = [folder for folder in (getattr(args, "folder", None), args.train_data_dir) if folder is not None]
     if len(folders) + (args.dataset_name is not None) != 1:
-        names = "a folder, --train_data_dir" if hasattr(args, "folder") else "--train_data_dir"
-        parser.error(f"pass one of {names} and --dataset_name")
+        has_folder = hasattr(args, "folder")
+        parser.error(
+            f"pass either {'a folder or --dataset_name' if has_folder else '--dataset_name or --train_data_dir'}"
+        )
     args.train_data_dir = folders[0] if folders else None
 
 

@@ -89,8 +89,8 @@ def test_the_sheet_has_a_row_for_each_class(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of a folder"),
-        (["a", "--train_data_dir", "b"], "one of a folder"),
+        ([], "either a folder or --dataset_name"),
+        (["a", "--train_data_dir", "b"], "either a folder or --dataset_name"),
         (["a", "--output", "sheet.doc"], "no picture's name"),
     ],
 )
