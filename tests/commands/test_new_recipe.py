@@ -60,6 +60,12 @@ def test_a_faster_machine_gets_a_larger_model_that_still_sees_enough(monkeypatch
     assert all(plan.images_seen >= new_recipe.ENOUGH_IMAGES for plan in plans[1:])
 
 
+def test_too_few_images_are_warned_of(monkeypatch, real_image_dir):
+    few, more = (plan(monkeypatch, real_image_dir, 10, speed).describe() for speed in (1e8, 1e10))
+    assert re.search("rough: allow more --minutes", few[-1])
+    assert not any("rough" in line for line in more)
+
+
 def test_no_time_for_a_step_is_an_error(monkeypatch, real_image_dir):
     with pytest.raises(ValueError, match=r"A step takes .* allow more --minutes"):
         plan(monkeypatch, real_image_dir, 0.01, 1e6)
