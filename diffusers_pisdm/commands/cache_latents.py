@@ -17,14 +17,14 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
-from ..data.image_data import ImageData, load_image_data, read_class_names
 from ..data.image_rows import ON_BAD_IMAGE, ImageRows
 from ..data.image_transform import ImageTransform
 from ..data.latent_cache import DTYPES, INDEX_FILE, CacheIndex
 from ..data.latent_cache_writer import vae_fingerprint, write_latent_cache
 from ..models.latents import load_vae, vae_scale_factor
 from ..training.recipes import Recipe, read_recipe
-from ..utils.arguments import COUNT, COUNT_OR_ZERO
+from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty
+from .data_sources import add_data_arguments, check_source, load_data
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--output_dir", required=True, help="The folder for the cache.")
+    add("--output_dir", type=not_empty, required=True, help="The folder for the cache.")
     add(
         "--cascade_config",
         required=True,
@@ -44,21 +44,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images_per_shard", type=COUNT, default=4096)
     add("--batch_size", type=COUNT, default=64, help="Images per process and step.")
 
-    data = parser.add_argument_group("data (pass one of the first two)")
-    data.add_argument("--dataset_name", help="A data set on the Hub.")
-    data.add_argument("--train_data_dir", help="A folder: one subfolder of images per class, parquet or webdataset.")
-    data.add_argument("--dataset_config_name", help="The data set's configuration, if it has several.")
-    data.add_argument("--split", default="train")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--label_column", default="label")
-    data.add_argument("--class_names_file", help="A file with one class name per line, if labels are bare numbers.")
+    data = add_data_arguments(parser)
     data.add_argument("--random_flip", action="store_true", help="Also encode the mirrored images.")
     data.add_argument("--on_bad_image", choices=ON_BAD_IMAGE, default="stop")
     data.add_argument("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0)
 
     args = parser.parse_args(argv)
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("pass either --dataset_name or --train_data_dir")
+    check_source(parser, args)
     return args
 
 
@@ -67,19 +59,6 @@ def load_recipe(file: str) -> Recipe:
         return read_recipe(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"--cascade_config {file}: {error}") from error
-
-
-def load_data(args: argparse.Namespace) -> ImageData:
-    is_begun = Path(args.output_dir, INDEX_FILE).is_file()
-    return load_image_data(
-        args.dataset_name or args.train_data_dir,
-        args.split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        config_name=args.dataset_config_name,
-        class_names=None if args.class_names_file is None else read_class_names(args.class_names_file),
-        class_order=CacheIndex.read(Path(args.output_dir)).class_names if is_begun else None,
-    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("The recipe has no `vae`: pass one as --pretrained_vae_model_name_or_path.")
         vae = load_vae(vae_name, recipe.stages[-1]["in_channels"], DTYPES[args.vae_dtype][0]).to(accelerator.device)
         sizes = [stage["sample_size"] for stage in recipe.stages]
-        data = load_data(args)
+        is_begun = Path(args.output_dir, INDEX_FILE).is_file()
+        data = load_data(args, class_order=CacheIndex.read(Path(args.output_dir)).class_names if is_begun else None)
         index = CacheIndex(
             dataset=args.dataset_name or args.train_data_dir,
             split=args.split,

@@ -48,7 +48,7 @@ from ..evaluation import (
 )
 from ..evaluation.samples.record import RECORD_FILE
 from ..models.latents import vae_scale_factor
-from ..utils.arguments import COUNT, COUNT_OR_ZERO
+from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty, output_path
 from ..utils.files import write_whole
 from ..utils.image_grid import make_image_grid
 from ..utils.machine import describe_machine
@@ -100,17 +100,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="efficientnet_lite0, inception_v3 (FID proper) or transformers:MODEL (a folder or a Hub name).",
     )
     by_what.add_argument("--features_weights", help="A weights file to use instead of the default.")
-    by_what.add_argument("--save_reference", metavar="FILE.npz", help="Save the reference's statistics.")
+    by_what.add_argument(
+        "--save_reference", type=not_empty, metavar="FILE.npz", help="Save the reference's statistics."
+    )
     by_what.add_argument("--num_neighbors", type=COUNT, default=3, help="k for precision and recall.")
     by_what.add_argument(
         "--max_reference_features", type=COUNT, default=10_000, help="Images for precision and recall."
     )
     by_what.add_argument("--split_size", type=COUNT, default=5000, help="Images per split for the inception score.")
     by_what.add_argument("--batch_size", type=COUNT, default=50, help="Images per process and step.")
-    by_what.add_argument("--output", type=Path, default=Path("evaluation.json"), help="A .png goes next to it.")
+    by_what.add_argument("--output", type=output_path, default=Path("evaluation.json"), help="A .png goes next to it.")
 
     drawing = parser.add_argument_group("drawing samples, with --model")
-    drawing.add_argument("--samples_dir", type=Path, help="Where samples go; default: next to --output.")
+    drawing.add_argument("--samples_dir", type=output_path, help="Where samples go; default: next to --output.")
     drawing.add_argument("--num_samples", type=COUNT, default=50_000)
     drawing.add_argument(
         "--seed", type=COUNT_OR_ZERO, default=0, help="For the samples, and for random choices in the scores."

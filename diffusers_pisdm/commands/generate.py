@@ -23,9 +23,10 @@ from PIL import Image
 from .. import PISDMCascadePipeline
 from ..pipelines.class_names import ids_by_name
 from ..schedulers import swap_scheduler
-from ..utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE
+from ..utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, output_path
 from ..utils.files import write_whole
 from ..utils.image_grid import make_image_grid
+from ..utils.messages import show_duration
 from ..utils.names import did_you_mean, names_with, show_name
 from ..utils.png_recipe import recipe_chunk
 from ..utils.shipped_files import CHECKPOINT, find_model, model_name
@@ -70,7 +71,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     output.add_argument(
         "--output", type=picture_path, help=f"One labelled picture of all images; default: {DEFAULT_OUTPUT}."
     )
-    output.add_argument("--output_dir", type=Path, help="A folder for single files: a PNG for each image.")
+    output.add_argument("--output_dir", type=output_path, help="A folder for single files: a PNG for each image.")
     output.add_argument("--stages_output", type=picture_path, help="A picture of the same images at every stage.")
 
     how = parser.add_argument_group("how images are drawn")
@@ -223,7 +224,7 @@ def generate(args: argparse.Namespace) -> str:
     width, height = output.images[0].size
     return (
         f"Wrote {' and '.join(map(str, written))}: {len(names)} images of {len(set(names))} classes at"
-        f" {width}x{height} pixels in {time.perf_counter() - start:.1f} s."
+        f" {width}x{height} pixels in {show_duration(time.perf_counter() - start)}."
     )
 
 

@@ -15,6 +15,8 @@ from .. import __version__
 COMMANDS = {
     "generate": None,
     "app": "gradio",
+    "check-data": "train",
+    "new-recipe": "train",
     "train": "train",
     "cache-latents": "train",
     "sample": None,

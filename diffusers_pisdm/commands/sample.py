@@ -14,7 +14,8 @@ import argparse
 import time
 
 from ..evaluation import missing_samples, write_sample_archive
-from ..utils.arguments import COUNT, COUNT_OR_ZERO
+from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty
+from ..utils.messages import show_duration
 from ..utils.shipped_files import CHECKPOINT, find_model
 from .drawing import (
     ERRORS,
@@ -35,11 +36,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=find_model, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
     add("--revision", help="The repository's branch, tag or commit.")
-    add("--output_dir", required=True, help="Where the images go.")
+    add("--output_dir", type=not_empty, required=True, help="Where the images go.")
     add("--num_samples", type=COUNT, default=50_000)
     add("--seed", type=COUNT_OR_ZERO, default=0)
     add("--batch_size", type=COUNT, default=50, help="Images per process and step.")
-    add("--save_npz", metavar="FILE", help="Pack the complete set into this file for ADM's evaluator.")
+    add("--save_npz", type=not_empty, metavar="FILE", help="Pack the complete set into this file for ADM's evaluator.")
 
     add_drawing_arguments(parser.add_argument_group("how they are drawn").add_argument)
     return parser.parse_args(argv)
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_sample_set(pipe, settings, args.batch_size, args.output_dir, state)
         if state.is_main_process:
             finish(args)
-            print(f"{args.num_samples} samples in {args.output_dir}, {time.perf_counter() - start:.1f} s")
+            print(f"{args.num_samples} samples in {args.output_dir}, {show_duration(time.perf_counter() - start)}")
     except ERRORS as error:
         exit_with(error, state)
     state.destroy_process_group()

@@ -12,6 +12,7 @@ If interrupted, rerun the same command to resume from the newest checkpoint. The
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,20 +24,23 @@ from typing import ClassVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDPMScheduler
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .. import PISDMCascadePipeline, PISDMTransformer2DModel, __version__
 from ..data.batches import TrainingBatches
 from ..data.image_data import load_image_data, read_class_names
-from ..data.image_rows import ON_BAD_IMAGE, ImageRows
+from ..data.image_rows import ON_BAD_IMAGE, ImageRows, inspect_images
 from ..data.image_transform import ImageTransform
 from ..data.latent_cache import LatentCache
+from ..data.rows import DataError
 from ..models.latents import load_vae, vae_scale_factor
 from ..publishing.hub import check_login, publish_cascade
 from ..schedulers import sampling_schedulers, stage_noise_schedules
 from ..training import LOSS_WEIGHTINGS, CascadeObjective
+from ..training.cascade_objective import warn_of_narrow_stage
 from ..training.checkpoints import whole_stages
 from ..training.cost.report import cost_report, format_cost_report
 from ..training.cost.stage_cost import CostSettings, estimate_cascade_cost
@@ -66,9 +70,12 @@ from ..training.sample_sheets import draw_samples, save_sample_sheets
 from ..training.trainer import Trainer
 from ..utils.files import lock_folder, save_in_place
 from ..utils.machine import describe_machine
+from ..utils.messages import count_of, show_duration
+from ..utils.names import show_name
 from ..utils.shipped_files import find_model
 
 
+MOST_FAULTS_SHOWN = 20
 OBJECTIVE = defaults_of(CascadeObjective)
 ONE_OR_EACH = "One value, or one per stage."
 STAGE_ARGUMENTS = ("loss_weighting", "batch_shares", "stage_loss_weights", "prediction_types", "noise_shifts")
@@ -86,6 +93,7 @@ class RunArguments:
         None, "A cascade to start from; you may add classes and stages."
     )
     dry_run: bool = argument(False, "Print parameters, memory, FLOPs and time, then stop.")
+    check_data: bool = argument(False, "Decode every image once before the first step, to find those that are broken.")
 
 
 @dataclass(kw_only=True)
@@ -190,6 +198,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[TrainingArguments, Re
         parser.error("--push_to_hub needs --hub_model_id owner/name")
     if args.class_name_factors is not None and args.pretrained_model_name_or_path is not None:
         parser.error("--class_name_factors is for new models; a pretrained cascade already has a class embedding")
+    if args.check_data and args.latent_cache is not None:
+        parser.error("--check_data is for images; a latent cache holds none")
     if args.flip_column is not None and args.latent_cache is not None:
         parser.error("--flip_column is for pixels; a latent cache does not record what may be mirrored")
     if args.flip_column is not None and not args.random_flip:
@@ -241,6 +251,8 @@ def dry_run(args: TrainingArguments, recipe: Recipe | None, accelerator: Acceler
     class_order = known_class_order(args.output_dir, pretrained)
     _, _, class_names = load_rows(args, sizes, channels, 1, class_order)  # neither the VAE nor images are read
     num_classes = len(class_names)
+    for number, config in enumerate(configs, start=1):
+        warn_of_narrow_stage(number, config)
     settings = CostSettings(
         gradient_checkpointing=args.gradient_checkpointing,
         mixed_precision=accelerator.mixed_precision,
@@ -382,6 +394,68 @@ def describe_run(args: TrainingArguments, num_rows: int | None, trainer: Trainer
     )
 
 
+def check_images(rows: ImageRows, accelerator: Accelerator) -> None:
+    """Decodes all images, shared among the processes; broken ones end the run, or are named if they are skipped."""
+    reports = inspect_images(rows.data, accelerator.process_index, accelerator.num_processes)
+    hidden = not accelerator.is_local_main_process
+    total = None if rows.data.num_rows is None else -(-rows.data.num_rows // accelerator.num_processes)
+    faults = [r.fault for r in tqdm(reports, "checking images", total, leave=False, disable=hidden) if r.fault]
+    faults = gather_object(faults)
+    if not faults:
+        return
+    more = f"\n  ... and {len(faults) - MOST_FAULTS_SHOWN:,} more" if len(faults) > MOST_FAULTS_SHOWN else ""
+    message = f"{count_of(len(faults), 'image')} cannot be read:" + "".join(
+        f"\n  {f}" for f in faults[:MOST_FAULTS_SHOWN]
+    )
+    if rows.on_bad_image == "stop":
+        raise DataError(f"{message}{more}\nFix or remove them, or pass --on_bad_image skip.")
+    accelerator.print(f"Skipping {message}{more}")
+
+
+def summarize(trainer: Trainer, rows: ImageRows | LatentCache, class_names: list[str]) -> list[str]:
+    """What is about to be trained, on what and for how long, for the terminal."""
+    objective, settings, num_images = trainer.objective, trainer.settings, None if rows.is_stream else len(rows)
+    images = "a stream of images" if num_images is None else count_of(num_images, "image")
+    lines = [f"Data: {images} of {count_of(len(class_names), 'class')}"]
+    if num_images is not None and isinstance(rows, ImageRows):
+        counts = rows.data.class_counts()
+        empty = [show_name(name) for name, count in zip(class_names, counts) if count == 0]
+        lines[0] += f", {min(counts):,} to {max(counts):,} of each"
+        if empty:
+            names = ", ".join(empty[:MOST_FAULTS_SHOWN]) + (", ..." if len(empty) > MOST_FAULTS_SHOWN else "")
+            lines.append(f"Warning: {count_of(len(empty), 'class')} without images, which it will not draw: {names}")
+    for number, stage in enumerate(objective.stages, start=1):
+        counts = [p.numel() for p in stage.parameters()], [p.numel() for p in stage.parameters() if p.requires_grad]
+        total, trained = map(sum, counts)
+        what = "frozen" if trained == 0 else "all trained" if trained == total else f"{trained / 1e6:.2g}M trained"
+        lines.append(f"Stage {number}: {stage.config.sample_size} px, {total / 1e6:.1f}M parameters, {what}")
+    per_step = settings.train_batch_size * settings.gradient_accumulation_steps * trainer.accelerator.num_processes
+    lines.append(f"Training: {count_of(settings.max_train_steps, 'step')} of {count_of(per_step, 'image')}")
+    if num_images is not None:
+        passes = settings.max_train_steps * per_step / num_images
+        lines[-1] += f", {passes:.2g} passes over the data" if passes < 10 else f", {passes:.0f} passes over the data"
+    if trainer.state.step > 0:
+        lines[-1] += f"; {count_of(trainer.state.step, 'step')} done"
+    return lines
+
+
+def what_next(args: TrainingArguments, trainer: Trainer) -> list[str]:
+    """What a finished run has left where, and the commands to go on with."""
+    folder = shlex.quote(args.output_dir)
+    saved = f"Saved after {count_of(trainer.state.step, 'step')} and {show_duration(trainer.state.elapsed_seconds)}:"
+    if args.lora_rank is not None:
+        base = shlex.quote(args.pretrained_model_name_or_path)
+        return [
+            f"{saved} LoRA adapters in {args.output_dir}, sample grids in {Path(args.output_dir, 'samples')}",
+            f"Next: pisdm generate --model {base} --lora {folder} --output grid.png",
+        ]
+    return [
+        f"{saved} a pipeline in {args.output_dir}, sample grids in {Path(args.output_dir, 'samples')}",
+        f"Next: pisdm generate --model {folder} --output grid.png",
+        f"      pisdm publish {folder} your-name/your-model --dry_run",
+    ]
+
+
 def train(argv: Sequence[str] | None = None) -> None:
     args, recipe = parse_args(argv)
     output_dir = Path(args.output_dir)
@@ -426,6 +500,9 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
 
     # Data, models and what is minimised
     rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae), class_order)
+    if args.check_data:
+        for checked in filter(None, (rows, held_out_rows)):
+            check_images(checked, accelerator)
     stages = make_stages(args, configs, pretrained, class_names)  # refuses a cascade without class names
     new_classes = pretrained is not None and has_new_classes(pretrained, class_names)
     place = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
@@ -461,12 +538,15 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
     trainer.resume()
     if accelerator.is_main_process:
         describe_run(args, None if rows.is_stream else len(rows), trainer)
+        print("\n".join(summarize(trainer, rows, class_names)))
     if args.report_to:
         accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in vars(args).items()})
     trainer.train()
     # DDP goes before its process group does: as the group's last owner it would close it while it holds Python's lock,
     # which Gloo's thread may be waiting for to drop the last message (torch 2.13 then hangs or aborts).
     trainer.model, trainer.optimizer = accelerator.free_memory(trainer.model, trainer.optimizer)
+    if trainer.stopped_by is None and accelerator.is_main_process:
+        print("\n".join(what_next(args, trainer)))
     return trainer.stopped_by
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from pathlib import Path
 import fsspec
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 
-from ..utils.folder_scan import read_regular_file
+from ..utils.folder_scan import ReportLeftOut, read_regular_file, warn_of_left_out
 from ..utils.messages import one_line
 from .image_folders import load_folder, sort_class_names
 from .rows import DataError
@@ -64,6 +65,11 @@ class ImageData:
             raise DataError(_unknown_labels([label], self.class_names, self.place(row, position)))
         return self.class_ids[label]
 
+    def class_counts(self) -> list[int]:
+        """How many images each class has, by class; of data that is not a stream."""
+        counts = Counter(self.class_ids.get(label) for label in self.dataset[self.label_column])
+        return [counts[class_id] for class_id in range(len(self.class_names))]
+
     def may_flip(self, row: dict) -> bool:
         """Whether the image of a row keeps its meaning when mirrored."""
         return self.flip_column is None or bool(row[self.flip_column])
@@ -88,6 +94,7 @@ def load_image_data(
     flip_column: str | None = None,
     config_name: str | None = None,
     class_order: Sequence[str] | None = None,
+    report_left_out: ReportLeftOut = warn_of_left_out,
 ) -> ImageData:
     """
     Loads a labelled image data set: a folder of images with one subfolder per class, or whatever `datasets` reads,
@@ -111,6 +118,8 @@ def load_image_data(
         config_name (`str`, *optional*): The configuration, if the data set has several.
         class_order (`Sequence[str]`, *optional*):
             The names of a model's classes in its order, which the data's classes take if they are the same.
+        report_left_out (`Callable`, defaults to `warn_of_left_out`):
+            Called with a folder and what lies in it that is not read: the paths by reason, once or more often.
 
     Returns:
         [`ImageData`].
@@ -120,7 +129,7 @@ def load_image_data(
         ValueError: The split or a column does not exist, or the labels do not match the class names.
     """
     try:
-        dataset = _load(name_or_path, split, streaming, cache_dir, config_name, label_column)
+        dataset = _load(name_or_path, split, streaming, cache_dir, config_name, label_column, report_left_out)
     except PermissionError as error:
         raise DataError(f"Cannot read {name_or_path}: {error}.") from error
     features = dataset.features
@@ -177,6 +186,7 @@ def _load(
     cache_dir: str | Path | None,
     config_name: str | None,
     label_column: str,
+    report_left_out: ReportLeftOut,
 ) -> Dataset | IterableDataset:
     name = os.path.expanduser(name_or_path)
     is_folder = os.path.isdir(name)
@@ -186,7 +196,8 @@ def _load(
         raise FileNotFoundError(f"There is no folder {name}: check the path.")
     try:
         if is_folder:
-            return load_folder(os.path.abspath(name), split, streaming, label_column, cache_dir, config_name)
+            options = (streaming, label_column, cache_dir, config_name, report_left_out)
+            return load_folder(os.path.abspath(name), split, *options)
         return load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
     except (DataError, PermissionError):
         raise

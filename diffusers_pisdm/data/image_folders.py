@@ -28,7 +28,15 @@ from datasets.exceptions import DatasetsError
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData, metadata_load
 
-from ..utils.folder_scan import FolderContent, Parts, join_parts, scan_folder, warn_of_left_out, warn_once
+from ..utils.folder_scan import (
+    FolderContent,
+    Parts,
+    ReportLeftOut,
+    join_parts,
+    scan_folder,
+    warn_of_left_out,
+    warn_once,
+)
 from ..utils.messages import one_line
 from .image_transform import image_endings
 from .rows import DataError
@@ -49,6 +57,7 @@ def load_folder(
     label_column: str,
     cache_dir: str | Path | None = None,
     config_name: str | None = None,
+    report_left_out: ReportLeftOut = warn_of_left_out,
 ) -> Dataset | IterableDataset:
     """
     Loads a split of a local data set: images, or files that `datasets` reads.
@@ -56,7 +65,8 @@ def load_folder(
     Args:
         folder (`str`): Its absolute path.
         label_column (`str`): The column of labels where images have metadata.
-        split, streaming, cache_dir, config_name: See [`~diffusers_pisdm.data.image_data.load_image_data`].
+        split, streaming, cache_dir, config_name, report_left_out:
+            See [`~diffusers_pisdm.data.image_data.load_image_data`].
 
     Returns:
         `Dataset` or `IterableDataset`: A stream only of what `datasets` copies to its cache otherwise.
@@ -81,15 +91,15 @@ def load_folder(
     shards = [path for path in join_parts(content.others) if path.lower().endswith(SHARD_ENDINGS)]
     shards = [path for path in shards if os.path.basename(path) not in METADATA_FILES]
     if len(images) > len(shards):
-        warn_of_left_out(folder, {"files that may hold images": shards, **content.left_out})
-        splits = _read_images(folder, content, label_column, cache_dir, split_folders)
+        report_left_out(folder, {"files that may hold images": shards, **content.left_out})
+        splits = _read_images(folder, content, label_column, cache_dir, split_folders, report_left_out)
         return _select(splits, split)
-    warn_of_left_out(folder, {"images beside files that hold images": images, **content.left_out})
+    report_left_out(folder, {"images beside files that hold images": images, **content.left_out})
     dataset = _load_files(folder, split, streaming, cache_dir)
     taken = load_dataset_builder(folder, cache_dir=cache_dir).config.data_files or {}
     taken = {os.path.realpath(file) for files in taken.values() for file in files}
     unused = [path for path in shards if os.path.realpath(os.path.join(folder, path)) not in taken]
-    warn_of_left_out(folder, {"files that are in no split": unused})
+    report_left_out(folder, {"files that are in no split": unused})
     return dataset
 
 
@@ -165,6 +175,7 @@ def _read_images(
     label_column: str,
     cache_dir: str | Path | None,
     split_folders: Mapping[str, Parts] | None,
+    report_left_out: ReportLeftOut,
 ) -> dict[str, Dataset]:
     """
     The rows of each split, sorted by path: an image's path and, if there are at least two class folders, its label.
@@ -191,10 +202,13 @@ def _read_images(
     if rows is not None:
         listed = {path for dataset in rows.values() for path in _image_paths(dataset)}
         unlisted = [path for path in join_parts(content.images) if os.path.join(folder, path) not in listed]
-        warn_of_left_out(folder, {"not listed as metadata": unlisted})
+        report_left_out(folder, {"not listed as metadata": unlisted})
         return rows
     elsewhere = {parts: names for parts, names in content.images.items() if parts not in split_of}
-    warn_of_left_out(folder, {"not in a class folder" if has_classes else "elsewhere": join_parts(elsewhere)})
+    beside = {parts[:-1] for parts in split_of}
+    empty = ["/".join(parts) for parts in content.empty if len(parts) == depth and parts[:-1] in beside]
+    reason = "not in a class folder" if has_classes else "elsewhere"
+    report_left_out(folder, {reason: join_parts(elsewhere), "class folders without images": empty})
     features = Features({"image": Image(), **({"label": ClassLabel(names=class_names)} if has_classes else {})})
     for split in dict.fromkeys(split_of.values()):
         images = sorted(

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from PIL import Image
 
 from ..utils.messages import one_line
 from .image_data import ImageData
@@ -12,6 +20,7 @@ from .rows import BadImageError, TrainingRow
 
 
 ON_BAD_IMAGE = ("stop", "skip")
+ROWS_INSPECTED_AT_ONCE = 256  # whose files are in memory together
 MAX_BAD_IN_A_ROW = 1000  # this many in a row mean that something is wrong with the whole data set
 
 
@@ -95,15 +104,59 @@ class ImageRows:
         """
         label = self.data.class_id(fields, position)
         try:
-            image = decode_image(self.data.encoded_image(fields))
-        except Exception as error:  # Pillow can raise nearly anything for a damaged file
-            reason = str(error) or type(error).__name__
-            message = one_line(f"Cannot read the image of {self.data.place(fields, position)}: {reason}")
+            image = read_image(self.data, fields, position)
+        except BadImageError as error:
             if self.on_bad_image == "stop":
-                message += ". Fix or remove it, or pass --on_bad_image skip."
-            raise BadImageError(message) from error
+                raise BadImageError(f"{error}. Fix or remove it, or pass --on_bad_image skip.") from error
+            raise
         random = np.random.default_rng((seed, epoch, position))
         return self.transform(image, random, self.data.may_flip(fields)), label
+
+
+def read_image(data: ImageData, fields: dict, position: int) -> Image.Image:
+    """Decodes the image of a row, as [`decode_image`] does; raises BadImageError with where it is."""
+    try:
+        return decode_image(data.encoded_image(fields))
+    except Exception as error:  # Pillow can raise nearly anything for a damaged file
+        reason = str(error) or type(error).__name__
+        raise BadImageError(one_line(f"Cannot read the image of {data.place(fields, position)}: {reason}")) from error
+
+
+class ImageReport(NamedTuple):
+    """
+    What [`inspect_images`] found.
+
+    Args:
+        position (`int`): The row's index.
+        place (`str`): Where it comes from.
+        size (`tuple[int, int]` or `None`): Width and height; `None` if the image cannot be read.
+        digest (`str` or `None`): The same for images with the same size and pixels.
+        fault (`str` or `None`): Why the image cannot be read, and where it is.
+    """
+
+    position: int
+    place: str
+    size: tuple[int, int] | None = None
+    digest: str | None = None
+    fault: str | None = None
+
+
+def inspect_images(data: ImageData, process_index: int = 0, num_processes: int = 1) -> Iterator[ImageReport]:
+    """Decodes each image once, in order, and says what is in it; of several processes, each takes its own share."""
+
+    def inspect(row: tuple[int, dict]) -> ImageReport:
+        position, fields = row
+        place = data.place(fields, position)
+        try:
+            image = read_image(data, fields, position)
+        except BadImageError as error:
+            return ImageReport(position, place, fault=str(error))
+        return ImageReport(position, place, image.size, hashlib.sha256(image.tobytes()).hexdigest() + str(image.size))
+
+    rows = islice(enumerate(data.dataset), process_index, None, num_processes)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        while chunk := list(islice(rows, ROWS_INSPECTED_AT_ONCE)):
+            yield from threads.map(inspect, chunk)
 
 
 def all_bad(count: int, last: str) -> BadImageError:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from diffusers import DDPMScheduler
+from diffusers.utils import logging
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, image_to_residual, upsample_low_res
 from .denoising_loss import denoising_target, denoising_weights
 from .noise import RowNoise
 from .scale_invariant_loss import ScaleInvariantLoss
+
+
+logger = logging.get_logger(__name__)
 
 
 class CascadeLosses(NamedTuple):
@@ -30,6 +35,20 @@ class CascadeLosses(NamedTuple):
     denoising: list[torch.Tensor]
     scale_invariant: torch.Tensor
     timesteps: torch.Tensor
+
+
+def warn_of_narrow_stage(number: int, config: Mapping[str, Any]) -> None:
+    """
+    Logs a warning if a token is narrower than what it reads: the values of a patch of the image and its condition.
+    """
+    patch_size, width = config["patch_size"], config["hidden_size"]
+    channels = config["in_channels"] + (config.get("low_res_channels") or 0)
+    values = patch_size**2 * channels
+    if values > width:
+        logger.warning(
+            f"Stage {number} may only ever draw noise: a patch of {patch_size}x{patch_size} with {channels} channels"
+            f" has {values} values, more than its width of {width}. Raise `hidden_size` or lower `patch_size`."
+        )
 
 
 class CascadeObjective(nn.Module):
@@ -130,7 +149,9 @@ class CascadeObjective(nn.Module):
         self.process_index = process_index
         self.num_processes = num_processes
         for index, (stage, scheduler) in enumerate(zip(transformers, schedulers)):
-            if index not in self.stages_trained:
+            if index in self.stages_trained:
+                warn_of_narrow_stage(index + 1, stage.config)
+            else:
                 stage.requires_grad_(False)
             weights = denoising_weights(scheduler, loss_weighting[index], min_snr_gamma)
             self.register_buffer(f"loss_weights_{index}", weights, persistent=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from ..models.transformer_pisdm import (
 # 2411.15224).
 LORA_TARGET_MODULES = ("in_proj", "out_proj", "skip_proj")
 
+PART_SEPARATOR = "/"  # between the parts of a class's name
+
 
 def resize_class_embedding(
     transformer: PISDMTransformer2DModel, old_class_names: Sequence[str], new_class_names: Sequence[str]
@@ -33,9 +35,10 @@ def resize_class_embedding(
     Replaces a model's classes in place and updates `config.num_classes`. Call it before creating the optimizer.
 
     A class in both lists keeps its embedding, whatever its position (with `class_factors`, the sum of its factors'
-    embeddings, which becomes the class's own row). A new class starts with the embedding of the null label, which the
-    model knows as "any class", so its first images look like those without guidance. A random embedding would be an
-    input that no layer has ever seen.
+    embeddings, which becomes the class's own row). A class named after a part of old names, such as `animal-bird` of
+    `noto/animal-bird`, starts as the mean of the classes with this part. Any other starts with the embedding of the
+    null label, which the model knows as "any class", so its first images look like those without guidance. A random
+    embedding would be an input that no layer has ever seen.
 
     Args:
         transformer ([`PISDMTransformer2DModel`]): The model.
@@ -60,10 +63,14 @@ def resize_class_embedding(
             f"{', '.join(map(repr, ambiguous))}: the name of several classes, so it is ambiguous whose embedding to"
             " keep. Give each class in `old_class_names` and `new_class_names` a unique name."
         )
-    null_label = len(old)
-    old_ids = {name: i for i, name in enumerate(old)}
-    rows = [*(old_ids.get(name, null_label) for name in new), null_label]
-    set_class_embedding(transformer, get_class_embedding(transformer)[rows])
+    embedding, null_label = get_class_embedding(transformer), len(old)
+    ids = {name: [i] for i, name in enumerate(old)}
+    by_part = defaultdict(list)
+    for i, name in enumerate(old):
+        for part in name.split(PART_SEPARATOR):
+            by_part[part].append(i)
+    starts = [ids.get(name) or by_part.get(name) or [null_label] for name in new]
+    set_class_embedding(transformer, torch.stack([embedding[rows].mean(0) for rows in [*starts, [null_label]]]))
 
 
 def new_cascade(

@@ -20,7 +20,7 @@ from diffusers import DDPMScheduler
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..pipelines.saved_files import MAX_TIMESTEPS
-from ..utils.arguments import Bounds, bounded
+from ..utils.arguments import Bounds, bounded, not_empty
 from ..utils.files import write_whole
 from ..utils.shipped_files import find_recipe, recipe_names
 from .checkpoints import CheckpointError
@@ -221,7 +221,7 @@ def make_parser(arguments: type, description: str | None = None) -> argparse.Arg
                 options["help"] = f"{options['help'] or ''} (default: {shown})".strip()
         options |= {"nargs": "+"} if is_list else {}
         choices = described.metadata.get("choices")
-        convert = bounded(kind, _bounds(described)) if kind in (int, float) else kind
+        convert = bounded(kind, _bounds(described)) if kind in (int, float) else not_empty
         groups[title].add_argument(f"--{described.name}", type=convert, choices=choices, **options)
     return parser
 

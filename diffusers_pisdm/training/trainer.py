@@ -25,6 +25,7 @@ from ..data.latent_cache import LatentCache
 from ..data.rows import TrainingBatch
 from ..models.latents import encode_latents, vae_scale_factor
 from ..utils.machine import peak_memory_gib
+from ..utils.messages import show_duration
 from ..utils.stopping import StopSignals
 from .cascade_objective import CascadeObjective
 from .checkpoints import (
@@ -42,6 +43,9 @@ from .noise import noise_seed
 from .optimization import learning_rate_factor, make_optimizer, parameter_groups
 from .recipes import TrainerSettings
 from .sample_sheets import forget_later_sheets
+
+
+STEPS_BEFORE_ESTIMATE = 5  # of the time that a run will take
 
 
 @dataclass
@@ -126,7 +130,7 @@ class Trainer:
         """Trains from the current step to the last, or until a signal asks to stop."""
         self.objective.train()
         self.started, self.logged_at = time.monotonic() - self.state.elapsed_seconds, time.monotonic()
-        hidden = not self.accelerator.is_local_main_process
+        hidden, first_step, settled = not self.accelerator.is_local_main_process, self.state.step, self.started
         progress = tqdm(desc=self.title, total=self.total_steps, initial=self.state.step, disable=hidden)
         with self.signals, progress as self.progress:
             if self.owes_validation:
@@ -134,6 +138,10 @@ class Trainer:
             while not self.is_done:
                 self.train_step()
                 self.progress.update()
+                if self.state.step == first_step + 1:  # it may have compiled kernels
+                    settled = time.monotonic()
+                elif self.state.step == first_step + STEPS_BEFORE_ESTIMATE and not hidden and not self.is_done:
+                    self.tell_time((time.monotonic() - settled) / (STEPS_BEFORE_ESTIMATE - 1))
                 if self.is_due("logging"):
                     self.log_losses()
                 # A checkpoint comes first: what follows may fail, or take long.
@@ -146,6 +154,12 @@ class Trainer:
         if not self.is_done:
             self.stopped_by = self.signals.received or 0
             self.accelerator.print(f"Stopped after step {self.state.step}. Rerun the same command to resume.")
+
+    def tell_time(self, seconds_per_step: float) -> None:
+        """Prints how long the run will take, if the number of its steps is known."""
+        if self.total_steps is not None:
+            left = show_duration(seconds_per_step * (self.total_steps - self.state.step))
+            tqdm.write(f"Time: {show_duration(seconds_per_step)} a step, about {left} to go; sample grids come on top")
 
     @property
     def is_done(self) -> bool:

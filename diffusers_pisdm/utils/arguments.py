@@ -1,4 +1,4 @@
-"""Numbers of command lines and recipes, checked against their range."""
+"""Values of command lines and recipes, checked: numbers against their range, paths for being given."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,18 @@ def bounded(kind: type[int] | type[float], bounds: Bounds) -> Callable[[str], fl
 
     convert.__name__ = kind.__name__  # argparse: "invalid int value: ..."
     return convert
+
+
+def not_empty(text: str) -> str:
+    """A `type` for `ArgumentParser.add_argument`: as a path, an empty text would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def output_path(text: str) -> Path:
+    """A `type` for `ArgumentParser.add_argument`: where to write; see [`not_empty`]."""
+    return Path(not_empty(text))
 
 
 COUNT = bounded(int, Bounds(minimum=1))

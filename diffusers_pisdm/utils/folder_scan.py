@@ -35,6 +35,7 @@ class FolderContent:
         hidden (`list[str]`): Images, and folders with images, whose names start with a dot.
         foreign (`list[str]`): Images with other endings.
         unusual (`list[str]`): Dangling links, and pipes, devices and folders without images that are named as images.
+        empty (`list[Parts]`): Folders without images, in themselves or in the folders below.
     """
 
     images: dict[Parts, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -42,6 +43,7 @@ class FolderContent:
     hidden: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     unusual: list[str] = field(default_factory=list)
+    empty: list[Parts] = field(default_factory=list)
 
     @property
     def left_out(self) -> dict[str, list[str]]:
@@ -88,8 +90,12 @@ def scan_folder(folder: str | Path, endings: Collection[str]) -> FolderContent:
                 holds_images = any(is_image(inner.name) for _, inner in _walk(entry))
                 if holds_images == is_hidden:
                     (content.hidden if is_hidden else content.unusual).append(path)
+            else:
+                content.empty.append((*parts, entry.name))  # until an image is found in it
         elif not is_hidden and (is_image(entry.name) or entry.is_symlink()):
             content.unusual.append(path)
+    above_images = {parts[:depth] for parts in content.images for depth in range(1, len(parts) + 1)}
+    content.empty = [parts for parts in content.empty if parts not in above_images]
     return content
 
 
@@ -125,6 +131,9 @@ def read_regular_file(path: str | Path) -> bytes:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{path} is a folder, a pipe or a device, not a file")
     return Path(path).read_bytes()
+
+
+ReportLeftOut = Callable[[str | Path, Mapping[str, list[str]]], None]  # the folder, and paths by reason
 
 
 def warn_of_left_out(folder: str | Path, left_out: Mapping[str, list[str]]) -> None:

@@ -12,3 +12,21 @@ def one_line(text: object) -> str:
         return character.encode("unicode_escape").decode("ascii")
 
     return "".join(c if c.isprintable() else escape(c) for c in str(text))
+
+
+def show_duration(seconds: float) -> str:
+    """A time as people say it: 0.4 s, 85 s, 12 min, 3.2 h, 15 days."""
+    for unit, length, until in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 72)):
+        if seconds < until * length:
+            return f"{_short(seconds / length)} {unit}"
+    return f"{_short(seconds / 86400)} days"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
+def count_of(count: int, thing: str) -> str:
+    """A number and what there is of it: 1 image, 2,000 images; `thing` takes an s or, after an s, es."""
+    plural = thing if count == 1 else f"{thing}es" if thing.endswith("s") else f"{thing}s"
+    return f"{count:,} {plural}"

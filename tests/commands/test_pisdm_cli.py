@@ -11,7 +11,7 @@ import diffusers_pisdm
 from diffusers_pisdm.commands import app, pisdm_cli
 
 
-HELPERS = {"__init__", "drawing", "pisdm_cli"}
+HELPERS = {"__init__", "data_sources", "drawing", "pisdm_cli"}
 # Nobody has these packages; a command that needs them is asked for its help.
 BARE = """
 import sys

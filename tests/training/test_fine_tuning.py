@@ -49,6 +49,17 @@ def test_stages_added_to_a_single_one_get_the_usual_noise_level():
 # Class embeddings
 
 
+def test_a_class_named_after_a_part_of_others_starts_as_their_mean():
+    model = make_model()
+    old = model.class_embedding.weight.detach().clone()
+    names = ["noto/bird", "noto/cat", "fluent/bird", "bird-house", *"abcdef"]
+    resize_class_embedding(model, names, ["bird", "dog", "noto", "fluent/bird"])
+    new = model.class_embedding.weight
+    torch.testing.assert_close(new[0], (old[0] + old[2]) / 2)
+    torch.testing.assert_close(new[2], (old[0] + old[1]) / 2)
+    assert torch.equal(new[[1, 3, 4]], old[[10, 2, 10]])  # `dog` is part of no name: the null label
+
+
 def test_embeddings_are_kept_by_name():
     model = make_model()
     old = model.class_embedding.weight.detach().clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from ...utils.messages import count_of, show_duration
 from .stage_cost import CostSettings, StageCost
 from .stage_speed import StageSpeed, seconds_per_step
 
@@ -115,7 +116,8 @@ def format_cost_report(report: dict) -> str:
     if total["seconds_per_step"] is not None:
         lines += [
             f"Time: {total['images_per_second']:.3g} images/s with {settings['num_processes']} process(es),"
-            f" {total['days']:.3g} days for {total['max_train_steps']:,} steps of {total['images_per_step']} images.",
+            f" {show_duration(total['seconds_per_step'] * total['max_train_steps'])} for"
+            f" {count_of(total['max_train_steps'], 'step')} of {total['images_per_step']} images.",
             "TFLOP/s is measured on what the last column shows. Times are extrapolated from it: to all layers and",
             "images by FLOPs, for the optimizer by parameters. They exclude data loading, VAE and communication.",
         ]

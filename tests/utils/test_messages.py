@@ -1,0 +1,31 @@
+import pytest
+
+from diffusers_pisdm.utils.messages import count_of, show_duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.042, "0.042 s"),
+        (1, "1 s"),
+        (9.96, "10 s"),
+        (85, "85 s"),
+        (119.4, "119 s"),
+        (120, "2 min"),
+        (725, "12 min"),
+        (7199, "120 min"),
+        (7200, "2 h"),
+        (11520, "3.2 h"),
+        (71 * 3600, "71 h"),
+        (15 * 86400, "15 days"),
+    ],
+)
+def test_times_have_the_unit_that_people_use(seconds, shown):
+    assert show_duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "thing", "shown"), [(1, "class", "1 class"), (0, "class", "0 classes"), (2000, "step", "2,000 steps")]
+)
+def test_counts_agree_with_what_they_count(count, thing, shown):
+    assert count_of(count, thing) == shown
