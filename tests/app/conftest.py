@@ -1,6 +1,5 @@
 """A small model, the page that serves it, and a browser to visit it with."""
 
-import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -8,20 +7,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
+from tests.browser import browser  # noqa: F401  (a fixture)
 
 
 gradio = pytest.importorskip("gradio")
 LABELS = ["noto/cat-face", "noto/heart", "twemoji/cat-face", "twemoji/heart", "fxemoji/sun"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMIUM_ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 def make_pipe(labels: list[str] = LABELS, **defaults) -> PISDMCascadePipeline:
@@ -86,19 +76,8 @@ def url(model_folder):
         yield url
 
 
-@pytest.fixture(scope="session")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("chromium is missing: on Debian and Ubuntu, apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def open_page(browser, url):
+def open_page(browser, url):  # noqa: F811
     """Opens the page as a visitor of its own; what the page's scripts throw fails the test."""
     contexts, errors = [], []
 

@@ -1,0 +1,48 @@
+"""The built site in a real browser, opened from its folder: pages fit a phone, and search finds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.browser import browser  # noqa: F401  (a fixture)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("material", reason="the site needs the extra [docs]")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def test_pages_fit_a_phone(browser, site):  # noqa: F811
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    wide, errors = {}, []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    for path in sorted(site.glob("*.html")):
+        page.goto(path.as_uri(), wait_until="load")
+        excess = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        code = page.evaluate(
+            "Math.max(0, ...[...document.querySelectorAll('pre > code')].map(e => e.scrollWidth - e.clientWidth))"
+        )
+        if excess > 0 or code > 0:
+            wide[path.name] = (excess, code)
+    page.close()
+    assert wide == {} and errors == []
+
+
+def test_search_works_from_the_folder(browser, site):  # noqa: F811
+    page = browser.new_page()
+    page.goto((site / "index.html").as_uri())
+    page.locator("input.md-search__input").click()
+    page.keyboard.type("padding tokens")
+    page.wait_for_selector(".md-search-result__item")
+    found = page.locator(".md-search-result__item").all_inner_texts()
+    page.close()
+    assert any("scan" in text.lower() for text in found)
