@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -18,17 +20,39 @@ from contextlib import contextmanager
 import psutil
 from gradio_client import Client
 
-from diffusers_pisdm.app.page import build_app, launch_options
+
+PATIENCE = 120  # seconds for the page to start
 
 
 @contextmanager
-def serve(model: str) -> Iterator[str]:
-    """The page of a model in this process, at a free port of this machine."""
-    app = build_app(model)
-    try:
-        yield app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **launch_options())[1]
-    finally:
-        app.close(verbose=False)
+def serve(model: str) -> Iterator[tuple[str, psutil.Process]]:
+    """The page of a model in a process of its own, at a free port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "diffusers_pisdm.commands.pisdm_cli",
+        "app",
+        "--model",
+        model,
+        "--port",
+        str(port),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        try:
+            end = time.monotonic() + PATIENCE
+            while time.monotonic() < end and server.poll() is None:
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.2)
+            else:
+                raise TimeoutError(f"The page did not start: {' '.join(command)}")
+            yield f"http://127.0.0.1:{port}", psutil.Process(server.pid)
+        finally:
+            server.terminate()
 
 
 def visit(url: str, number: int, end: float, steps: list[int], waits: list[float], errors: list[str]) -> None:
@@ -50,12 +74,11 @@ def visit(url: str, number: int, end: float, steps: list[int], waits: list[float
 
 
 def measure(model: str, num_clients: int, seconds: float, steps_per_stage: int) -> dict[str, float | int | list]:
-    """Lets clients draw for some time; returns what they saw, and this process's memory in MB at each quarter."""
-    process = psutil.Process()
+    """Lets clients draw for some time; returns what they saw, and the server's memory in MB at each quarter."""
     waits: list[float] = []
     errors: list[str] = []
     memory = []
-    with serve(model) as url:
+    with serve(model) as (url, server):
         steps = [steps_per_stage] * len(Client(url, verbose=False).predict(api_name="/stages"))
         end = time.monotonic() + seconds
         arguments = [(url, number, end, steps, waits, errors) for number in range(num_clients)]
@@ -64,7 +87,7 @@ def measure(model: str, num_clients: int, seconds: float, steps_per_stage: int) 
             thread.start()
         for _ in range(4):
             time.sleep(seconds / 4)
-            memory.append(round(process.memory_info().rss / 1e6))
+            memory.append(round(server.memory_info().rss / 1e6))
         for thread in threads:
             thread.join()
     waits.sort()
