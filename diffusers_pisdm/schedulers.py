@@ -153,16 +153,16 @@ def shift_noise_schedule(scheduler: DDPMScheduler, shift: float) -> DDPMSchedule
 
     Args:
         scheduler (`DDPMScheduler`): The schedule to shift.
-        shift (`float`): A positive factor; above 1 adds noise, below 1 removes some.
+        shift (`float`): A factor in [0.001, 1000]; above 1 adds noise, below 1 removes some.
 
     Returns:
         `DDPMScheduler`: `scheduler` itself if `shift` is 1.
 
     Raises:
-        ValueError: `shift` is not positive.
+        ValueError: `shift` is out of range: the schedule would be all noise or none, and rounded to NaN.
     """
-    if shift <= 0:
-        raise ValueError(f"A noise schedule can only be shifted by a positive factor, got {shift}.")
+    if not 1e-3 <= shift <= 1e3:
+        raise ValueError(f"A noise schedule can only be shifted by a factor from 0.001 to 1000, got {shift}.")
     if shift == 1:
         return scheduler
     abar = scheduler.alphas_cumprod.double()  # (T,)
@@ -190,8 +190,8 @@ def stage_noise_schedules(
         `list[DDPMScheduler]`: One per stage.
 
     Raises:
-        ValueError: There are more or fewer schedulers, shifts or prediction types than stages, or a shift is not
-            positive.
+        ValueError: There are more or fewer schedulers, shifts or prediction types than stages, or a shift is out of
+            range.
     """
     schedulers = [schedulers] * num_stages if isinstance(schedulers, DDPMScheduler) else list(schedulers)
     shifts = [1.0] * num_stages if shifts is None else shifts
