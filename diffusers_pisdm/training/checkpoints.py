@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..utils.files import flush
+from ..utils.names import show_name
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -279,6 +280,17 @@ def settings_changed(
     for name, (old, new) in changed.items():
         report(f"--{name} was {old}, is {new} from step {state['step']} on.")
     return changed
+
+
+def report_changed_data(state: dict, fingerprint: dict[str, str], report: Callable[[str], None] = print) -> None:
+    """Reports of which classes or files the data are no longer those of the checkpoint with this `state`."""
+    before = state.get("data", fingerprint)  # early checkpoints have none
+    changed = [name for name in {**before, **fingerprint} if before.get(name) != fingerprint.get(name)]
+    if changed:
+        shown = f"{', '.join(map(show_name, changed[:5]))}{', ...' if len(changed) > 5 else ''}"
+        report(
+            f"The training data have changed since step {state['step']}, in {len(changed)} classes or files: {shown}."
+        )
 
 
 def _short(value: Any) -> str:
