@@ -31,7 +31,8 @@ class FolderContent:
     The names of the files in each folder below the top one, whose parts are `()`. Links are followed.
 
     Args:
-        images, others (`dict`): Image files with one of the endings asked for, and all other files.
+        images, others (`dict`):
+            Image files with one of the endings asked for, and all other files, an empty list if there are none.
         hidden (`list[str]`): Images, and folders with images, whose names start with a dot.
         foreign (`list[str]`): Images with other endings.
         unusual (`list[str]`): Dangling links, and pipes, devices and folders without images that are named as images.
@@ -84,6 +85,8 @@ def scan_folder(folder: str | Path, endings: Collection[str]) -> FolderContent:
             (content.images if is_image(entry.name) else content.others)[parts].append(entry.name)
             content.foreign += [path] if _ending(entry.name) in foreign else []
         elif _is(entry, stat.S_ISDIR):
+            if not is_hidden:
+                content.others[(*parts, entry.name)] += ()
             if is_hidden or is_image(entry.name):
                 holds_images = any(is_image(inner.name) for _, inner in _walk(entry))
                 if holds_images == is_hidden:

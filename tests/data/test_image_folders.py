@@ -126,6 +126,47 @@ def test_what_is_in_no_split_is_named(tmp_path, cache, put, said):
     assert "2 not in a class folder (extra/cat/1.png, extra/dog/1.png)" in said()
 
 
+def test_a_split_that_is_only_a_word_in_a_name_is_told(tmp_path, cache, put, said):
+    put(*(tmp_path / "d" / top / "1.png" for top in ("model train/steam", "model train/diesel", "crash test/car")))
+    assert len(labelled(load(tmp_path / "d", cache))) == 2
+    assert "crash test as test, model train as train" in said()
+
+
+def test_splits_in_class_folders(tmp_path, cache, put):
+    put(*(tmp_path / "d" / name / split / "1.png" for name in CLASSES for split in ("train", "test")))
+    for split in ("train", "test"):
+        data = load_image_data(tmp_path / "d", split, cache_dir=cache)
+        assert labelled(data) == [(str(tmp_path / "d" / name / split / "1.png"), name) for name in CLASSES]
+
+
+def test_words_for_splits_of_which_none_is_for_training_are_classes(tmp_path, cache, put):
+    put(*(tmp_path / "d" / name / "1.png" for name in ("dev", "valid", "eval", "testing")))
+    assert labelled(load(tmp_path / "d", cache)) == expected(tmp_path / "d")
+
+
+def test_one_deep_folder_with_most_images_does_not_hide_the_classes(folder, cache, put, said):
+    rows = expected(folder)
+    put(*(folder / "bird" / "x" / f"{i}.png" for i in range(5)))
+    assert labelled(load(folder, cache)) == rows
+    assert "5 not in a class folder (bird/x/0.png" in said()
+
+
+@pytest.mark.parametrize("file", ["00", "1.nef", "2.png~", "3.jpg_large", None])
+def test_a_class_without_images_is_named(folder, cache, said, file):
+    (folder / "hen").mkdir()
+    if file is not None:
+        (folder / "hen" / file).write_bytes(b"")
+    assert labelled(load(folder, cache)) == expected(folder, "[cd]*/*")
+    assert f"(hen{'' if file is None else f' with 1 files such as {file}'})" in said()
+
+
+def test_classes_of_the_same_name_are_told_to_be_one(tmp_path, cache, put, said):
+    put(*(tmp_path / "d" / side / name / "1.png" for side in ("left", "right") for name in ("ok", "bad")))
+    put(tmp_path / "d" / "left" / "odd" / "1.png")
+    assert load(tmp_path / "d", cache).class_names == ["bad", "odd", "ok"]
+    assert "2 in all: left/bad, right/bad; left/ok, right/ok" in said()
+
+
 def test_a_word_in_the_name_of_a_group_of_classes_makes_no_split(tmp_path, cache, put):
     put(tmp_path / "d" / "train vehicles" / "bus" / "1.png", tmp_path / "d" / "pets" / "cat" / "1.png")
     assert labelled(load(tmp_path / "d", cache)) == expected(tmp_path / "d", "*/*/*")
