@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetsError
 
 from ..utils.folder_scan import read_regular_file, size_and_end
 from ..utils.messages import one_line
@@ -152,6 +154,8 @@ def load_image_data(
         dataset = _load(name_or_path, split, streaming, cache_dir, config_name, label_column)
     except PermissionError as error:
         raise DataError(f"Cannot read {name_or_path}: {error}.") from error
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise DataError(f"There is nothing in split {split!r} of {name_or_path}.")
     features = dataset.features
     if features is None:
         raise DataError(
@@ -228,6 +232,11 @@ def _load(
     except ValueError as error:  # it lists the splits or configurations that there are
         raise DataError(
             f"Cannot load split {split!r} of {name}: {one_line(error)} See also --dataset_config_name."
+        ) from error
+    except (DatasetsError, tarfile.TarError, IndexError, TypeError) as error:
+        raise DataError(
+            f"Cannot read split {split!r} of {name}: {one_line(error.__cause__ or error)}. A file may be damaged, or"
+            " not hold images and labels as rows."
         ) from error
 
 

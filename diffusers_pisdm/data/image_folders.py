@@ -122,6 +122,11 @@ def _choose_config(folder: str, config_name: str | None) -> tuple[str | None, di
     if config_name is not None and config_name not in configs:
         known = f"only {names}" if configs else "as its README.md names none"
         raise DataError(f"{folder} has no configuration {config_name!r}, {known}: see --dataset_config_name.")
+    for name, config in configs.items():
+        if not isinstance(config.get("data_dir", ""), str):
+            raise DataError(
+                f"The header of {card} has no path as `data_dir` of {name}: {config['data_dir']!r}. Fix it."
+            )
     config_name = config_name or configs.get_default_config_name()
     if config_name is None and configs:
         raise DataError(f"{folder} has several configurations, {names}: choose one with --dataset_config_name.")

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -325,7 +327,15 @@ def test_configurations(tmp_path, cache, put):
         load(tmp_path / "s", cache, config_name="x")
     (tmp_path / "s" / "README.md").write_text("---\nconfigs:\n- config_name: here\n---\n")
     assert labelled(load(tmp_path / "s", cache)) == expected(tmp_path / "s")
-    for broken in (": [", "- a", "configs: 3", "configs: [{data_dir: s}]", "configs: [3]", "\xff"):
+    for broken in (
+        ": [",
+        "- a",
+        "configs: 3",
+        "configs: [{data_dir: s}]",
+        "configs: [3]",
+        "configs: [{config_name: a, data_dir: [1]}]",
+        "\xff",
+    ):
         (tmp_path / "README.md").write_text(f"---\n{broken}\n---\n", encoding="latin-1")
         with pytest.raises(DataError, match=r"header of .*README\.md"):
             load(tmp_path, cache)
@@ -350,6 +360,37 @@ def test_shards_in_no_split_and_images_beside_are_named(real_image_files, tmp_pa
     data = load(folder, cache, image_column="picture", label_column="kind")
     assert len(data.dataset) == 2
     assert "1 files that are in no split (more.parquet)" in said() and "(preview.png)" in said()
+
+
+def _truncated_parquet(folder, files):
+    content = (write_parquet(files, folder) / "train.parquet").read_bytes()
+    (folder / "train.parquet").write_bytes(content[: len(content) // 2])
+
+
+def _zips(folder, files):
+    folder.mkdir()
+    for name in CLASSES:
+        with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+            archive.write(files[0], f"{name}/1.png")
+
+
+def _empty_tar(folder, files):
+    folder.mkdir()
+    (folder / "train.tar").write_bytes(b"")
+
+
+@pytest.mark.parametrize("make", [_truncated_parquet, _zips, _empty_tar])
+def test_files_that_cannot_be_read_are_an_error_of_the_data(real_image_files, tmp_path, cache, make):
+    make(tmp_path / "d", real_image_files[:4])
+    with pytest.raises(DataError, match=r"split 'train' of .*/d: "):
+        load(tmp_path / "d", cache, image_column="picture", label_column="kind")
+
+
+@pytest.mark.parametrize("split", ["train[9:]", "train[:0]"])
+def test_an_empty_slice_is_an_error(folder, real_image_files, tmp_path, cache, split):
+    for data in (folder, write_parquet(real_image_files[:4], tmp_path / "p")):
+        with pytest.raises(DataError, match=rf"split '{re.escape(split)}' .*"):
+            load_image_data(data, split, cache_dir=cache, image_column="picture", label_column="kind")
 
 
 def test_an_archive_beside_the_images_is_named(folder, cache, said):
