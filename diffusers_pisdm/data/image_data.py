@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
+from ..utils.files import is_path
 from ..utils.folder_scan import read_regular_file, size_and_end
 from ..utils.messages import one_line
 from .image_folders import load_folder, sort_class_names
@@ -213,9 +214,8 @@ def _load(
 ) -> Dataset | IterableDataset:
     name = os.path.expanduser(name_or_path)
     is_folder = os.path.isdir(name)
-    is_path = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1  # Hub names have one slash
     is_format = name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None  # such as "csv"
-    if not is_folder and (is_path or is_format):
+    if not is_folder and (is_path(name) or is_format):
         raise FileNotFoundError(f"There is no folder {name}: check the path.")
     try:
         if is_folder:

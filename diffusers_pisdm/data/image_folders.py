@@ -205,9 +205,7 @@ def _read_images(
         folder,
         {
             "not in a class folder" if has_classes else "elsewhere": join_parts(elsewhere),
-            "folders without images beside the class folders": _empty_classes(content, split_of)
-            if has_classes
-            else [],
+            "class folders without images": _empty_classes(content, split_of) if has_classes else [],
         },
     )
     if has_classes:
@@ -245,14 +243,12 @@ def _find_splits(folders: list[Parts]) -> tuple[dict[Parts, str], int | None]:
 
 
 def _empty_classes(content: FolderContent, classes: Iterable[Parts]) -> list[str]:
-    """The folders beside class folders that hold no images, and what they hold instead."""
-    classes = set(classes)
-    parents = {parts[:-1] for parts in classes}
-    used = {parts[:n] for parts in (*classes, *content.images) for n in range(len(parts) + 1)}
+    """The folders without images beside class folders, and what they hold instead."""
+    beside = {parts[:-1] for parts in classes}
+    held = {parts: content.others.get(parts) for parts in content.empty if parts[:-1] in beside}
     return [
         "/".join(parts) + (f" with {len(names)} files such as {names[0]}" if names else "")
-        for parts, names in content.others.items()
-        if parts and parts[:-1] in parents and parts not in used
+        for parts, names in held.items()
     ]
 
 

@@ -31,11 +31,11 @@ class FolderContent:
     The names of the files in each folder below the top one, whose parts are `()`. Links are followed.
 
     Args:
-        images, others (`dict`):
-            Image files with one of the endings asked for, and all other files, an empty list if there are none.
+        images, others (`dict`): Image files with one of the endings asked for, and all other files.
         hidden (`list[str]`): Images, and folders with images, whose names start with a dot.
         foreign (`list[str]`): Images with other endings.
         unusual (`list[str]`): Dangling links, and pipes, devices and folders without images that are named as images.
+        empty (`list[Parts]`): Folders without images, in themselves or in the folders below.
     """
 
     images: dict[Parts, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -43,6 +43,7 @@ class FolderContent:
     hidden: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     unusual: list[str] = field(default_factory=list)
+    empty: list[Parts] = field(default_factory=list)
 
     @property
     def left_out(self) -> dict[str, list[str]]:
@@ -85,14 +86,16 @@ def scan_folder(folder: str | Path, endings: Collection[str]) -> FolderContent:
             (content.images if is_image(entry.name) else content.others)[parts].append(entry.name)
             content.foreign += [path] if _ending(entry.name) in foreign else []
         elif _is(entry, stat.S_ISDIR):
-            if not is_hidden:
-                content.others[(*parts, entry.name)] += ()
             if is_hidden or is_image(entry.name):
                 holds_images = any(is_image(inner.name) for _, inner in _walk(entry))
                 if holds_images == is_hidden:
                     (content.hidden if is_hidden else content.unusual).append(path)
+            else:
+                content.empty.append((*parts, entry.name))  # until an image is found in it
         elif not is_hidden and (is_image(entry.name) or entry.is_symlink()):
             content.unusual.append(path)
+    above_images = {parts[:depth] for parts in content.images for depth in range(1, len(parts) + 1)}
+    content.empty = [parts for parts in content.empty if parts not in above_images]
     return content
 
 
