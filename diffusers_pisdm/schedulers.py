@@ -153,16 +153,16 @@ def shift_noise_schedule(scheduler: DDPMScheduler, shift: float) -> DDPMSchedule
 
     Args:
         scheduler (`DDPMScheduler`): The schedule to shift.
-        shift (`float`): A positive factor; above 1 adds noise, below 1 removes some.
+        shift (`float`): A factor in [0.001, 1000]; above 1 adds noise, below 1 removes some.
 
     Returns:
         `DDPMScheduler`: `scheduler` itself if `shift` is 1.
 
     Raises:
-        ValueError: `shift` is not positive.
+        ValueError: `shift` is out of range: the schedule would be all noise or none, and rounded to NaN.
     """
-    if shift <= 0:
-        raise ValueError(f"A noise schedule can only be shifted by a positive factor, got {shift}.")
+    if not 1e-3 <= shift <= 1e3:
+        raise ValueError(f"A noise schedule can only be shifted by a factor from 0.001 to 1000, got {shift}.")
     if shift == 1:
         return scheduler
     abar = scheduler.alphas_cumprod.double()  # (T,)
@@ -190,8 +190,8 @@ def stage_noise_schedules(
         `list[DDPMScheduler]`: One per stage.
 
     Raises:
-        ValueError: There are more or fewer schedulers, shifts or prediction types than stages, or a shift is not
-            positive.
+        ValueError: There are more or fewer schedulers, shifts or prediction types than stages, or a shift is out of
+            range.
     """
     schedulers = [schedulers] * num_stages if isinstance(schedulers, DDPMScheduler) else list(schedulers)
     shifts = [1.0] * num_stages if shifts is None else shifts
@@ -323,8 +323,8 @@ def set_timesteps(
         sigmas (`Sequence[float]`, *optional*): Custom noise levels.
 
     Raises:
-        ValueError: Both timesteps and sigmas are given, the scheduler does not support custom ones, or it needs more
-            steps.
+        ValueError: Both timesteps and sigmas are given, the scheduler does not support custom ones, these are not
+            falling numbers, or it needs more steps.
     """
     if timesteps is not None and sigmas is not None:
         raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one.")
@@ -338,12 +338,27 @@ def set_timesteps(
         warn_of_uneven_steps(scheduler, num_inference_steps)
         return
     name, schedule = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
+    _check_schedule(name, schedule, math.inf if timesteps is None else scheduler.config.num_train_timesteps - 1)
     if name not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(
             f"`{type(scheduler).__name__}.set_timesteps` does not support custom `{name}`. Please check whether you"
             " are using the correct scheduler."
         )
     scheduler.set_timesteps(**{name: schedule}, device="cpu")
+
+
+def _check_schedule(name: str, schedule: Sequence[float], highest: float) -> None:
+    """Raises a ValueError unless these are finite numbers that fall from at most `highest` to at least 0."""
+    try:
+        values = [float(value) for value in schedule]
+    except (TypeError, ValueError):
+        values = []
+    falls = all(a > b for a, b in itertools.pairwise(values))
+    if not values or not falls or not math.isfinite(sum(values)) or values[0] > highest or values[-1] < 0:
+        limit = "" if highest == math.inf else f" from at most {highest}"
+        raise ValueError(
+            f"`{name}` has to be a list of numbers that fall{limit} to at least 0 but is {schedule!r:.200}."
+        )
 
 
 def check_steps(scheduler: SchedulerMixin, start: int = 0) -> None:

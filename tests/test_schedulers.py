@@ -95,8 +95,19 @@ def test_the_shift_survives_saving_and_a_change_of_scheduler(tmp_path):
 def test_no_shift_changes_nothing_and_a_wrong_one_is_refused():
     scheduler = DDPMScheduler()
     assert shift_noise_schedule(scheduler, 1.0) is scheduler
-    with pytest.raises(ValueError, match="positive factor, got 0"):
-        shift_noise_schedule(scheduler, 0)
+    for shift in (0, 9e-4, 1.1e3, 1e30, float("nan")):
+        with pytest.raises(ValueError, match=rf"from 0.001 to 1000, got {re.escape(str(shift))}\."):
+            shift_noise_schedule(scheduler, shift)
+
+
+@pytest.mark.parametrize("zero_snr", [True, False])
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("shift", [1e-3, 1e3])
+def test_the_greatest_shifts_leave_numbers(shift, beta_schedule, zero_snr):
+    scheduler = DDPMScheduler(beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr)
+    (sampler,) = sampling_schedulers([shift_noise_schedule(scheduler, shift)])
+    sampler.set_timesteps(10)
+    assert sampler.alphas_cumprod.isfinite().all() and 0 < sampler.sigmas[0] < torch.inf
 
 
 def test_each_stage_has_its_shift_and_its_prediction_type():

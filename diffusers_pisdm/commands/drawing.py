@@ -17,7 +17,9 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import DiffusionPipeline
 
 from ..evaluation import SampleSettings, write_sample_set
-from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES
+from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_classes, sample_classes
+from ..utils.arguments import COUNT, SHARE, Bounds, bounded
+from ..utils.files import check_exists
 from ..utils.shipped_files import CHECKPOINT
 
 
@@ -28,6 +30,14 @@ ERRORS = (ImportError, OSError, TypeError, ValueError)  # of what was given to a
 PATIENCE = timedelta(days=7)
 
 
+CALL_TYPES = {
+    "num_inference_steps": COUNT,
+    "guidance_scale": bounded(float, Bounds()),
+    "guidance_start": SHARE,
+    "guidance_stop": SHARE,
+    "noise_level": bounded(float, Bounds(minimum=0, below=1)),
+    "relay_strength": bounded(float, Bounds(above=0, maximum=1)),
+}
 MODEL_HELP = f"A folder, a Hub repository or {CHECKPOINT.name}, the checkpoint that comes with this package"
 
 
@@ -36,8 +46,7 @@ def add_call_arguments(add: Callable[..., argparse.Action]) -> None:
     add("--scheduler", help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     for name in CALL_ARGUMENTS:
-        kind = int if name == "num_inference_steps" else float
-        add(f"--{name}", type=kind, nargs="+", help="One, or one per stage; default: the pipeline's.")
+        add(f"--{name}", type=CALL_TYPES[name], nargs="+", help="One, or one per stage; default: the pipeline's.")
 
 
 def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,6 +101,7 @@ def load_pipeline(args: argparse.Namespace, state: PartialState) -> tuple[Diffus
     pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype)).to(state.device)
     settings = _read_settings(args, pipe)
     settings.resolve(pipe)
+    sample_classes(settings, count_classes(pipe))
     return pipe, settings
 
 
@@ -137,6 +147,7 @@ def _read_settings(args: argparse.Namespace, pipe: DiffusionPipeline) -> SampleS
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     """Loads a pipeline by its own class, whose checks `DiffusionPipeline.from_pretrained` would leave out."""
+    check_exists(model)
     name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # a published repository also names its code
     pipeline_class = getattr(diffusers, name or "", None)

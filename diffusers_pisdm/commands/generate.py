@@ -23,7 +23,7 @@ from PIL import Image
 from .. import PISDMCascadePipeline
 from ..pipelines.class_names import ids_by_name
 from ..schedulers import swap_scheduler
-from ..utils.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, output_path
+from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, output_path
 from ..utils.files import write_whole
 from ..utils.image_grid import make_image_grid
 from ..utils.messages import show_duration
@@ -64,7 +64,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         f"Default: {NUM_DEFAULT_CLASSES} classes spread evenly over the model's.",
     )
     add("--images_per_class", type=COUNT, default=4)
-    add("--seed", type=COUNT_OR_ZERO, default=0, help="Image i is drawn with seed + i.")
+    add("--seed", type=SEED, default=0, help="Image i is drawn with seed + i.")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
 
     output = parser.add_argument_group("output")

@@ -77,6 +77,10 @@ class TrainingBatches:
         batch, self.epoch, self.rows_done = next(self._batches)
         return batch
 
+    def fingerprint(self) -> dict[str, str]:
+        """What tells the data from others, by class or file, as far as that is cheap to find out."""
+        return self._source.rows.fingerprint()
+
     def state_dict(self) -> dict[str, int]:
         """
         The position after the last batch returned: the same in all processes, except for streams, where each process

@@ -108,6 +108,12 @@ class DeviceBatches:
         self.step += 1
         return rows
 
+    def fingerprint(self) -> dict[str, str]:
+        """For each class, by name, the number of its images and the sum of their pixels."""
+        sums, labels = self.data.images.flatten(1).sum(1).cpu(), self.data.labels.cpu()  # (N,) each
+        names = enumerate(self.data.class_names)
+        return {name: f"{(labels == i).sum()} images, {sums[labels == i].sum()}" for i, name in names}
+
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections import Counter
+import tarfile
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetsError
 
-from ..utils.folder_scan import ReportLeftOut, read_regular_file, warn_of_left_out
+from ..utils.files import is_path
+from ..utils.folder_scan import ReportLeftOut, read_regular_file, size_and_end, warn_of_left_out
 from ..utils.messages import one_line
 from .image_folders import load_folder, sort_class_names
 from .rows import DataError
+
+
+MOST_IN_FINGERPRINT = 100_000  # images: looking at them must not delay a run
 
 
 @dataclass
@@ -73,6 +81,29 @@ class ImageData:
     def may_flip(self, row: dict) -> bool:
         """Whether the image of a row keeps its meaning when mirrored."""
         return self.flip_column is None or bool(row[self.flip_column])
+
+    def fingerprint(self) -> dict[str, str]:
+        """
+        For each class, by name, the number of its images and a digest of their names, sizes and last bytes. They are
+        not read; of more than `MOST_IN_FINGERPRINT` images, as many are taken evenly. Empty for a stream.
+        """
+        if self.is_stream:
+            return {}
+        counts, digests = Counter(), defaultdict(hashlib.sha256)
+        every = -(-len(self.dataset) // MOST_IN_FINGERPRINT)
+        taken = self.dataset if every == 1 else self.dataset.select(range(0, len(self.dataset), every))
+        for rows in taken.with_format("arrow").iter(1000):
+            labels, images = rows[self.label_column].to_pylist(), rows[self.image_column]
+            paths, contents = (pc.struct_field(images, part) for part in ("path", "bytes"))
+            # As in size_and_end, without a copy of the images.
+            sizes, ends = pc.binary_length(contents).to_pylist(), pc.binary_slice(contents, -64).to_pylist()
+            for label, path, *size_and_last in zip(labels, paths.to_pylist(), sizes, ends):
+                if size_and_last == [None, None] and path is not None and "://" not in path:
+                    size_and_last = size_and_end(path)
+                counts[label] += 1
+                digests[label].update(repr((path and os.path.basename(path), *size_and_last)).encode())
+        names = {label: self.class_names[self.class_ids[label]] for label in counts}
+        return {names[label]: f"{counts[label]} images, {digests[label].hexdigest()[:16]}" for label in counts}
 
     def place(self, row: dict, position: int) -> str:
         """Where a row comes from, for messages: its index and, if known, the file."""
@@ -132,6 +163,8 @@ def load_image_data(
         dataset = _load(name_or_path, split, streaming, cache_dir, config_name, label_column, report_left_out)
     except PermissionError as error:
         raise DataError(f"Cannot read {name_or_path}: {error}.") from error
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise DataError(f"There is nothing in split {split!r} of {name_or_path}.")
     features = dataset.features
     if features is None:
         raise DataError(
@@ -190,9 +223,8 @@ def _load(
 ) -> Dataset | IterableDataset:
     name = os.path.expanduser(name_or_path)
     is_folder = os.path.isdir(name)
-    is_path = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1  # Hub names have one slash
     is_format = name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None  # such as "csv"
-    if not is_folder and (is_path or is_format):
+    if not is_folder and (is_path(name) or is_format):
         raise FileNotFoundError(f"There is no folder {name}: check the path.")
     try:
         if is_folder:
@@ -210,6 +242,11 @@ def _load(
     except ValueError as error:  # it lists the splits or configurations that there are
         raise DataError(
             f"Cannot load split {split!r} of {name}: {one_line(error)} See also --dataset_config_name."
+        ) from error
+    except (DatasetsError, tarfile.TarError, IndexError, TypeError) as error:
+        raise DataError(
+            f"Cannot read split {split!r} of {name}: {one_line(error.__cause__ or error)}. A file may be damaged, or"
+            " not hold images and labels as rows."
         ) from error
 
 

@@ -132,6 +132,11 @@ def _choose_config(folder: str, config_name: str | None) -> tuple[str | None, di
     if config_name is not None and config_name not in configs:
         known = f"only {names}" if configs else "as its README.md names none"
         raise DataError(f"{folder} has no configuration {config_name!r}, {known}: see --dataset_config_name.")
+    for name, config in configs.items():
+        if not isinstance(config.get("data_dir", ""), str):
+            raise DataError(
+                f"The header of {card} has no path as `data_dir` of {name}: {config['data_dir']!r}. Fix it."
+            )
     config_name = config_name or configs.get_default_config_name()
     if config_name is None and configs:
         raise DataError(f"{folder} has several configurations, {names}: choose one with --dataset_config_name.")
@@ -182,20 +187,22 @@ def _read_images(
 
     Most images decide at which depth the class folders are. Folders above them that are named train, validation or
     test (or valid, dev, ...) are splits, unless `split_folders` says which are; class folders and files can have any
-    name. Metadata files are read instead if they have labels, or nothing else has.
+    name. Splits may also lie in the class folders. Metadata files are read instead if they have labels, or nothing
+    else has.
     """
-    sizes = Counter()
+    folders, sizes = Counter(map(len, content.images)), Counter()
     for parts, names in content.images.items():
         sizes[len(parts)] += len(names)
-    depth = max(sizes, key=lambda depth: (sizes[depth], -depth))
+    depth = max(sizes, key=lambda depth: (depth == 0 or folders[depth] > 1, sizes[depth], -depth))
     candidates = [parts for parts in content.images if len(parts) == depth]
     if split_folders is None:
-        split_of, has_classes = _find_splits(candidates)
+        split_of, class_part = _find_splits(candidates)
     else:
         tops = {top: split for split, top in split_folders.items()}
         split_of = {parts: tops[parts[:n]] for parts in candidates for n in range(depth + 1) if parts[:n] in tops}
-        has_classes = not any(parts in tops for parts in candidates)
-    class_names = sort_class_names({parts[-1] for parts in split_of}) if has_classes and depth > 0 else []
+        class_part = None if any(parts in tops for parts in candidates) else -1
+    has_classes = class_part is not None and depth > 0
+    class_names = sort_class_names({parts[class_part] for parts in split_of}) if has_classes else []
     has_classes = len(class_names) > 1
 
     rows = _read_metadata(folder, content, split_of, label_column, cache_dir, needed=not has_classes)
@@ -205,14 +212,19 @@ def _read_images(
         report_left_out(folder, {"not listed as metadata": unlisted})
         return rows
     elsewhere = {parts: names for parts, names in content.images.items() if parts not in split_of}
-    beside = {parts[:-1] for parts in split_of}
-    empty = ["/".join(parts) for parts in content.empty if len(parts) == depth and parts[:-1] in beside]
-    reason = "not in a class folder" if has_classes else "elsewhere"
-    report_left_out(folder, {reason: join_parts(elsewhere), "class folders without images": empty})
+    report_left_out(
+        folder,
+        {
+            "not in a class folder" if has_classes else "elsewhere": join_parts(elsewhere),
+            "class folders without images": _empty_classes(content, split_of) if has_classes else [],
+        },
+    )
+    if has_classes:
+        _tell_of_merged_classes(split_of, class_part)
     features = Features({"image": Image(), **({"label": ClassLabel(names=class_names)} if has_classes else {})})
     for split in dict.fromkeys(split_of.values()):
         images = sorted(
-            (_checked(os.path.join(folder, *parts, name)), *parts[-1:])
+            (_checked(os.path.join(folder, *parts, name)), *([parts[class_part]] if has_classes else []))
             for parts, names in content.images.items()
             if split_of.get(parts) == split
             for name in names
@@ -221,17 +233,44 @@ def _read_images(
     return rows
 
 
-def _find_splits(folders: list[Parts]) -> tuple[dict[Parts, str], bool]:
-    """The split of each folder of images, unless it is in none, and whether these may be class folders."""
-    if all(parts and parts[-1].lower() in SPLITS for parts in folders):  # splits without classes
-        return {parts: SPLITS[parts[-1].lower()] for parts in folders}, False
+def _find_splits(folders: list[Parts]) -> tuple[dict[Parts, str], int | None]:
+    """The split of each folder of images, unless it is in none, and which of its parts may be the class, if any."""
     named = {parts: [SPLITS[name.lower()] for name in parts[:-1] if name.lower() in SPLITS] for parts in folders}
+    if all(parts and parts[-1].lower() in SPLITS for parts in folders):
+        split_of = {parts: SPLITS[parts[-1].lower()] for parts in folders}
+        if len({parts[:-1] for parts in folders}) > 1:  # cat/train, cat/test, dog/train, dog/test
+            return split_of, None if any(named.values()) else -2
+        if "train" in split_of.values() or len({*split_of.values()}) == len(folders):  # splits without classes
+            return split_of, None
     if any(named.values()):
-        return {parts: splits[0] for parts, splits in named.items() if splits}, True
+        return {parts: splits[0] for parts, splits in named.items() if splits}, -1
     alike = {parts: SPLIT_WORD.search(" ".join(parts[:-1]).lower()) for parts in folders}
     if all(alike.values()):  # train_images, test_images
-        return {parts: SPLITS[match[1]] for parts, match in alike.items()}, True
-    return dict.fromkeys(folders, "train"), True
+        split_of = {parts: SPLITS[match[1]] for parts, match in alike.items()}
+        taken = sorted({f"{one_line('/'.join(parts[:-1]))} as {split}" for parts, split in split_of.items()})
+        warn_once(f"Folders are taken as splits for a word in their names: {', '.join(taken)}.")
+        return split_of, -1
+    return dict.fromkeys(folders, "train"), -1
+
+
+def _empty_classes(content: FolderContent, classes: Iterable[Parts]) -> list[str]:
+    """The folders without images beside class folders, and what they hold instead."""
+    beside = {parts[:-1] for parts in classes}
+    held = {parts: content.others.get(parts) for parts in content.empty if parts[:-1] in beside}
+    return [
+        "/".join(parts) + (f" with {len(names)} files such as {names[0]}" if names else "")
+        for parts, names in held.items()
+    ]
+
+
+def _tell_of_merged_classes(split_of: Mapping[Parts, str], class_part: int) -> None:
+    folders = defaultdict(list)
+    for parts, split in split_of.items():
+        folders[split, parts[class_part]].append(one_line("/".join(parts)))
+    merged = [paths for paths in folders.values() if len(paths) > 1]
+    if merged:
+        shown = "; ".join(", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "") for paths in merged[:5])
+        warn_once(f"Folders with the same name are one class, {len(merged)} in all: {shown}.")
 
 
 def _read_metadata(

@@ -58,6 +58,9 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.data.dataset)
 
+    def fingerprint(self) -> dict[str, str]:
+        return self.data.fingerprint()
+
     def read(self, row: int, epoch: int, seed: int) -> TrainingRow:
         """
         Reads a row of a data set that is not a stream.

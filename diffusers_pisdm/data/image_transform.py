@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from ..utils.transparency import on_white
 
@@ -102,6 +102,8 @@ def _check_values(image: Image.Image) -> None:
         problem = None  # 16 bits
     elif image.mode not in MODES:
         problem = problem or f"of mode {image.mode}"
+    elif image.format == "TIFF" and {*image.tag_v2.get(SAMPLEFORMAT, ())} - {1, 4}:  # neither unsigned nor unsaid
+        problem = "signed integers of unknown range"
     elif image.mode.startswith("I;16") and image.format == "TIFF":
         tags = image.tag_v2
         if (tags.get(BITSPERSAMPLE), tags.get(PHOTOMETRIC_INTERPRETATION)) != ((16,), 1):

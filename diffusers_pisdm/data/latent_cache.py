@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..utils.files import write_whole
+from ..utils.folder_scan import size_and_end
 from .rows import DataError, TrainingRow
 
 
@@ -158,6 +160,11 @@ class LatentCache:
 
     def __len__(self) -> int:
         return self.index.num_images
+
+    def fingerprint(self) -> dict[str, str]:
+        """A digest of each file's size and last bytes, by its name."""
+        files = [shard_path(self.folder, shard) for shard in range(self.index.num_shards)]
+        return {file.name: hashlib.sha256(repr(size_and_end(file)).encode()).hexdigest()[:16] for file in files}
 
     def read(self, row: int, epoch: int, seed: int) -> TrainingRow:
         """

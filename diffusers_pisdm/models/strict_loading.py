@@ -13,6 +13,8 @@ import torch
 from diffusers.utils import WEIGHTS_NAME
 from typing_extensions import Self
 
+from ..utils.files import check_exists
+
 
 # Keys that diffusers itself adds to a configuration: for quantized models, for remote code, and by `EMAModel`.
 KEYS_OF_DIFFUSERS = (
@@ -42,6 +44,7 @@ class StrictLoadingMixin:
         Raises OSError if weights are missing, incomplete, corrupt or not those of the configuration; ValueError for
         unknown configuration keys or weights that are not finite; TypeError for unknown arguments.
         """
+        check_exists(pretrained_model_name_or_path)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
         is_model = issubclass(cls, torch.nn.Module)
@@ -63,6 +66,15 @@ class StrictLoadingMixin:
                     " `use_safetensors=False`."
                 )
             raise OSError(f"{str(error).strip()} {remedy}") from error
+        except ValueError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            # diffusers leaves out the name, and advises to take random weights.
+            found = str(error).partition(" because ")[2].partition(". If ")[0]
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} do not fit their `config.json`: {found}. Copy or"
+                " download both again; they do not belong together."
+            ) from error
         except RecursionError as error:
             where = f"A configuration of {cls.__name__} in {pretrained_model_name_or_path}"
             raise ValueError(f"{where} is nested too deeply. Copy or download it again.") from error

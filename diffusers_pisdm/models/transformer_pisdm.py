@@ -679,8 +679,11 @@ def set_class_embedding(
 def class_factors_from_names(class_names: Sequence[str], separator: str) -> tuple[tuple[int, ...], ...]:
     """
     Derives `class_factors` from names like `"noto/animal-mammal"`: each position is a factor, whose ids number the
-    parts there in sorted order. Raises ValueError if a name has more or fewer parts than the first.
+    parts there in sorted order. Raises ValueError if a name has more or fewer parts than the first, or the separator
+    is empty.
     """
+    if not separator:
+        raise ValueError("The separator of class names' parts is empty: pass the text between them, such as '/'.")
     parts = [name.split(separator) for name in class_names]
     for name, row in zip(class_names, parts):
         if len(row) != len(parts[0]):

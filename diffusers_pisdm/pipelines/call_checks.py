@@ -28,7 +28,11 @@ def check_generator(generator: torch.Generator | list[torch.Generator] | None, n
 
 
 def check_attention_kwargs(attention_kwargs: dict[str, Any] | None) -> None:
-    """Raises a ValueError if there is more in it than the strength of the LoRA adapters."""
+    """Raises a TypeError or ValueError if there is more in it than the strength of the LoRA adapters."""
+    if not isinstance(attention_kwargs, (dict, type(None))):
+        raise TypeError(
+            f'`attention_kwargs` has to be a dictionary but is {attention_kwargs!r}: pass `{{"scale": ...}}`.'
+        )
     if attention_kwargs:
         if set(attention_kwargs) != {"scale"}:
             raise ValueError(
@@ -58,6 +62,28 @@ def check_callback(callback: Callable | None) -> None:
             f"`callback_on_step_end` has to take four arguments, `pipe, step, timestep, callback_kwargs`, but takes"
             f" {signature}."
         ) from error
+
+
+def check_callback_outputs(outputs: dict[str, Any], given: dict[str, Any], num_classes: int) -> None:
+    """Raises a TypeError or ValueError unless a callback returned the tensors that it was given, or some like them."""
+    if not isinstance(outputs, dict):
+        raise TypeError(
+            "`callback_on_step_end` has to return a dictionary of what it changed, but returned"
+            f" {outputs!r}. Let it return its `callback_kwargs`, or {{}}."
+        )
+    for name, value in outputs.items():
+        if name not in ("latents", "low_res", "class_labels") or value is given[name]:
+            continue
+        shape = None if given[name] is None else tuple(given[name].shape)
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+            found = f"has shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"is {value!r}"
+            wanted = "None in this stage" if shape is None else f"a tensor of shape {shape}"
+            raise TypeError(f"`{name}`, which `callback_on_step_end` returned, has to be {wanted} but {found}.")
+        if name == "class_labels" and not ((value >= 0) & (value <= num_classes)).all():
+            raise ValueError(
+                f"`class_labels`, which `callback_on_step_end` returned, has to be from 0 to {num_classes} (no class)"
+                f" but is {value.tolist()}."
+            )
 
 
 def check_latents(latents: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -241,6 +242,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
                     low_cpu_mem_usage=low_cpu_mem_usage,
                     _pipeline=self,
                 )
+                transformers[name].train(transformers[name].training)  # PEFT's dropout is always on at first
             if not hotswap:
                 # PEFT activates it only in its own stages; the others would keep the previous adapter active.
                 self.set_adapters(adapter_name)
@@ -514,18 +516,27 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
 
     @contextlib.contextmanager
     def _scaled_adapters(self, scale: float) -> Iterator[None]:
-        """Multiplies the strength of all adapters that are not fused by `scale` inside this context."""
-        transformers = self._get_lora_transformers().values() if scale != 1 else ()
-        modules = itertools.chain(*(transformer.modules() for transformer in transformers))
-        scalings = [module.scaling for module in modules if hasattr(module, "lora_A")]
-        before = [dict(scaling) for scaling in scalings]
-        for scaling in scalings:
-            scaling.update({name: value * scale for name, value in scaling.items()})
+        """Multiplies the strength of all adapters that are not fused by `scale` here, in this thread only."""
+        if scale != 1:
+            transformers = self._get_lora_transformers().values()
+            for module in itertools.chain(*(transformer.modules() for transformer in transformers)):
+                if hasattr(module, "lora_A") and not isinstance(module.scaling, _Scaling):
+                    module.scaling = _Scaling(module.scaling)
+        token = _SCALE_OF_CALL.set(scale)
         try:
             yield
         finally:
-            for scaling, former in zip(scalings, before):
-                scaling.update(former)
+            _SCALE_OF_CALL.reset(token)
+
+
+_SCALE_OF_CALL = ContextVar("scale of this call's adapters", default=1.0)
+
+
+class _Scaling(dict):
+    """An adapted layer's strengths by adapter, for layers that pipelines in several threads may share."""
+
+    def __getitem__(self, adapter_name: str) -> float:
+        return super().__getitem__(adapter_name) * _SCALE_OF_CALL.get()
 
 
 def _require_peft() -> None:

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from ..models.latents import encode_moments, vae_scale_factor
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
+from .call_checks import check_callback_outputs
 from .image_inputs import KnownPart, repeat_images
 from .stage_plan import StagePlan
 
@@ -188,11 +189,7 @@ class StageDenoisingMixin:
                     }
                     callback_kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                     callback_outputs = callback_on_step_end(self, stage.first_step + i, t, callback_kwargs)
-                    if not isinstance(callback_outputs, dict):
-                        raise TypeError(
-                            "`callback_on_step_end` has to return a dictionary of what it changed, but returned"
-                            f" {callback_outputs!r}. Let it return its `callback_kwargs`, or {{}}."
-                        )
+                    check_callback_outputs(callback_outputs, available, stage.transformer.config.num_classes)
                     latents = callback_outputs.pop("latents", latents)
                     low_res = callback_outputs.pop("low_res", low_res)
                     class_labels = callback_outputs.pop("class_labels", class_labels)

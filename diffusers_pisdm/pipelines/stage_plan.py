@@ -17,6 +17,9 @@ from .image_inputs import GivenImages
 from .number_checks import NUMBERS, check_number, is_positive_integer
 
 
+MAX_LENGTH = 2**14  # of an image's side: more is refused before it fills the memory
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """Everything one call does in one stage, decided before anything is drawn."""
@@ -58,10 +61,12 @@ class StagePlan:
 def stage_lengths(name: str, length: int | None, configs: list[FrozenDict], scale_factor: int) -> list[int]:
     """
     Each stage's `height` or `width` in latents for a final image's in pixels, in proportion to the stages'
-    `sample_size`. Raises a ValueError if a stage would have a fraction of a patch.
+    `sample_size`. Raises a ValueError if it is absurdly long, or a stage would have a fraction of a patch.
     """
     full = configs[-1].sample_size * scale_factor
     length = full if length is None else length
+    if is_positive_integer(length) and length > max(MAX_LENGTH, full):
+        raise ValueError(f"`{name}` has to be at most {max(MAX_LENGTH, full):,} pixels but is {length!r}.")
     # Stage s gets length * sample_size_s / full, which must be a multiple of its patch size.
     units = [full * c.patch_size // math.gcd(c.sample_size, full * c.patch_size) for c in configs]
     unit = math.lcm(*units)

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
-from .model_card import find_pictures, make_model_card
+from .model_card import check_links, find_pictures, make_model_card
 
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -118,13 +118,13 @@ def prepare_upload(
     if is_lora:
         if variants or max_shard_size is not None:
             raise ValueError(f"{folder} holds LoRA adapters: `variants` and `max_shard_size` are for whole cascades.")
-        _check_links(folder, [lora])
+        check_links(folder, [lora])
         PISDMCascadePipeline.lora_state_dict(folder)  # fails here if it would fail for users
     else:
         components = _check_files(folder)
         configs = _find(folder, components, CONFIGS.fullmatch)
         weights = _find(folder, components, WEIGHTS.fullmatch)
-        _check_links(folder, [folder / INDEX, *configs.values(), *weights.values()])
+        check_links(folder, [folder / INDEX, *configs.values(), *weights.values()])
     card = make_model_card(folder, repo_id, model_card, license, datasets, base_model)
     pictures = find_pictures(card, [folder] if model_card is None else [folder, Path(model_card).parent])
     card.save(work_dir / "README.md")
@@ -295,12 +295,3 @@ def _find(folder: Path, subfolders: Iterable[str], is_wanted: Callable[[str], ob
     # Files by their path relative to the folder; a pipeline's components have no folders in theirs.
     paths = [path for name in subfolders for path in sorted((folder / name).glob("*")) if is_wanted(path.name)]
     return {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
-
-
-def _check_links(folder: Path, files: Iterable[Path]) -> None:
-    outside = [str(path) for path in files if not path.resolve().is_relative_to(folder.resolve())]
-    if outside:
-        raise ValueError(
-            f"{folder} holds links to files outside of it: {', '.join(outside)}. Copy the files there, so that nothing"
-            " is published by mistake."
-        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import yaml
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import EvalResult, ModelCard
 
@@ -25,14 +26,27 @@ TAGS = ("diffusers", "diffusers_pisdm", "class-conditional-image-generation", "m
 
 # Entries of `training_config.json` other than arguments and versions, with their titles in the card.
 FACTS = {"images": "training images", "hardware": "hardware", "num_processes": "processes"}
-PRIVATE_NAME = re.compile("^hub_|^push_to_hub|token$|password|secret|credential|api_?key", re.IGNORECASE)
-# A URL, with its user, query and fragment; a path, absolute or from a home or parent folder; a known kind of token.
+PRIVATE_WORD = "token|passw(?:or)?d|secret|credentials?|(?:api|auth|access)[_-]?key"
+PRIVATE_NAME = re.compile(f"^hub_|^push_to_hub|(?:{PRIVATE_WORD})$|password|secret|credential|api_?key", re.IGNORECASE)
+# A value with a private name; a URL, with its user, query and fragment; an account on a machine, and the path there; a
+# path, absolute or from a home or parent folder; a known kind of token.
+NAMED = (
+    rf"(?P<name>--[\w-]*(?:{PRIVATE_WORD})[=\s]+|\b[\w-]*(?:{PRIVATE_WORD})\s*[=:]\s*)(?!\(removed)[^\s'\",;|<>)\]}}]+"
+)
 URL = r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/@]*@)?(?P<place>[^\s?#'\",)\]}]*)(?:[?#][^\s'\",)\]}]*)?"
-PATH = r"(?<![\w.\\/-])(?:[a-z]:(?=[\\/])|~|\.\.(?=[\\/]))?[\\/][^\s'\",:;|<>)\]}]+"
-TOKEN = r"\b(?:hf|ghp|gho|ghs|github_pat|glpat|sk|xox[abp]|AKIA)[-_]?[A-Za-z0-9_-]{12,}"
-PRIVATE_TEXT = re.compile(f"(?P<url>{URL})|(?P<path>{PATH})|(?P<token>{TOKEN})", re.IGNORECASE)
-WHOLE_PATH = re.compile(r"(?:[a-z]:)?[\\/]|~|\.\.[\\/]", re.IGNORECASE)
+REST = r"[^\s'\",;|<>)\]}]+"
+ACCOUNT = rf"(?<![\w/])[\w.+-]+@(?:[\w-]+(?:\.[\w-]+)+(?::(?P<there>{REST}))?|[\w-]+:(?P<near>{REST}))"
+PATH = r"(?<![\w.\\/-])(?:[a-z]:(?=[\\/])|~|(?:\.[\\/])*\.\.(?=[\\/]))?[\\/][^\s'\",:;|<>)\]}]+"
+TOKEN = (
+    r"\b(?:(?:hf|ghp|gho|ghs|github_pat|glpat|xox[abp]|AKIA|AIza|wandb_v\d)[-_]?[\w-]{12,}|sk[-_](?=[\w-]*\d)[\w-]{12,}"
+    r"|eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]+)?)"
+)
+PRIVATE_TEXT = re.compile(
+    f"{NAMED}|(?P<url>{URL})|(?P<account>{ACCOUNT})|(?P<path>{PATH})|(?P<token>{TOKEN})", re.IGNORECASE
+)
+WHOLE_PATH = re.compile(r"(?:[a-z]:)?[\\/]|~|(?:\.[\\/])*\.\.[\\/]", re.IGNORECASE)
 LONGEST_CELL = 200
+RUN_FILES = ("training_config.json", "metrics.jsonl", "stage_*/metrics.jsonl", "evaluation*.json")  # to be read
 # What our template says of a cascade, and says instead of LoRA adapters.
 LORA_INTRODUCTION = (
     """# PIS-DM cascade
@@ -88,7 +102,11 @@ def make_model_card(
             not an evaluation.
     """
     run_dir = Path(run_dir)
-    card = ModelCard.load(Path(model_card or SKELETON))
+    check_links(run_dir, [file for pattern in RUN_FILES for file in run_dir.glob(pattern)])
+    try:
+        card = ModelCard.load(Path(model_card or SKELETON))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The header of {model_card} is not valid YAML: {one_line(error)}. Fix it.") from error
     data = card.data
     data.license = license or data.license
     data.datasets = datasets or data.datasets
@@ -160,6 +178,16 @@ def find_pictures(card: ModelCard, folders: Iterable[str | Path]) -> dict[str, P
     return pictures
 
 
+def check_links(folder: Path, files: Iterable[Path]) -> None:
+    """Raises a ValueError if one of a folder's files is a link to somewhere else."""
+    outside = [str(path) for path in files if not path.resolve().is_relative_to(folder.resolve())]
+    if outside:
+        raise ValueError(
+            f"{folder} holds links to files outside of it: {', '.join(outside)}. Copy the files there, so that nothing"
+            " is published by mistake."
+        )
+
+
 def _fill(text: str, name: str, body: str) -> str:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     section = f"{begin}\n\n{body}\n\n{end}"
@@ -218,7 +246,8 @@ def _pretrained(run_dir: Path) -> str:
     # The cascade that a run's LoRA adapters adapt, as its arguments name it.
     path = run_dir / "training_config.json"
     arguments = _read_json(path).get("arguments", {}) if path.exists() else {}
-    name = arguments.get("pretrained_model_name_or_path") or "the cascade that it was trained on"
+    name = isinstance(arguments, dict) and arguments.get("pretrained_model_name_or_path")
+    name = name or "the cascade that it was trained on"
     return _plain(name).replace('"', "'")
 
 
@@ -246,16 +275,19 @@ def _training(run_dir: Path, metrics: dict[str, list[dict]]) -> str | None:
     facts = [(title, config[name]) for name, title in FACTS.items() if name in config]
     for stage, rows in metrics.items():
         facts.append((f"{stage}steps", rows[-1]["step"]))
-        speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
+        speeds = [row.get("images_per_second") for row in rows]
+        speeds = [speed for speed in speeds if isinstance(speed, (int, float)) and math.isfinite(speed)]
         if speeds:
             facts.append((f"{stage}images per second", statistics.median(speeds)))
-    for change in config.get("changes", []):
-        old = {name: values[0] for name, values in change.items() if name != "step"}
-        facts += [
-            (_Markdown(f"{_code(name)} until step {change['step']:,}"), value) for name, value in _public(old).items()
-        ]
-    facts += config.get("versions", {}).items()
-    arguments = _public({name: value for name, value in config.get("arguments", {}).items() if value is not None})
+    try:
+        for change in config.get("changes", []):
+            old = {name: values[0] for name, values in change.items() if name != "step"}
+            until = f"until step {change['step']:,}"
+            facts += [(_Markdown(f"{_code(name)} {until}"), value) for name, value in _public(old).items()]
+        facts += config.get("versions", {}).items()
+        arguments = _public({name: value for name, value in config.get("arguments", {}).items() if value is not None})
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} is not as `pisdm train` wrote it: {error!r}. Fix or remove it.") from error
     return f"""## Training
 
 {_table(["", ""], facts)}
@@ -289,8 +321,13 @@ def _public(value: Any) -> Any:
 
 
 def _without_place(match: re.Match) -> str:
+    if match["name"]:
+        return match["name"] + "(removed)"
     if match["token"]:
         return "(removed)"
+    if match["account"]:
+        path = match["there"] or match["near"]
+        return _last_part(path) if path else "(removed)"
     if match["url"] and match["scheme"].lower() != "file://":
         return match["scheme"] + match["place"]
     return _last_part(match["place"] if match["url"] else match[0])
@@ -348,7 +385,7 @@ def _read_results(run_dir: Path) -> list[tuple[str, str, Any, str]]:
         reference = report.get("reference")
         reference = _shorten(reference) if isinstance(reference, str) else ""
         results += [
-            (_shorten(_public(metric)), _shorten(_public(name)) + several, value, reference)
+            (_shorten(_public(metric)), _shorten(_public(str(name))) + several, value, reference)
             for metric, name, value in scores
             if isinstance(value, (int, float, str))
         ]

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..utils.files import flush
+from ..utils.names import show_name
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -127,14 +128,16 @@ def find_resume_point(
             faults[path] = fault
         for path, fault in faults.items():
             report(f"Ignoring {path}: {fault}.")
-        if checkpoint is None and complete:
+        if checkpoint is None and any(_NAME.fullmatch(path.name) for path in faults):
             raise CheckpointError(
                 f"No checkpoint in {output_dir} is intact. To start over, pass --resume_from_checkpoint none."
             )
         newest = checkpoint
     else:
         checkpoint = next((path for path in (Path(resume_from), Path(output_dir, resume_from)) if path.exists()), None)
-        checkpoint = checkpoint or Path(resume_from)
+        if checkpoint is None:
+            there = ", ".join(path.name for path in complete) or "none"
+            raise ValueError(f"There is no checkpoint {resume_from!r}. Checkpoints in {output_dir}: {there}.")
         fault = find_fault(checkpoint)
         if fault is not None:
             raise ValueError(f"Cannot resume from {checkpoint}: {fault}.")
@@ -222,6 +225,15 @@ def room_on_disk(path: str | Path) -> Iterator[None]:
 _UNREPORTED = {"resume_from_checkpoint", "output_dir", "dry_run", "rehearse", "report_to", "tracker_project_name"}
 _UNREPORTED |= {"dataloader_num_workers", "push_to_hub", "hub_model_id", "hub_private_repo"}
 
+# Arguments that a checkpoint depends on, and what must stay the same of them.
+_FIXED: dict[str, Callable[[Any], Any]] = {
+    "pretrained_model_name_or_path": str,  # its weights are the checkpoint's by now
+    "class_name_factors": str,
+    "train_stages": str,
+    "sil_weight": bool,  # without it, there are no heads
+    "seed": int,  # the order of the images
+}
+
 
 def settings_changed(
     checkpoint: Path,
@@ -237,7 +249,7 @@ def settings_changed(
         checkpoint (`Path`): Its folder, for messages.
         state (`dict`): Its `trainer_state.json`. Early checkpoints record nothing to compare.
         identity (`dict[str, Any]`): What must not change, by name.
-        settings (`dict[str, Any]`): What may change.
+        settings (`dict[str, Any]`): What may change, except the arguments in `_FIXED`.
         report (`Callable`, defaults to `print`): Called with a line for each changed setting.
 
     Returns:
@@ -247,24 +259,44 @@ def settings_changed(
         CheckpointError: Something that must not change is different; the message has both values.
     """
     identity, settings = json.loads(json.dumps([identity, settings], default=str))  # as the checkpoint was
-    before = state.get("identity", identity)
-    names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
-    if names:
-        shown = [f"{name} was {before.get(name)!r}, is {identity.get(name)!r}" for name in names[:5]]
-        more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
-        raise CheckpointError(
-            f"{checkpoint} is of another run: {'; '.join(shown)}{more}. Resume with what the run started with, or"
-            " train elsewhere (--output_dir) or anew (--resume_from_checkpoint none)."
-        )
     before = state.get("settings", settings)
     changed = {
         name: [before[name], value]
         for name, value in settings.items()
         if name in before and before[name] != value and name not in _UNREPORTED
     }
+    was = state.get("identity", identity)
+    different = {name: [was.get(name), identity.get(name)] for name in {**was, **identity}}
+    different = {name: values for name, values in different.items() if values[0] != values[1]}
+    fixed = {name: values for name, values in changed.items() if len({*map(_FIXED.get(name, repr), values)}) > 1}
+    fixed = {f"--{name}": values for name, values in fixed.items() if name in _FIXED or different}  # the cause
+    if fixed or different:
+        shown = [f"{name} was {_short(old)}, is {_short(new)}" for name, (old, new) in (fixed | different).items()]
+        more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
+        raise CheckpointError(
+            f"{checkpoint} is of another run: {'; '.join(shown[:5])}{more}. Resume with what the run started with, or"
+            " train elsewhere (--output_dir) or anew (--resume_from_checkpoint none)."
+        )
     for name, (old, new) in changed.items():
         report(f"--{name} was {old}, is {new} from step {state['step']} on.")
     return changed
+
+
+def report_changed_data(state: dict, fingerprint: dict[str, str], report: Callable[[str], None] = print) -> None:
+    """Reports of which classes or files the data are no longer those of the checkpoint with this `state`."""
+    before = state.get("data", fingerprint)  # early checkpoints have none
+    changed = [name for name in {**before, **fingerprint} if before.get(name) != fingerprint.get(name)]
+    if changed:
+        shown = f"{', '.join(map(show_name, changed[:5]))}{', ...' if len(changed) > 5 else ''}"
+        report(
+            f"The training data have changed since step {state['step']}, in {len(changed)} classes or files: {shown}."
+        )
+
+
+def _short(value: Any) -> str:
+    """For messages: noise schedules have thousands of numbers."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def read_state(checkpoint: str | Path) -> dict:

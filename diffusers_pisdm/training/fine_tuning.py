@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import logging
 
 from ..models.transformer_pisdm import (
     PISDMTransformer2DModel,
@@ -18,7 +19,11 @@ from ..models.transformer_pisdm import (
     get_class_embedding,
     set_class_embedding,
 )
+from ..pipelines.class_names import check_id2label
+from ..utils.messages import one_line
 
+
+logger = logging.get_logger(__name__)
 
 # The projections around the scan and those of the long skips, but not those that control the scan (`x_proj`,
 # `dt_proj`): adapting them as well gained nothing for Galim et al. (arXiv 2410.09016) and Ham et al. (arXiv
@@ -222,10 +227,14 @@ def known_class_order(output_dir: str | Path, pretrained: DiffusionPipeline | No
     Returns:
         `list[str]` or `None`: Those of the run's own cascade or else of the pretrained one; `None` without either.
     """
-    if Path(output_dir, DiffusionPipeline.config_name).is_file():
-        id2label = DiffusionPipeline.load_config(output_dir).get("id2label")
-    else:
-        id2label = None if pretrained is None else pretrained.config.id2label
+    id2label = None if pretrained is None else pretrained.config.id2label
+    index = Path(output_dir, DiffusionPipeline.config_name)
+    if index.is_file():
+        try:
+            own = DiffusionPipeline.load_config(output_dir).get("id2label")
+            id2label = check_id2label(own, len(own or ()))
+        except (AttributeError, OSError, TypeError, ValueError) as error:
+            logger.warning(f"{index} is damaged and is not used: {one_line(error)}")
     return [id2label[class_id] for class_id in sorted(id2label, key=int)] if id2label else None
 
 

@@ -52,7 +52,7 @@ class Recipe:
     def noise_schedule(self) -> DDPMScheduler:
         """Makes the noise schedule; raises ValueError if there is none with these arguments."""
         steps = self.scheduler.get("num_train_timesteps", 1000)
-        if not isinstance(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_TIMESTEPS:
             raise ValueError(f"`num_train_timesteps` must be an integer from 1 to {MAX_TIMESTEPS:,}, got {steps!r}.")
         try:
             schedule = DDPMScheduler(**self.scheduler)
@@ -186,7 +186,9 @@ class WatchSettings:
 class TrainerSettings(WatchSettings, OptimizationSettings):
     """How a [`Trainer`] trains."""
 
-    seed: int = argument(0, "Determines the initial weights, the order of the images and all noise.", minimum=0)
+    seed: int = argument(
+        0, "Determines the initial weights, the order of the images and all noise.", minimum=0, maximum=2**32 - 1
+    )
     dataloader_num_workers: int = argument(
         0, "Processes that decode images; 0: the training process itself.", minimum=0
     )
@@ -310,7 +312,10 @@ def _convert(name: str, value: Any, kind: type, choices: Sequence[str] | None, b
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = isinstance(value, str)
     if kind in (int, float):  # int() raises for what is not finite
-        fits = is_number and (not math.isfinite(value) or kind(value) == value)
+        try:
+            fits = is_number and (not math.isfinite(value) or kind(value) == value)
+        except OverflowError:  # an integer that is too large for a float
+            fits = kind is int
     if not fits or (choices is not None and value not in choices):
         wanted = f"one of {', '.join(choices)}" if choices is not None else f"of type {kind.__name__}"
         raise ValueError(f"training argument {name!r} must be {wanted}, not {value!r}")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .checkpoints import (
     find_resume_point,
     load_average,
     read_state,
+    report_changed_data,
     room_on_disk,
     save_average,
     save_checkpoint,
@@ -348,6 +350,10 @@ class Trainer:
             validation_batches(self.held_out_rows, s.train_batch_size, *place, s.dataloader_num_workers)
         )
 
+    @cached_property
+    def data_fingerprint(self) -> dict[str, str]:
+        return self.batches.fingerprint()
+
     def save(self) -> None:
         """Writes a checkpoint."""
         self.check_weights()
@@ -355,7 +361,7 @@ class Trainer:
         state = self.state.state_dict()
         place = {"data": self.batches.state_dict(), "bad_images": state.pop("bad_images")}
         state |= {"average_updates": self.average.optimization_step, "processes": gather_object([place])}
-        state |= {"identity": self.identity(), "settings": asdict(self.settings)}
+        state |= {"identity": self.identity(), "settings": asdict(self.settings), "data": self.data_fingerprint}
 
         def write(folder: Path) -> None:
             self.accelerator.save_state(folder)
@@ -395,6 +401,8 @@ class Trainer:
             state, process_index = read_state(self.checkpoint), self.accelerator.process_index
             settings = asdict(self.settings)
             changed = settings_changed(self.checkpoint, state, self.identity(), settings, report)
+            if self.accelerator.is_main_process:
+                report_changed_data(state, self.data_fingerprint, report)
             wanted = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
             self.accelerator.load_state(self.checkpoint)
             for group, options in zip(optimizer.param_groups, wanted, strict=True):

@@ -20,7 +20,7 @@ class Bounds:
 
     def fault(self, value: float) -> str | None:
         """What is wrong with a number, if anything, to follow its name."""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # integers are, of any size
             return f"must be finite, got {value}"
         if self.minimum is not None and value < self.minimum:
             return f"must be at least {self.minimum}, got {value}"
@@ -61,6 +61,7 @@ def output_path(text: str) -> Path:
 
 COUNT = bounded(int, Bounds(minimum=1))
 COUNT_OR_ZERO = bounded(int, Bounds(minimum=0))
+SEED = bounded(int, Bounds(minimum=0, maximum=2**63 - 1))  # of torch's generators
 NOT_NEGATIVE = bounded(float, Bounds(minimum=0))
 SHARE = bounded(float, Bounds(minimum=0, maximum=1))
 PERCENT = bounded(float, Bounds(minimum=0, maximum=100))

@@ -68,6 +68,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be that of a folder or file: repositories on the Hub have at most one slash."""
+    return os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
+
+
+def check_exists(name: str | Path) -> None:
+    """Raises a FileNotFoundError if a name is a path and there is nothing, before it is taken for a repository."""
+    if is_path(os.fspath(name)) and not os.path.exists(os.path.expanduser(name)):
+        raise FileNotFoundError(f"There is no folder {name}: check the path.")
+
+
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
     """Keeps a folder for one process as long as the context lasts; a second one gets an OSError."""

@@ -136,6 +136,19 @@ def read_regular_file(path: str | Path) -> bytes:
 ReportLeftOut = Callable[[str | Path, Mapping[str, list[str]]], None]  # the folder, and paths by reason
 
 
+def size_and_end(path: str | Path) -> tuple[int, bytes] | None:
+    """The size and the last 64 bytes of a file, by which a replaced one is noticed; `None` if it cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 64))
+            return size, file.read()
+    except OSError:
+        return None
+
+
 def warn_of_left_out(folder: str | Path, left_out: Mapping[str, list[str]]) -> None:
     """Logs which files of a folder are not read, for each reason."""
     reasons = [

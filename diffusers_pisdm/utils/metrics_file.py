@@ -14,7 +14,7 @@ def read_metrics(file: str | Path) -> list[dict[str, float]]:
 
 def read_lines(file: Path) -> list[str]:
     """The lines, rows or not; none if there is no file."""
-    if not file.exists():
+    if not file.is_file():
         return []
     return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
 
@@ -23,6 +23,6 @@ def parse_row(line: str) -> dict[str, float] | None:
     """The row in a line, or `None`."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # a number of thousands of digits is a ValueError
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

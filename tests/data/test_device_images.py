@@ -24,6 +24,15 @@ def test_all_images_in_their_order(folder, tmp_path):
     assert {moved.images.device.type, moved.labels.device.type, moved.may_flip.device.type} == {"meta"}
 
 
+def test_the_fingerprint_tells_which_class_was_changed(folder, tmp_path):
+    data = load_labelled_images(ImageRows(load(folder, tmp_path / "cache"), ImageTransform(16)))
+    batches = DeviceBatches(data, batch_size=5, seed=3)
+    before, row = batches.fingerprint(), 3
+    data.images[row, 0, 0, 0] ^= 1
+    after, name = batches.fingerprint(), data.class_names[data.labels[row]]
+    assert list(before) == data.class_names and [n for n in before if before[n] != after[n]] == [name]
+
+
 def test_bad_images_are_left_out(folder, tmp_path, capsys):
     file = sorted(folder.glob("*/*.png"))[3]
     file.write_bytes(damaged_images(file.read_bytes())["truncated"])

@@ -51,6 +51,35 @@ def test_a_folder_of_parquet_files(files, tmp_path, cache, streaming):
     assert data.dataset.column_names == ["picture", "kind"]  # others are not read
 
 
+def test_the_fingerprint_tells_which_class_was_changed(files, tmp_path, cache):
+    folder = copy_folder(files, tmp_path / "images")
+    data = load(folder, cache)
+    before, (a, b, *rest) = data.fingerprint(), data.class_names
+    assert set(before) == set(data.class_names) and before == load(folder, cache).fingerprint()
+    assert all(digest.startswith("2 images") for digest in before.values())
+    assert load(shutil.copytree(folder, tmp_path / "moved"), cache).fingerprint() == before
+    picture = next((folder / a).iterdir())
+    replaced = bytearray(picture.read_bytes())
+    replaced[-30] ^= 1
+    picture.write_bytes(replaced)  # as large as before
+    assert [name for name in before if load(folder, cache).fingerprint()[name] != before[name]] == [a]
+    picture.rename(folder / b / "new.png")
+    after = load(folder, cache).fingerprint()
+    assert after[a].startswith("1 images") and after[b].startswith("3 images")
+    assert {name: after[name] for name in rest} == {name: before[name] for name in rest}
+
+
+def test_the_fingerprint_of_embedded_images(files, tmp_path, cache, monkeypatch):
+    whole = load(write_parquet(files, tmp_path / "p"), cache, **PARQUET)
+    (a, *_), before = whole.class_names, whole.fingerprint()
+    assert all(digest.startswith("2 images") for digest in before.values())
+    changed = [*files[2:], *files[1:2], files[2]]  # one image of the first class is gone
+    after = load(write_parquet(changed, tmp_path / "q"), cache, **PARQUET).fingerprint()
+    assert after[a].startswith("1 images") and after[a] != before[a]
+    monkeypatch.setattr(image_data, "MOST_IN_FINGERPRINT", len(files) // 2)
+    assert all(digest.startswith("1 images") for digest in whole.fingerprint().values())
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_of_webdataset_tars(files, tmp_path, cache, streaming):
     names = sorted({file.parent.name for file in files})

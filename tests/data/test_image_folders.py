@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,47 @@ def test_what_is_in_no_split_is_named(tmp_path, cache, put, said):
     put(*(tmp_path / "d" / split / name / "1.png" for split in ("Train", "test", "extra") for name in CLASSES))
     assert labelled(load(tmp_path / "d", cache)) == expected(tmp_path / "d" / "Train")
     assert "2 not in a class folder (extra/cat/1.png, extra/dog/1.png)" in said()
+
+
+def test_a_split_that_is_only_a_word_in_a_name_is_told(tmp_path, cache, put, said):
+    put(*(tmp_path / "d" / top / "1.png" for top in ("model train/steam", "model train/diesel", "crash test/car")))
+    assert len(labelled(load(tmp_path / "d", cache))) == 2
+    assert "crash test as test, model train as train" in said()
+
+
+def test_splits_in_class_folders(tmp_path, cache, put):
+    put(*(tmp_path / "d" / name / split / "1.png" for name in CLASSES for split in ("train", "test")))
+    for split in ("train", "test"):
+        data = load_image_data(tmp_path / "d", split, cache_dir=cache)
+        assert labelled(data) == [(str(tmp_path / "d" / name / split / "1.png"), name) for name in CLASSES]
+
+
+def test_words_for_splits_of_which_none_is_for_training_are_classes(tmp_path, cache, put):
+    put(*(tmp_path / "d" / name / "1.png" for name in ("dev", "valid", "eval", "testing")))
+    assert labelled(load(tmp_path / "d", cache)) == expected(tmp_path / "d")
+
+
+def test_one_deep_folder_with_most_images_does_not_hide_the_classes(folder, cache, put, said):
+    rows = expected(folder)
+    put(*(folder / "bird" / "x" / f"{i}.png" for i in range(5)))
+    assert labelled(load(folder, cache)) == rows
+    assert "5 not in a class folder (bird/x/0.png" in said()
+
+
+@pytest.mark.parametrize("file", ["00", "1.nef", "2.png~", "3.jpg_large", None])
+def test_a_class_without_images_is_named(folder, cache, said, file):
+    (folder / "hen").mkdir()
+    if file is not None:
+        (folder / "hen" / file).write_bytes(b"")
+    assert labelled(load(folder, cache)) == expected(folder, "[cd]*/*")
+    assert f"(hen{'' if file is None else f' with 1 files such as {file}'})" in said()
+
+
+def test_classes_of_the_same_name_are_told_to_be_one(tmp_path, cache, put, said):
+    put(*(tmp_path / "d" / side / name / "1.png" for side in ("left", "right") for name in ("ok", "bad")))
+    put(tmp_path / "d" / "left" / "odd" / "1.png")
+    assert load(tmp_path / "d", cache).class_names == ["bad", "odd", "ok"]
+    assert "2 in all: left/bad, right/bad; left/ok, right/ok" in said()
 
 
 def test_a_word_in_the_name_of_a_group_of_classes_makes_no_split(tmp_path, cache, put):
@@ -284,7 +327,15 @@ def test_configurations(tmp_path, cache, put):
         load(tmp_path / "s", cache, config_name="x")
     (tmp_path / "s" / "README.md").write_text("---\nconfigs:\n- config_name: here\n---\n")
     assert labelled(load(tmp_path / "s", cache)) == expected(tmp_path / "s")
-    for broken in (": [", "- a", "configs: 3", "configs: [{data_dir: s}]", "configs: [3]", "\xff"):
+    for broken in (
+        ": [",
+        "- a",
+        "configs: 3",
+        "configs: [{data_dir: s}]",
+        "configs: [3]",
+        "configs: [{config_name: a, data_dir: [1]}]",
+        "\xff",
+    ):
         (tmp_path / "README.md").write_text(f"---\n{broken}\n---\n", encoding="latin-1")
         with pytest.raises(DataError, match=r"header of .*README\.md"):
             load(tmp_path, cache)
@@ -309,6 +360,37 @@ def test_shards_in_no_split_and_images_beside_are_named(real_image_files, tmp_pa
     data = load(folder, cache, image_column="picture", label_column="kind")
     assert len(data.dataset) == 2
     assert "1 files that are in no split (more.parquet)" in said() and "(preview.png)" in said()
+
+
+def _truncated_parquet(folder, files):
+    content = (write_parquet(files, folder) / "train.parquet").read_bytes()
+    (folder / "train.parquet").write_bytes(content[: len(content) // 2])
+
+
+def _zips(folder, files):
+    folder.mkdir()
+    for name in CLASSES:
+        with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+            archive.write(files[0], f"{name}/1.png")
+
+
+def _empty_tar(folder, files):
+    folder.mkdir()
+    (folder / "train.tar").write_bytes(b"")
+
+
+@pytest.mark.parametrize("make", [_truncated_parquet, _zips, _empty_tar])
+def test_files_that_cannot_be_read_are_an_error_of_the_data(real_image_files, tmp_path, cache, make):
+    make(tmp_path / "d", real_image_files[:4])
+    with pytest.raises(DataError, match=r"split 'train' of .*/d: "):
+        load(tmp_path / "d", cache, image_column="picture", label_column="kind")
+
+
+@pytest.mark.parametrize("split", ["train[9:]", "train[:0]"])
+def test_an_empty_slice_is_an_error(folder, real_image_files, tmp_path, cache, split):
+    for data in (folder, write_parquet(real_image_files[:4], tmp_path / "p")):
+        with pytest.raises(DataError, match=rf"split '{re.escape(split)}' .*"):
+            load_image_data(data, split, cache_dir=cache, image_column="picture", label_column="kind")
 
 
 def test_an_archive_beside_the_images_is_named(folder, cache, said):

@@ -199,6 +199,17 @@ def test_other_integers_of_tiff_files_are_refused(tag, value):
         decode_image(changed)
 
 
+def test_signed_integers_of_tiff_files_are_refused():
+    for sample_format in (1, 2):
+        file = io.BytesIO()
+        Image.new("L", (8, 8)).save(file, "TIFF", tiffinfo={339: sample_format})
+        if sample_format == 1:
+            assert decode_image(file.getvalue()).getpixel((0, 0)) == (0, 0, 0)
+        else:
+            with pytest.raises(ValueError, match=r"signed integers .*; save"):
+                decode_image(file.getvalue())
+
+
 def test_colours_of_unknown_white_point_are_refused(picture):
     file = io.BytesIO()
     Image.merge("LAB", picture.split()).save(file, "TIFF")

@@ -216,6 +216,15 @@ def test_the_fingerprint_is_of_weights_and_configuration(vae):
     assert vae_fingerprint(scaled) != vae_fingerprint(vae)
 
 
+def test_other_latents_are_told_by_their_file(images, tmp_path, vae):
+    cache = LatentCache(write(images, vae, tmp_path / "latents"))
+    before, file = cache.fingerprint(), shard_path(tmp_path / "latents", 1)
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    assert [name for name, digest in cache.fingerprint().items() if before[name] != digest] == [file.name]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_takes_half_the_space(images, tmp_path, vae, dtype):
     full = LatentCache(write(images, vae, tmp_path / "full"))

@@ -89,6 +89,21 @@ def test_broken_weights(tmp_path):
         Model.from_pretrained(tmp_path)
 
 
+def test_weights_of_another_size_are_named_and_no_random_ones_advised(tmp_path):
+    Model().save_pretrained(tmp_path)
+    change_config(tmp_path, width=4)
+    message = r"weights in .* `config\.json`: linear\.weight expected shape .*\. Copy or download both again"
+    with pytest.raises(ValueError, match=message) as error:
+        Model.from_pretrained(tmp_path)
+    assert "mismatched" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "~/no/such/folder", "a/b/c"])
+def test_a_path_that_is_not_there_is_no_repository(name):
+    with pytest.raises(FileNotFoundError, match=f"no folder {name}"):
+        Model.from_pretrained(name)
+
+
 def test_missing_configuration(tmp_path):
     with pytest.raises(OSError, match=r"no file named config\.json .*Remedy: copy the files again"):
         Model.from_pretrained(tmp_path)

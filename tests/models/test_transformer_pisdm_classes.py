@@ -63,6 +63,11 @@ def test_factors_are_read_off_names():
     assert class_factors_from_names(["b", "a"], "/") == ((1,), (0,))
 
 
+def test_names_have_no_parts_without_a_separator():
+    with pytest.raises(ValueError, match="separator of class names' parts is empty"):
+        class_factors_from_names(["noto/animal"], "")
+
+
 def test_names_with_another_number_of_parts_are_refused():
     with pytest.raises(ValueError, match=r"'face' .* 1 .*'noto/animal' .* 2"):
         class_factors_from_names(["noto/animal", "face"], "/")

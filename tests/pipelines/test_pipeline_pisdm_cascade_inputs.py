@@ -418,3 +418,40 @@ def test_odd_class_names_reach_no_message_raw():
         with pytest.raises(ValueError, match=r"`class_labels` contains .* Did you mean") as error:
             pipe.get_label_ids(name)
         assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"attention_kwargs": 3}, "`attention_kwargs` has to be a dictionary"),
+        ({"timesteps": 5}, "`timesteps` has to be"),
+        ({"timesteps": ["a", "b", "c"]}, "`timesteps` has to be"),
+        ({"timesteps": [5, 900]}, "`timesteps` has to be .* fall from at most 999"),
+        ({"timesteps": [5000, 1]}, "`timesteps` has to be .* fall from at most 999"),
+        ({"timesteps": [5, -9]}, "`timesteps` has to be"),
+        ({"timesteps": [float("nan")]}, "`timesteps` has to be"),
+        ({"height": 10**9}, "`height` has to be at most 16,384 pixels"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_meant_are_refused(pipe, arguments, told):
+    with pytest.raises((TypeError, ValueError), match=told):
+        pipe(0, num_inference_steps=2, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("latents", None),
+        ("latents", torch.zeros(1, 3, 4, 4)),
+        ("low_res", torch.zeros(1)),
+        ("class_labels", [0]),
+        ("class_labels", torch.tensor([99])),
+        ("class_labels", torch.tensor([-1])),
+        ("class_labels", torch.zeros(2, dtype=torch.long)),
+    ],
+    ids=str,
+)
+def test_what_a_callback_returns_must_fit(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"`{name}`, which `callback_on_step_end` returned, has to be"):
+        make_cascade(1)(0, num_inference_steps=2, callback_on_step_end=lambda *_: {name: value})

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -210,6 +211,34 @@ def test_scale(pipe, trained, base):
     assert_differ(run(pipe), trained[1])
     pipe.set_adapters("a")
     torch.testing.assert_close(run(pipe), trained[1])
+
+
+def test_a_loaded_adapter_drops_nothing_out(pipe, tmp_path):
+    source = make_cascade(2, id2label=OLD_NAMES)
+    for stage in source.stages:
+        stage.add_adapter(LoraConfig(r=2, lora_alpha=8, lora_dropout=0.5, target_modules=["in_proj"]))
+        train(stage, 0)
+        stage.eval()
+    source.save_lora_weights(tmp_path)
+    for stage in pipe.stages:
+        stage.eval()  # as from_pretrained does
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(run(pipe), run(source))
+
+
+def test_the_scale_of_a_call_is_not_that_of_another_thread(pipe, trained, base):
+    pipe.load_lora_weights(trained[0])
+    other, seen = PISDMCascadePipeline.from_pipe(pipe), []
+
+    def draw_elsewhere(*arguments):
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(run, other).result())
+        seen.append(run(other))
+        return {}
+
+    torch.testing.assert_close(run(pipe, attention_kwargs={"scale": 0.0}, callback_on_step_end=draw_elsewhere), base)
+    for images in seen:
+        torch.testing.assert_close(images, trained[1])
 
 
 def test_scale_of_a_stage(pipe, trained, base):

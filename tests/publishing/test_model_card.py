@@ -205,8 +205,22 @@ def test_what_is_not_finite_is_no_result(run_dir):
         ("transformers:/home/alice/net", "transformers:net"),
         ("https://alice:pass@host.org/cats?token=alice#alice", "https://host.org/cats"),
         ("see s3://bucket/cats?X-Sig=alice, or hf_aliceALICEalice123", "see s3://bucket/cats, or (removed)"),
+        ("./../../home/alice/cats", "cats"),
+        ("alice@host.example.com:cats", "cats"),
+        ("git@github.com:alice/cats.git", "cats.git"),
+        ("rsync from alice@nas:/data/alice/cats", "rsync from cats"),
+        ("by alice@example.com", "by (removed)"),
+        ("PASSWORD=alice", "PASSWORD=(removed)"),
+        ("run --token alice --seed 3", "run --token (removed) --seed 3"),
+        ("wandb_api_key: alice", "wandb_api_key: (removed)"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbGljZSJ9.alice_alice", "(removed)"),
+        ("AIzaSyA-alicealicealicealicealicealice12", "(removed)"),
+        ("wandb_v1_alicealicealice", "(removed)"),
+        ("sk-alice1234567890", "(removed)"),
+        ("skeletonization, sk-learn-classifiers", "skeletonization, sk-learn-classifiers"),
+        ("padding tokens=2; a key: value; c@4", "padding tokens=2; a key: value; c@4"),
         (["/home/alice/data/cats", ["~/alice/dogs"]], r"\['cats', \['dogs'\]\]"),
-        ({"path": "/home/alice/data/cats", "wandb_api_key": "alice", "password": "alice"}, "{'path': 'cats'}"),
+        ({"path": "/home/alice/data/cats", "wandb_api_key": "alice", "auth_key": "alice"}, "{'path': 'cats'}"),
         ("someone/images", "someone/images"),
         ("row/column", "row/column"),
         (0.0002, "0.0002"),
@@ -232,6 +246,39 @@ def test_no_path_and_no_secret_of_the_author_is_shown(run_dir, value, shown, pla
     assert "alice" not in str(card) and "secret" not in str(card)
     if place != "evaluation" or isinstance(value, str):
         assert f" | {shown} |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "culprit"),
+    [
+        ("training_config.json", '{"changes": 4}', "training_config.json"),
+        ("training_config.json", '{"changes": [3]}', "training_config.json"),
+        ("training_config.json", '{"changes": [{"step": 4, "ema_decay": []}]}', "training_config.json"),
+        ("training_config.json", '{"arguments": 3}', "training_config.json"),
+        ("evaluation.json", '{"scores": {"fid": 3}}', "evaluation.json"),
+        ("card.md", "---\n[\n---\n", "card.md.* YAML"),
+    ],
+)
+def test_a_file_that_is_not_ours_is_named(run_dir, name, content, culprit):
+    (run_dir / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{culprit}.* Fix"):
+        make_model_card(run_dir, "someone/name", run_dir / name if name == "card.md" else None)
+
+
+@pytest.mark.parametrize("speed", [None, "fast", float("nan"), [1]])
+def test_speeds_and_names_that_are_none_cost_no_card(run_dir, speed):
+    append_metrics(run_dir / "metrics.jsonl", 1000, {"images_per_second": speed})
+    (run_dir / "evaluation.json").write_text('{"scores": {"fid": {"name": 3, "value": 1.5}}}')
+    text = make_model_card(run_dir, "someone/name").text
+    assert "| images per second | 11 |" in text and "| 3 | 1.5 |" in text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "training_config.json", "evaluation.json"])
+def test_no_link_out_of_the_folder_is_read(run_dir, tmp_path, name):
+    (run_dir / name).rename(tmp_path / name)
+    (run_dir / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"links to files outside of it: .*{name}"):
+        make_model_card(run_dir, "someone/name")
 
 
 ODD = "a`b|c<script>alert(1)</script>\n## d <!-- usage:end --> [e](f) *g* \u202eh\x1b[31m " + "x" * 16_000

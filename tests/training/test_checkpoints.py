@@ -126,10 +126,18 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_taken(save, tmp_path, 
         find_resume_point(tmp_path, "checkpoint-2", messages.append)
 
 
-def test_if_no_checkpoint_is_intact_nothing_starts_over_in_silence(save, tmp_path):
-    (save(1) / "weights").write_text("y")
+@pytest.mark.parametrize(("file", "content"), [("weights", "y"), ("weights", ""), (STATE_FILE, "{}")])
+def test_if_no_checkpoint_is_intact_nothing_starts_over_in_silence(save, tmp_path, file, content):
+    (save(1) / file).write_text(content)
     with pytest.raises(CheckpointError, match=r"is intact.* --resume_from_checkpoint none"):
         find_resume_point(tmp_path, "latest")
+
+
+def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(save, tmp_path):
+    save(3)
+    save(5)
+    with pytest.raises(ValueError, match=r"no checkpoint 'checkpoint-4'.*: checkpoint-3, checkpoint-5"):
+        find_resume_point(tmp_path, "checkpoint-4")
 
 
 def test_what_cannot_change_is_refused_with_both_values_and_what_can_is_told(tmp_path):
@@ -142,6 +150,36 @@ def test_what_cannot_change_is_refused_with_both_values_and_what_can_is_told(tmp
     with pytest.raises(CheckpointError, match="class 0 was 'a', is 'b'; class 1 was None, is 'c'"):
         settings_changed(tmp_path, state, {**same, "class 0": "b", "class 1": "c"}, {})
     assert settings_changed(tmp_path, {"step": 7}, same, {"seed": 2}) == {}  # an early checkpoint
+
+
+@pytest.mark.parametrize(
+    ("argument", "old", "new"),
+    [
+        ("pretrained_model_name_or_path", "outputs/a", "outputs/b"),
+        ("class_name_factors", "_", "-"),
+        ("train_stages", [2], [3]),
+        ("sil_weight", 0.0, 0.5),
+        ("seed", 1, 2),
+    ],
+)
+def test_arguments_that_a_checkpoint_depends_on_are_refused_by_their_name(tmp_path, argument, old, new):
+    state = {"step": 7, "identity": {}, "settings": {argument: old}}
+    with pytest.raises(CheckpointError, match=re.escape(f"--{argument} was {old!r}, is {new!r}")):
+        settings_changed(tmp_path, state, {}, {argument: new}, pytest.fail)
+
+
+def test_the_weight_of_a_loss_that_stays_may_change(tmp_path):
+    state = {"step": 7, "settings": {"sil_weight": 0.25}}
+    assert settings_changed(tmp_path, state, {}, {"sil_weight": 0.5}, str) == {"sil_weight": [0.25, 0.5]}
+
+
+def test_a_refusal_names_the_argument_behind_it_and_is_short(tmp_path):
+    state = {"step": 7, "identity": {"betas": [0.125] * 1000}, "settings": {"noise_shifts": None, "ema_decay": 0.9}}
+    with pytest.raises(
+        CheckpointError, match=r"--noise_shifts was None, is \[2.0\]; .*betas was .*\.\.\., is"
+    ) as refused:
+        settings_changed(tmp_path, state, {"betas": [0.25] * 1000}, {"noise_shifts": [2.0]}, pytest.fail)
+    assert len(str(refused.value)) < 700
 
 
 def test_an_unwritable_place_is_an_error(accelerator, tmp_path):

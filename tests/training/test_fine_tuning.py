@@ -261,3 +261,12 @@ def test_a_run_keeps_the_ids_of_its_own_cascade_or_else_of_the_pretrained_one(tm
     assert known_class_order(tmp_path, pretrained) == names
     make_cascade(1, id2label=names[::-1]).save_pretrained(tmp_path)
     assert known_class_order(tmp_path, pretrained) == known_class_order(tmp_path) == names[::-1]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"id2label": 3}', '{"id2label": {"x": "a"}}'])
+def test_a_damaged_index_stops_no_run(tmp_path, caplog, content):
+    pretrained = make_cascade(1, id2label=list("abcdefghij"))
+    (tmp_path / "model_index.json").write_text(content)
+    assert known_class_order(tmp_path) is None
+    assert known_class_order(tmp_path, pretrained) == list("abcdefghij")
+    assert "model_index.json is damaged" in caplog.text

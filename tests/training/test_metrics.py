@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from PIL import Image
 
 from diffusers_pisdm.training.metrics import append_metrics, forget_later_metrics, plot_loss_curves, read_metrics
@@ -25,6 +26,20 @@ def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
     forget_later_metrics(file, 4)
     append_metrics(file, 4, {"loss": 0.5})
     assert [row["step"] for row in read_metrics(file)] == [2, 4]
+
+
+def test_lines_that_are_no_rows_and_files_that_are_none_stop_nothing(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    append_metrics(file, 2, {"loss": 1.0})
+    with file.open("a") as lines:
+        lines.write("1" * 5000 + "\n[1]\n" + "[" * 10_000 + '\n{"step": "3"}\n')
+    append_metrics(file, 4, {"loss": 0.5})
+    forget_later_metrics(file, 4)
+    assert [row["step"] for row in read_metrics(file)] == [2, 4]
+    (tmp_path / "folder.jsonl").mkdir()
+    assert read_metrics(tmp_path / "folder.jsonl") == []
+    with pytest.raises(OSError, match=r"Cannot write .*folder\.jsonl"):
+        forget_later_metrics(tmp_path / "folder.jsonl", 4)
 
 
 def count_coloured(picture):

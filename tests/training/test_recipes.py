@@ -89,6 +89,8 @@ def test_arguments_get_the_type_of_their_field():
         ({"train_batch_size": 0}, "'train_batch_size' must be at least 1, got 0"),
         ({"learning_rate": float("nan")}, "'learning_rate' must be finite, got nan"),
         ({"seed": float("inf")}, "'seed' must be finite, got inf"),
+        ({"seed": 10**400}, "'seed' must be at most 4294967295"),
+        ({"learning_rate": 10**400}, "'learning_rate' must be of type float"),
         ({"batch_shares": [0.5, 0]}, "'batch_shares' must be more than 0, got 0"),
         ({"batch_shares": []}, "'batch_shares' must have at least one value"),
         ({"random_flip": 1}, "'random_flip' must be true or false, not 1"),
@@ -105,7 +107,8 @@ OUT_OF_RANGE = {
     "0 -1": """validation_classes validation_inference_steps logging_steps train_stages train_batch_size
         max_train_steps gradient_accumulation_steps lora_rank checkpoints_total_limit shuffle_buffer_size max_grad_norm
         adam_epsilon snr_gamma sil_temperature lora_alpha noise_shifts stage_loss_weights""",
-    "-1": """checkpointing_steps validation_steps seed lr_warmup_steps lr_cooldown_steps max_skipped_steps
+    "-1 4294967296": "seed",
+    "-1": """checkpointing_steps validation_steps lr_warmup_steps lr_cooldown_steps max_skipped_steps
         dataloader_num_workers""",
     "-1e-9": "learning_rate adam_weight_decay sil_weight validation_guidance_scale",
     "-0.1 1.1": "label_dropout factor_dropout max_noise_level ema_decay",
@@ -133,6 +136,12 @@ def test_a_recipes_switch_can_be_turned_off(tmp_path):
     assert parse_arguments(parser, TrainingArguments, given)[0].random_flip
     parser = make_parser(TrainingArguments)
     assert not parse_arguments(parser, TrainingArguments, [*given, "--no-random_flip"])[0].random_flip
+
+
+@pytest.mark.parametrize("steps", [True, 0, 1.5, 10**9])
+def test_timesteps_that_no_schedule_has_are_refused(steps):
+    with pytest.raises(ValueError, match="`num_train_timesteps` must be an integer from 1 to"):
+        Recipe({"num_train_timesteps": steps}, []).noise_schedule()
 
 
 def test_one_value_is_for_all_stages():

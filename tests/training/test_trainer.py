@@ -38,7 +38,7 @@ SETTINGS = {
 class Rows:
     """Fourteen images of noise."""
 
-    is_random, is_stream, bad = False, False, {}
+    is_random, is_stream, bad, fingerprints = False, False, {}, {"a": "1", "b": "2"}
 
     def __init__(self):
         generator = torch.Generator().manual_seed(1)
@@ -46,6 +46,9 @@ class Rows:
 
     def __len__(self):
         return len(self.images)
+
+    def fingerprint(self):
+        return self.fingerprints
 
     def read(self, index, epoch, seed):
         return TrainingRow(self.images[index], index % 5, self.bad.get(index, []))
@@ -393,6 +396,17 @@ def test_changed_settings_are_applied_told_and_kept(make, capsys):
     second.train()
     (changes,) = read_state(second.output_dir / "checkpoint-4")["changes"]
     assert changes["step"] == 2 and changes["adam_weight_decay"] == [0.3, 0.7]
+
+
+def test_changed_data_are_told_by_class(make, capsys):
+    first = make(settings={"max_train_steps": 2})
+    first.resume()
+    first.train()
+    rows = Rows()
+    for rows.fingerprints, told in (({"a": "1", "b": "2"}, None), ({"a": "1", "b": "3", "c": "4"}, "b, c")):
+        make(rows).resume()
+        said = capsys.readouterr().out
+        assert ("data have changed" in said) == (told is not None) and (told or "") in said
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...utils.files import check_exists
 from .extractor import FeatureExtractor, Features, check_images, register_feature_extractor
 
 
@@ -62,6 +63,7 @@ def make_transformers_features(weights: str | None) -> TransformersFeatures:
         raise ValueError(
             "transformers needs a model (a folder or a Hub repository), e.g. transformers:facebook/dinov2-base."
         )
+    check_exists(weights)
     try:
         from transformers import AutoImageProcessor, AutoModel
         from transformers.utils import cached_file
