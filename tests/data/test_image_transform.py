@@ -5,6 +5,7 @@ import zlib
 
 import datasets
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageFile
@@ -90,9 +91,11 @@ def white_where_transparent(image: Image.Image) -> np.ndarray:
     return pixels[..., :3] * alpha + 255 * (1 - alpha)
 
 
+# Pillow 12.3 cannot read the YCbCr TIFF that it writes.
+TIFF_YCBCR = ("YCbCr",) if int(PIL.__version__.split(".")[0]) >= 13 else ()
 MODES = {
     "PNG": ("1", "L", "P", "LA", "RGB", "RGBA", "I;16"),
-    "TIFF": ("1", "L", "P", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "PA"),
+    "TIFF": ("1", "L", "P", "LA", "RGB", "RGBA", "RGBX", "CMYK", *TIFF_YCBCR, "I;16", "I;16B", "PA"),
     "JPEG": ("L", "RGB", "CMYK", "YCbCr"),
     "PPM": ("1", "L", "RGB", "I;16"),
     "JPEG2000": ("L", "LA", "RGB", "RGBA", "YCbCr", "I;16"),
