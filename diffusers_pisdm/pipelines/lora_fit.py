@@ -14,6 +14,7 @@ from ..models.transformer_pisdm import SIZE_RANGES, PISDMTransformer2DModel
 from .class_names import check_id2label
 
 
+MAX_ALPHA = 1_000_000  # much more would make images NaN
 CLASS_EMBEDDING = "class_embedding.weight"
 PIPELINE = "pipeline"  # what the metadata says of no stage
 _REMEDY = "Load it into the cascade that it was trained for, with all stages."
@@ -33,6 +34,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= MAX_ALPHA
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -46,9 +51,9 @@ def _by_name(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
 # What is read of PEFT's configuration, and what it has to be: in words, and as a test.
 _OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("a positive integer", _is_rank),
-    "lora_alpha": ("a finite number", _is_number),
+    "lora_alpha": (f"a number up to {MAX_ALPHA:,}", _is_alpha),
     "rank_pattern": ("positive integers by layer", _by_name(_is_rank)),
-    "alpha_pattern": ("finite numbers by layer", _by_name(_is_number)),
+    "alpha_pattern": (f"numbers up to {MAX_ALPHA:,} by layer", _by_name(_is_alpha)),
     "target_modules": (
         "plain names of layers",
         lambda value: all(map(_is_name, value)) if isinstance(value, list) else _is_name(value),
@@ -188,6 +193,10 @@ def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Ten
     for key in ("rank_pattern", "alpha_pattern", "target_modules"):
         if len(config.get(key, ())) > 200 + len(ranks):  # PEFT tries all on every layer
             raise ValueError(f"The adapter's `{name}.{key}` names {len(config[key])} layers, but it has {len(ranks)}.")
+    for option, part in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        lacking = [path for path in ranks if not any(key.startswith(f"{path}.{part}") for key in layers)]
+        if config.get(option) and lacking:
+            raise ValueError(f"The adapter has `{name}.{option}`, but no `{name}.{lacking[0]}.{part}`. {_DAMAGED}")
     pattern = config.get("rank_pattern", {})
     for path, rank in ranks.items():
         wanted = pattern.get(get_pattern_key(pattern, path), config["r"])
@@ -199,13 +208,15 @@ def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Ten
 
 
 def _read_ranks(name: str, layers: dict[str, torch.Tensor]) -> dict[str, int | None]:
-    """The rank of each adapted layer; `None` if it has no matrices."""
+    """The rank of each adapted layer, `None` if it has no matrices; raises a ValueError if it has only one."""
     # The axis that is as long as the rank. A layer of embeddings has parameters instead of modules.
     axes = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
     ranks = {}
     for path in sorted({key.partition(".lora_")[0] for key in layers if ".lora_" in key}):
         matrices = {matrix: layers[f"{path}.{matrix}"] for matrix in axes if f"{path}.{matrix}" in layers}
         found = {weight.shape[axes[matrix]] if weight.ndim > 1 else None for matrix, weight in matrices.items()}
+        if len(matrices) == 1:
+            raise ValueError(f"The adapter's `{name}.{path}` has `{[*matrices][0]}` without its partner. {_DAMAGED}")
         if len(found) > 1:
             raise ValueError(f"The adapter's `{name}.{path}` has matrices of different ranks: {found}. {_DAMAGED}")
         ranks[path] = found.pop() if found else None
