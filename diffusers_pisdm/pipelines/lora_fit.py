@@ -56,7 +56,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha_pattern": (f"numbers up to {MAX_ALPHA:,} by layer", _by_name(_is_alpha)),
     "target_modules": (
         "plain names of layers",
-        lambda value: all(map(_is_name, value)) if isinstance(value, list) else _is_name(value),
+        lambda value: all(map(_is_name, value)) if isinstance(value, (list, set)) else _is_name(value),
     ),
     "use_rslora": ("True or False", _is_flag),
     "use_dora": ("True or False", _is_flag),
@@ -163,6 +163,34 @@ def _check_layer(name: str, transformer: PISDMTransformer2DModel, key: str, weig
         )
 
 
+def config_fault(name: str, metadata: dict[str, Any]) -> str | None:
+    """What makes a stage's adapter one that cannot be loaded, if anything, from its `LoraConfig.to_dict()`."""
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    for key, value in metadata.items():
+        if key in _OPTIONS:
+            wanted, is_valid = _OPTIONS[key]
+            if not is_valid(value) and (value is not None or key in _REQUIRED):
+                return f"The adapter's `{name}.{key}` has to be {wanted} but is {value!r:.100}."
+        elif value and key in defaults and key not in _IRRELEVANT and value != defaults[key]:
+            return f"The adapter is of a kind that cannot be loaded, with `{name}.{key}={value!r:.100}`."
+    return None
+
+
+def plain_config(transformer: PISDMTransformer2DModel, adapter_name: str) -> dict[str, Any]:
+    """The `LoraConfig.to_dict()` of an adapter, with names of layers in place of regular expressions."""
+    config = transformer.peft_config[adapter_name].to_dict()
+    adapted = {path: layer for path, layer in transformer.named_modules() if adapter_name in getattr(layer, "r", ())}
+    if not _OPTIONS["target_modules"][1](config["target_modules"]):
+        config["target_modules"] = sorted(adapted)
+    for pattern, option in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        if not _OPTIONS[pattern][1](config[pattern]):
+            values = {path: getattr(layer, option)[adapter_name] for path, layer in adapted.items()}
+            config[pattern] = {path: value for path, value in values.items() if value != config[option]}
+    return config
+
+
 def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Tensor]) -> dict[str, Any]:
     """
     The arguments of a stage's `LoraConfig`, from the file's metadata. Raises a `ValueError` if one is of a wrong type,
@@ -171,18 +199,11 @@ def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Ten
     from peft import LoraConfig
     from peft.utils.other import get_pattern_key
 
-    defaults, config = LoraConfig().to_dict(), {}
-    for key, value in metadata.items():
-        if key in _OPTIONS:
-            wanted, is_valid = _OPTIONS[key]
-            if not is_valid(value) and (value is not None or key in _REQUIRED):
-                raise ValueError(f"The adapter's `{name}.{key}` has to be {wanted} but is {value!r:.100}. {_DAMAGED}")
-            config[key] = defaults[key] if value is None else value
-        elif value and key in defaults and key not in _IRRELEVANT and value != defaults[key]:
-            raise ValueError(
-                f"The adapter is of a kind that cannot be loaded: its metadata has `{name}.{key}={value!r:.100}`."
-                " Pass a plain LoRA or DoRA adapter, such as one written by `save_lora_weights`."
-            )
+    fault = config_fault(name, metadata)
+    if fault is not None:
+        raise ValueError(f"{fault} Pass a plain LoRA or DoRA adapter. {_DAMAGED}")
+    defaults = LoraConfig().to_dict()
+    config = {key: defaults[key] if value is None else value for key, value in metadata.items() if key in _OPTIONS}
     absent = [key for key in _REQUIRED if key not in config]
     if absent:
         raise ValueError(f"The adapter's metadata has no `{name}.{absent[0]}`. {_DAMAGED}")
@@ -216,7 +237,9 @@ def _read_ranks(name: str, layers: dict[str, torch.Tensor]) -> dict[str, int | N
         matrices = {matrix: layers[f"{path}.{matrix}"] for matrix in axes if f"{path}.{matrix}" in layers}
         found = {weight.shape[axes[matrix]] if weight.ndim > 1 else None for matrix, weight in matrices.items()}
         if len(matrices) == 1:
-            raise ValueError(f"The adapter's `{name}.{path}` has `{[*matrices][0]}` without its partner. {_DAMAGED}")
+            raise ValueError(
+                f"The adapter's `{name}.{path}` has `{next(iter(matrices))}` without its partner. {_DAMAGED}"
+            )
         if len(found) > 1:
             raise ValueError(f"The adapter's `{name}.{path}` has matrices of different ranks: {found}. {_DAMAGED}")
         ranks[path] = found.pop() if found else None

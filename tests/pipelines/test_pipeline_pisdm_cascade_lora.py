@@ -433,6 +433,27 @@ def test_classes_with_group_offloading(pipe, with_classes, base):
 STAGES = ("transformer", "transformer_2")
 
 
+def test_regular_expressions_are_saved_as_the_layers_they_mean(pipe, tmp_path):
+    source = make_cascade(2, id2label=OLD_NAMES)
+    patterns = {"rank_pattern": {"^transformer_blocks.0.*in_proj": 1}, "alpha_pattern": {".*out_proj": 5}}
+    for stage in source.stages:
+        stage.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=r".*\.(in|out)_proj", **patterns))
+        train(stage, 0)
+    source.save_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(run(pipe), run(source))
+    strengths = [(layer.r["default"], layer.scaling["default"]) for layer in adapted_layers(source.stages)]
+    assert strengths == [(layer.r["default_0"], layer.scaling["default_0"]) for layer in adapted_layers(pipe.stages)]
+    assert {rank for rank, _ in strengths} == {1, 2} and len({scaling for _, scaling in strengths}) == 3
+
+
+def test_what_could_not_be_loaded_is_not_saved(pipe, tmp_path):
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["in_proj"], init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match=r"`transformer\.init_lora_weights` .* 'pissa'\. It could not be loaded"):
+        pipe.save_lora_weights(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def on_norm(name):
     """LoRA matrices of a layer that PEFT cannot adapt."""
     return {f"{name}.norm_out.lora_{x}.weight": torch.zeros(*s) for x, s in {"A": (2, 16), "B": (16, 2)}.items()}
