@@ -14,6 +14,7 @@ from ..models.transformer_pisdm import SIZE_RANGES, PISDMTransformer2DModel
 from .class_names import check_id2label
 
 
+MAX_ALPHA = 1_000_000  # much more would make images NaN
 CLASS_EMBEDDING = "class_embedding.weight"
 PIPELINE = "pipeline"  # what the metadata says of no stage
 _REMEDY = "Load it into the cascade that it was trained for, with all stages."
@@ -33,6 +34,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= MAX_ALPHA
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -46,12 +51,12 @@ def _by_name(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
 # What is read of PEFT's configuration, and what it has to be: in words, and as a test.
 _OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("a positive integer", _is_rank),
-    "lora_alpha": ("a finite number", _is_number),
+    "lora_alpha": (f"a number up to {MAX_ALPHA:,}", _is_alpha),
     "rank_pattern": ("positive integers by layer", _by_name(_is_rank)),
-    "alpha_pattern": ("finite numbers by layer", _by_name(_is_number)),
+    "alpha_pattern": (f"numbers up to {MAX_ALPHA:,} by layer", _by_name(_is_alpha)),
     "target_modules": (
         "plain names of layers",
-        lambda value: all(map(_is_name, value)) if isinstance(value, list) else _is_name(value),
+        lambda value: all(map(_is_name, value)) if isinstance(value, (list, set)) else _is_name(value),
     ),
     "use_rslora": ("True or False", _is_flag),
     "use_dora": ("True or False", _is_flag),
@@ -158,6 +163,34 @@ def _check_layer(name: str, transformer: PISDMTransformer2DModel, key: str, weig
         )
 
 
+def config_fault(name: str, metadata: dict[str, Any]) -> str | None:
+    """What makes a stage's adapter one that cannot be loaded, if anything, from its `LoraConfig.to_dict()`."""
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    for key, value in metadata.items():
+        if key in _OPTIONS:
+            wanted, is_valid = _OPTIONS[key]
+            if not is_valid(value) and (value is not None or key in _REQUIRED):
+                return f"The adapter's `{name}.{key}` has to be {wanted} but is {value!r:.100}."
+        elif value and key in defaults and key not in _IRRELEVANT and value != defaults[key]:
+            return f"The adapter is of a kind that cannot be loaded, with `{name}.{key}={value!r:.100}`."
+    return None
+
+
+def plain_config(transformer: PISDMTransformer2DModel, adapter_name: str) -> dict[str, Any]:
+    """The `LoraConfig.to_dict()` of an adapter, with names of layers in place of regular expressions."""
+    config = transformer.peft_config[adapter_name].to_dict()
+    adapted = {path: layer for path, layer in transformer.named_modules() if adapter_name in getattr(layer, "r", ())}
+    if not _OPTIONS["target_modules"][1](config["target_modules"]):
+        config["target_modules"] = sorted(adapted)
+    for pattern, option in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        if not _OPTIONS[pattern][1](config[pattern]):
+            values = {path: getattr(layer, option)[adapter_name] for path, layer in adapted.items()}
+            config[pattern] = {path: value for path, value in values.items() if value != config[option]}
+    return config
+
+
 def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Tensor]) -> dict[str, Any]:
     """
     The arguments of a stage's `LoraConfig`, from the file's metadata. Raises a `ValueError` if one is of a wrong type,
@@ -166,18 +199,11 @@ def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Ten
     from peft import LoraConfig
     from peft.utils.other import get_pattern_key
 
-    defaults, config = LoraConfig().to_dict(), {}
-    for key, value in metadata.items():
-        if key in _OPTIONS:
-            wanted, is_valid = _OPTIONS[key]
-            if not is_valid(value) and (value is not None or key in _REQUIRED):
-                raise ValueError(f"The adapter's `{name}.{key}` has to be {wanted} but is {value!r:.100}. {_DAMAGED}")
-            config[key] = defaults[key] if value is None else value
-        elif value and key in defaults and key not in _IRRELEVANT and value != defaults[key]:
-            raise ValueError(
-                f"The adapter is of a kind that cannot be loaded: its metadata has `{name}.{key}={value!r:.100}`."
-                " Pass a plain LoRA or DoRA adapter, such as one written by `save_lora_weights`."
-            )
+    fault = config_fault(name, metadata)
+    if fault is not None:
+        raise ValueError(f"{fault} Pass a plain LoRA or DoRA adapter. {_DAMAGED}")
+    defaults = LoraConfig().to_dict()
+    config = {key: defaults[key] if value is None else value for key, value in metadata.items() if key in _OPTIONS}
     absent = [key for key in _REQUIRED if key not in config]
     if absent:
         raise ValueError(f"The adapter's metadata has no `{name}.{absent[0]}`. {_DAMAGED}")
@@ -188,6 +214,10 @@ def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Ten
     for key in ("rank_pattern", "alpha_pattern", "target_modules"):
         if len(config.get(key, ())) > 200 + len(ranks):  # PEFT tries all on every layer
             raise ValueError(f"The adapter's `{name}.{key}` names {len(config[key])} layers, but it has {len(ranks)}.")
+    for option, part in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        lacking = [path for path in ranks if not any(key.startswith(f"{path}.{part}") for key in layers)]
+        if config.get(option) and lacking:
+            raise ValueError(f"The adapter has `{name}.{option}`, but no `{name}.{lacking[0]}.{part}`. {_DAMAGED}")
     pattern = config.get("rank_pattern", {})
     for path, rank in ranks.items():
         wanted = pattern.get(get_pattern_key(pattern, path), config["r"])
@@ -199,13 +229,17 @@ def read_config(name: str, metadata: dict[str, Any], layers: dict[str, torch.Ten
 
 
 def _read_ranks(name: str, layers: dict[str, torch.Tensor]) -> dict[str, int | None]:
-    """The rank of each adapted layer; `None` if it has no matrices."""
+    """The rank of each adapted layer, `None` if it has no matrices; raises a ValueError if it has only one."""
     # The axis that is as long as the rank. A layer of embeddings has parameters instead of modules.
     axes = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
     ranks = {}
     for path in sorted({key.partition(".lora_")[0] for key in layers if ".lora_" in key}):
         matrices = {matrix: layers[f"{path}.{matrix}"] for matrix in axes if f"{path}.{matrix}" in layers}
         found = {weight.shape[axes[matrix]] if weight.ndim > 1 else None for matrix, weight in matrices.items()}
+        if len(matrices) == 1:
+            raise ValueError(
+                f"The adapter's `{name}.{path}` has `{next(iter(matrices))}` without its partner. {_DAMAGED}"
+            )
         if len(found) > 1:
             raise ValueError(f"The adapter's `{name}.{path}` has matrices of different ranks: {found}. {_DAMAGED}")
         ranks[path] = found.pop() if found else None

@@ -25,6 +25,8 @@ from .lora_fit import (
     CLASS_EMBEDDING,
     PIPELINE,
     check_adapter_fits,
+    config_fault,
+    plain_config,
     quote,
     read_config,
     read_id2label,
@@ -289,8 +291,8 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         Raises:
             ImportError: PEFT is not installed.
             OSError: The file cannot be written.
-            ValueError: There are no layers or no such adapter, the path is not a folder, or the file would not be a
-                safetensors file.
+            ValueError: There are no layers or no such adapter, it is of a kind that cannot be loaded, the path is not
+                a folder, or the file would not be a safetensors file.
         """
         _require_peft()
         weight_name = weight_name or LORA_WEIGHT_NAME_SAFE
@@ -323,6 +325,11 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
                     " or save the adapter of a pipeline: `pipe.save_lora_weights(...)`."
                 )
             layers, metadata = pipeline._collect_adapter(adapter_name, save_class_embeddings)
+        faults = [config_fault(name, config) for name, config in metadata.items() if config and name != PIPELINE]
+        if any(faults):
+            raise ValueError(
+                f"{next(filter(None, faults))} It could not be loaded again: save a plain LoRA or DoRA adapter."
+            )
         if is_main_process:
             with write_whole(Path(save_directory, weight_name)) as unfinished:
                 pipeline._save_lora_weights(
@@ -344,7 +351,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
         for name, transformer in self._get_lora_transformers().items():
             if adapter_name in getattr(transformer, "peft_config", {}):
                 layers[name] = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
-                metadata[name] = transformer.peft_config[adapter_name].to_dict()
+                metadata[name] = plain_config(transformer, adapter_name)
             if with_classes:
                 weight = get_class_embedding(transformer).detach()
                 layers[name] = {**layers.get(name, {}), CLASS_EMBEDDING: weight}

@@ -433,6 +433,32 @@ def test_classes_with_group_offloading(pipe, with_classes, base):
 STAGES = ("transformer", "transformer_2")
 
 
+def test_regular_expressions_are_saved_as_the_layers_they_mean(pipe, tmp_path):
+    source = make_cascade(2, id2label=OLD_NAMES)
+    patterns = {"rank_pattern": {"^transformer_blocks.0.*in_proj": 1}, "alpha_pattern": {".*out_proj": 5}}
+    for stage in source.stages:
+        stage.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=r".*\.(in|out)_proj", **patterns))
+        train(stage, 0)
+    source.save_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(run(pipe), run(source))
+    strengths = [(layer.r["default"], layer.scaling["default"]) for layer in adapted_layers(source.stages)]
+    assert strengths == [(layer.r["default_0"], layer.scaling["default_0"]) for layer in adapted_layers(pipe.stages)]
+    assert {rank for rank, _ in strengths} == {1, 2} and len({scaling for _, scaling in strengths}) == 3
+
+
+def test_what_could_not_be_loaded_is_not_saved(pipe, tmp_path):
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["in_proj"], init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match=r"`transformer\.init_lora_weights` .* 'pissa'\. It could not be loaded"):
+        pipe.save_lora_weights(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def on_norm(name):
+    """LoRA matrices of a layer that PEFT cannot adapt."""
+    return {f"{name}.norm_out.lora_{x}.weight": torch.zeros(*s) for x, s in {"A": (2, 16), "B": (16, 2)}.items()}
+
+
 def everything(pipe):
     """All that an adapter may change: weights by name, modules, gradient flags, adapters, configurations."""
     weights = {f"{name}.{key}": w.clone() for name in STAGES for key, w in getattr(pipe, name).state_dict().items()}
@@ -471,8 +497,12 @@ UNFIT = {
     "one number": (lambda w: changed(w, PROJECTION, torch.tensor(1.0)), r"shape \(\), but `.*` has in_features=16\."),
     "no layer": (lambda w: changed(w, "transformer.lora_A.weight", w[PROJECTION]), r"is not a LoRA weight"),
     "kind of layer": (
-        lambda w: changed(w, "transformer.norm_out.lora_B.weight", torch.zeros(16, 2)),
+        lambda w: {**w, **on_norm("transformer")},
         r"cannot be loaded, and the pipeline is as before: Target module",
+    ),
+    "half a layer": (
+        lambda w: {key: weight for key, weight in w.items() if key != PROJECTION},
+        r"in_proj` has `lora_B\.weight` without its partner\. .*damaged",
     ),
     "rank": (
         lambda w: changed(w, PROJECTION, w[PROJECTION][:1]),
@@ -598,6 +628,10 @@ def resaved(source, target, change):
         ("r", 10**9),
         ("r", None),
         ("lora_alpha", float("nan")),
+        ("lora_alpha", 1e308),
+        ("alpha_pattern", {"in_proj": 1e308}),
+        ("use_dora", True),
+        ("lora_bias", True),
         ("lora_alpha", [4]),
         ("lora_alpha", None),
         ("use_dora", "yes"),
@@ -779,7 +813,7 @@ def stop(pipe, step, timestep, tensors):
 
 def test_a_failure_in_a_later_stage_undoes_the_ones_before(pipe, with_classes, base):
     weights = load_file(with_classes[0] / FILE)
-    weights["transformer_2.norm_out.lora_A.weight"] = torch.zeros(2, 16)
+    weights |= on_norm("transformer_2")
     before = everything(pipe)
     with pytest.raises(ValueError, match=r"the pipeline is as before: Target module .*LayerNorm"):
         pipe.load_lora_weights(weights, adapter_name="a")
