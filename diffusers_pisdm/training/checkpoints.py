@@ -268,14 +268,16 @@ def settings_changed(
     was = state.get("identity", identity)
     different = {name: [was.get(name), identity.get(name)] for name in {**was, **identity}}
     different = {name: values for name, values in different.items() if values[0] != values[1]}
-    fixed = {name: values for name, values in changed.items() if len({*map(_FIXED.get(name, repr), values)}) > 1}
-    fixed = {f"--{name}": values for name, values in fixed.items() if name in _FIXED or different}  # the cause
+    fixed = {
+        name: values for name, values in changed.items() if name in _FIXED and len({*map(_FIXED[name], values)}) > 1
+    }
     if fixed or different:
-        shown = [f"{name} was {_short(old)}, is {_short(new)}" for name, (old, new) in (fixed | different).items()]
+        shown = [*_describe(fixed, "--"), *_describe(different)]
         more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
+        cause = f" Changed arguments: {'; '.join(_describe(changed, '--'))}." if different and changed else ""
         raise CheckpointError(
-            f"{checkpoint} is of another run: {'; '.join(shown[:5])}{more}. Resume with what the run started with, or"
-            " train elsewhere (--output_dir) or anew (--resume_from_checkpoint none)."
+            f"{checkpoint} is of another run: {'; '.join(shown[:5])}{more}.{cause} Resume with what the run started"
+            " with, or train elsewhere (--output_dir) or anew (--resume_from_checkpoint none)."
         )
     for name, (old, new) in changed.items():
         report(f"--{name} was {old}, is {new} from step {state['step']} on.")
@@ -293,10 +295,12 @@ def report_changed_data(state: dict, fingerprint: dict[str, str], report: Callab
         )
 
 
-def _short(value: Any) -> str:
-    """For messages: noise schedules have thousands of numbers."""
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def _describe(changes: dict[str, list], prefix: str = "") -> list[str]:
+    """Old and new values for messages, shortened: noise schedules have thousands of numbers."""
+    shown = {
+        name: [v if len(v) <= 80 else f"{v[:77]}..." for v in map(repr, values)] for name, values in changes.items()
+    }
+    return [f"{prefix}{name} was {old}, is {new}" for name, (old, new) in shown.items()]
 
 
 def read_state(checkpoint: str | Path) -> dict:
