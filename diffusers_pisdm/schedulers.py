@@ -389,8 +389,8 @@ def relay_start(scheduler: SchedulerMixin, relay_strength: float) -> int:
     """
     if isinstance(scheduler, PNDMScheduler):
         raise ValueError(
-            "`relay_strength` needs a scheduler that can start midway, but PNDMScheduler's first steps are fixed. Pass"
-            " `relay_strength=None`, or another scheduler such as `DPMSolverMultistepScheduler`."
+            "`strength` and `relay_strength` need a scheduler that can start midway, but PNDMScheduler's first steps"
+            " are fixed. Leave them out, or pass another scheduler such as `DPMSolverMultistepScheduler`."
         )
     # Second-order schedulers list two evaluations per step, except for the last.
     num_steps = math.ceil(len(scheduler.timesteps) / scheduler.order)

@@ -37,6 +37,14 @@ from mutmut.mutation.mutators import mutation_operators, operator_string
 ROOT = Path(__file__).parents[1]
 
 # The fast tests of each file, the likeliest to fail first.
+CASCADE = [
+    "pipelines/test_pipeline_pisdm_cascade.py",
+    "pipelines/test_pipeline_pisdm_cascade_stages.py",
+    "pipelines/test_pipeline_pisdm_cascade_schedulers.py",
+    "pipelines/test_pipeline_pisdm_cascade_inputs.py",
+    "pipelines/test_pipeline_pisdm_cascade_guidance.py",
+]
+IMAGES_IN = ["pipelines/images_in"]
 TESTS = {
     "models/transformer_pisdm.py": [
         "models/test_transformer_pisdm.py",
@@ -59,12 +67,13 @@ TESTS = {
     "training/loss_meter.py": ["training/test_loss_meter.py"],
     "training/optimization.py": ["training/test_optimization.py"],
     "training/trainer.py": ["training/test_trainer.py"],
+    "pipelines/image_inputs.py": IMAGES_IN,
+    "pipelines/class_names.py": [*IMAGES_IN, "pipelines/test_pipeline_pisdm_cascade_inputs.py"],
+    "pipelines/stage_plan.py": CASCADE,
+    "pipelines/stage_denoising.py": [*IMAGES_IN, *CASCADE],
     "pipelines/pipeline_pisdm_cascade.py": [
-        "pipelines/test_pipeline_pisdm_cascade.py",
-        "pipelines/test_pipeline_pisdm_cascade_stages.py",
-        "pipelines/test_pipeline_pisdm_cascade_schedulers.py",
-        "pipelines/test_pipeline_pisdm_cascade_inputs.py",
-        "pipelines/test_pipeline_pisdm_cascade_guidance.py",
+        *CASCADE,
+        *IMAGES_IN,
         "pipelines/test_pipeline_pisdm_cascade_loading.py",
         "models/test_latents.py",
     ],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from ..ops.conditioning_augmentation import downsample
 
 
 def image_pyramid(images: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
     """
-    Downsamples images to each stage's size for the cascade (CN) by area averaging (antialiased; exact means where the
-    sizes divide evenly).
+    Downsamples images to each stage's size for the cascade (CN), by [`~ops.conditioning_augmentation.downsample`].
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
@@ -26,6 +26,4 @@ def image_pyramid(images: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
             f"The images are {images.shape[-2]}x{images.shape[-1]} pixels, smaller than the largest stage"
             f" ({max(sizes)})."
         )
-    return [
-        images if images.shape[-2:] == (size, size) else F.interpolate(images, size, mode="area") for size in sizes
-    ]
+    return [downsample(images, (size, size)) for size in sizes]

@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
+from ..utils.transparency import on_white
+
 
 # Formats of pictures, TGA last, as nothing marks its files. Others start programs (EPS), hold measurements (FITS) or
 # pictures whose sizes are not known before they are decoded (ICO).
@@ -84,11 +86,8 @@ def decode_image(encoded: bytes) -> Image.Image:
         pixels = np.asarray(image)
         grey = (pixels >> 8).astype(np.uint8)
         grey[pixels == image.info.get("transparency", -1)] = 255
-        image = Image.fromarray(grey)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        return Image.fromarray(grey).convert("RGB")
+    return on_white(image).convert("RGB")
 
 
 def _formats() -> tuple[str, ...]:

@@ -449,6 +449,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         low_res: torch.Tensor | None = None,
         noise_level: torch.Tensor | None = None,
         return_dict: bool = True,
+        class_weights: torch.Tensor | None = None,
     ) -> PISDMTransformer2DModelOutput | tuple[torch.Tensor, torch.Tensor]:
         r"""
         Args:
@@ -464,6 +465,8 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
                 `low_res_channels`.
             noise_level (`torch.Tensor` of shape `(B,)` or a scalar, *optional*): In [0, 1); required with `low_res`.
             return_dict (`bool`, defaults to `True`): Whether to return a [`PISDMTransformer2DModelOutput`].
+            class_weights (`torch.Tensor` of shape `(B, K)`, *optional*):
+                Makes each image a mix of K classes: their shares, for `class_labels` of shape `(B, K)`.
 
         Returns:
             [`PISDMTransformer2DModelOutput`], or the tuple `(sample, features)`.
@@ -491,7 +494,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         if low_res is not None:
             sinusoids = self._sinusoids(noise_level, hidden_states, scale=NOISE_LEVEL_SCALE)  # (B, TIME_FREQUENCIES)
             time_token = time_token + self.noise_level_embedding(sinusoids)  # (B, D)
-        class_token = self._embed_classes(class_labels).to(dtype)  # (B, D)
+        class_token = self._embed_classes(class_labels, class_weights).to(dtype)  # (B, D)
         condition = F.silu(time_token + class_token)  # (B, D)
         modulation = self.modulation(condition).unflatten(1, (3, -1))  # (B, 3, D)
 
@@ -587,7 +590,10 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
         self.register_buffer("class_factor_starts", starts, persistent=False)
         return num_rows
 
-    def _embed_classes(self, class_labels: torch.Tensor) -> torch.Tensor:
+    def _embed_classes(self, class_labels: torch.Tensor, class_weights: torch.Tensor | None = None) -> torch.Tensor:
+        if class_weights is not None:
+            embeddings = self._embed_classes(class_labels.flatten()).unflatten(0, class_labels.shape)  # (B, K, D)
+            return (class_weights.to(embeddings.dtype)[..., None] * embeddings).sum(dim=1)  # (B, D)
         if self.class_factor_ids is None:
             return self.class_embedding(class_labels)  # (B, D)
         factors = self.class_factor_ids[class_labels] if class_labels.ndim == 1 else class_labels  # (B, F)

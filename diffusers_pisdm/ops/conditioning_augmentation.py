@@ -26,6 +26,21 @@ def upsample_low_res(
     return F.interpolate(low_res, size=size, mode="bicubic", align_corners=False, antialias=True)
 
 
+def downsample(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    Makes a lower stage's image of a higher one by area averaging: antialiased, exact means where the sizes divide
+    evenly.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): The higher stage's images in pixels.
+        size (`tuple[int, int]`): Height and width `(h, w)` of the lower stage.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, h, w)`: `images` themselves if they have this size.
+    """
+    return images if tuple(images.shape[-2:]) == size else F.interpolate(images, size, mode="area")
+
+
 def image_to_residual(image: torch.Tensor, upsampled: torch.Tensor, residual_scale: float) -> torch.Tensor:
     """
     What a residual stage diffuses: the image minus the upsampled lower image, scaled to about unit variance.

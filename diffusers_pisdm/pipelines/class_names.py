@@ -2,26 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from numbers import Integral
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..utils.names import did_you_mean, show_name
 
-ClassLabels = int | str | Sequence | np.ndarray | torch.Tensor  # sequences may be nested, as in DiTPipeline
+
+# Sequences may be nested, as in DiTPipeline; a mapping is a mix of classes, by their shares.
+ClassLabels = int | str | Mapping[int | str, float] | Sequence | np.ndarray | torch.Tensor
+
+MAX_WEIGHT_ERROR = 1e-3  # of the sum of a mix's weights: 0.333 three times will do
 
 
-def flatten_labels(labels: ClassLabels) -> Iterator[Any]:
-    """Yields the labels of nested sequences, arrays and tensors one by one."""
+def list_labels(labels: ClassLabels) -> list[Any]:
+    """The labels of nested sequences, arrays and tensors; raises a ValueError if there are none."""
+    flat = list(_flatten(labels))
+    if not flat:
+        raise ValueError("`class_labels` is empty. Pass at least one class id or name.")
+    return flat
+
+
+def _flatten(labels: ClassLabels) -> Iterator[Any]:
     if isinstance(labels, (torch.Tensor, np.ndarray)):
         labels = labels.tolist()
     if isinstance(labels, Sequence) and not isinstance(labels, (str, bytes)):
         for label in labels:
-            yield from flatten_labels(label)
+            yield from _flatten(label)
     else:
         yield labels
+
+
+def get_class_mix(
+    label: int | str | Mapping[int | str, float], id2label: dict[int, str] | None, num_classes: int
+) -> dict[int, float]:
+    """
+    The shares of a label's classes, by id; of a single class, 1. Raises a TypeError or ValueError if there is no such
+    class, or shares do not sum to 1.
+    """
+    if not isinstance(label, Mapping):
+        return {get_class_id(label, id2label, num_classes): 1.0}
+    mix: dict[int, float] = {}
+    for name, weight in label.items():
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= 1:  # false for NaN, too
+            raise ValueError(f"`class_labels` gives {name!r} the weight {weight!r}, which has to be in [0, 1].")
+        class_id = get_class_id(name, id2label, num_classes)
+        mix[class_id] = mix.get(class_id, 0.0) + float(weight)  # a class may stand there by id and by name
+    total = sum(mix.values())
+    # Scaling them would hide what was forgotten or mistyped.
+    if abs(total - 1) > MAX_WEIGHT_ERROR:
+        raise ValueError(
+            f"`class_labels` has the mix {label!r:.200}, whose weights sum to {total:g}. Pass weights that sum to 1."
+        )
+    return mix
+
+
+def stack_mixes(
+    mixes: list[dict[int, float]], num_images_per_prompt: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Returns the class ids of all images, `(B,)`, and no weights, if each label is a single class; else ids and weights
+    `(B, K)`, with weights of 0 where a label has fewer classes.
+    """
+    most = max(map(len, mixes))
+    ids = torch.tensor([[*mix, *[next(iter(mix))] * (most - len(mix))] for mix in mixes], device=device)  # (N, K)
+    ids = ids.repeat_interleave(num_images_per_prompt, dim=0)  # (B, K)
+    if most == 1:
+        return ids[:, 0], None
+    weights = torch.tensor([[*mix.values(), *[0.0] * (most - len(mix))] for mix in mixes], device=device)
+    return ids, weights.repeat_interleave(num_images_per_prompt, dim=0)
 
 
 def ids_by_name(id2label: dict[int, str] | None) -> dict[str, list[int]]:
@@ -31,6 +83,39 @@ def ids_by_name(id2label: dict[int, str] | None) -> dict[str, list[int]]:
         for name in {label, *(synonym.strip() for synonym in label.split(","))}:
             ids.setdefault(name, []).append(class_id)
     return ids
+
+
+def get_class_id(label: int | str, id2label: dict[int, str] | None, num_classes: int) -> int:
+    """The id of a class given by id or name; raises a TypeError or ValueError if there is no such class."""
+    if isinstance(label, bool) or not isinstance(label, (Integral, str)):
+        raise TypeError(
+            f"`class_labels` has to hold class ids (`int`) or names (`str`) but has {label!r}, a {type(label)}."
+        )
+    if isinstance(label, str):
+        label = _find_class(label, id2label)
+    if not 0 <= label < num_classes:
+        raise ValueError(f"`class_labels` contains {label}, but this pipeline's classes are 0 to {num_classes - 1}.")
+    return int(label)
+
+
+def _find_class(name: str, id2label: dict[int, str] | None) -> int:
+    known = ids_by_name(id2label)
+    if not known:
+        raise ValueError(
+            f"Cannot look up '{show_name(name)}': this pipeline has no class names. Pass class ids, or give the"
+            " pipeline names with `id2label`."
+        )
+    if name not in known:
+        raise ValueError(
+            f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline."
+            f" {did_you_mean(name, known)}"
+        )
+    if len(known[name]) > 1:
+        raise ValueError(
+            f"`class_labels` contains '{show_name(name)}', the name of several classes: {known[name]}. Pass one of"
+            " these ids."
+        )
+    return known[name][0]
 
 
 def check_id2label(id2label: dict | Sequence | None, num_classes: int) -> dict[int, str] | None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-import json
-import math
 import os
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +21,35 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
-from diffusers.utils.torch_utils import randn_tensor
 from typing_extensions import Self
 
 from ..models.latents import cast_vae, decode_latents, vae_scale_factor
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
-from ..ops.conditioning_augmentation import augment_low_res, residual_to_image, upsample_low_res
-from ..schedulers import check_residual_scheduler, check_scheduler, check_steps, relay_start, set_timesteps
-from ..utils.names import did_you_mean, show_name
-from .class_names import ClassLabels, check_id2label, flatten_labels, ids_by_name
+from ..schedulers import check_steps, relay_start, set_timesteps
+from .call_checks import check_attention_kwargs, check_callback, check_generator, check_latents
+from .call_lock import CallLock, one_call_at_a_time
+from .class_names import (
+    ClassLabels,
+    check_id2label,
+    get_class_id,
+    get_class_mix,
+    ids_by_name,
+    list_labels,
+    stack_mixes,
+)
+from .image_inputs import GivenImages, place_image, repeat_images
 from .lora_loading import PISDMLoraLoaderMixin
-from .saved_files import MAX_TIMESTEPS, check_saved_pipeline
+from .number_checks import check_number
+from .saved_files import check_saved_pipeline
+from .stage_denoising import StageDenoisingMixin
+from .stage_fit import check_cascade
+from .stage_plan import StagePlan, by_stage, first_values, per_stage, stage_lengths
 
 
 logger = logging.get_logger(__name__)
-
-# What an option of a stage must equal in the stage before.
-_FITTING = {"low_res_channels": "in_channels", "in_channels": "in_channels", "num_classes": "num_classes"}
 
 # Numbered components are the one container of stages that diffusers saves, loads, offloads and shards.
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_3", "transformer_4")
@@ -70,56 +74,7 @@ class PISDMCascadePipelineOutput(BaseOutput):
     stage_images: list[list[PIL.Image.Image]] | list[np.ndarray] | list[torch.Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """Everything one call does in one stage, decided before anything is drawn."""
-
-    number: int  # from 1
-    first_step: int  # counted over all stages
-    transformer: PISDMTransformer2DModel
-    scheduler: SchedulerMixin
-    timesteps: torch.Tensor  # (T,), on the CPU
-    step_kwargs: dict[str, Any]  # what `scheduler.step` takes besides prediction, timestep and latents
-    shape: tuple[int, int, int, int]  # (B, C, H, W)
-    latents: torch.Tensor | None  # initial noise; None: drawn
-    guidance_scale: float | None  # None: as the stage before left it
-    guidance_start: float
-    guidance_stop: float
-    noise_level: float | None  # None in the first stage, which has no condition
-    relay_strength: float | None  # None: starts from pure noise
-
-    @property
-    def residual_scale(self) -> float | None:
-        return self.transformer.config.get("residual_scale")
-
-    def to_image(self, latents: torch.Tensor, upsampled: torch.Tensor | None) -> torch.Tensor:
-        """Turns what the stage diffuses into its image; both are `(B, C, H, W)`."""
-        if self.residual_scale is None:
-            return latents
-        return residual_to_image(latents, upsampled, self.residual_scale)
-
-
-class _CallLock:
-    """Lets one thread at a time into a pipeline's call. Copies and pickles are fresh locks."""
-
-    def __init__(self):
-        self.lock = threading.RLock()  # a callback may call the pipeline
-
-    def __reduce__(self) -> tuple:
-        return _CallLock, ()
-
-
-def _one_call_at_a_time(call: Callable) -> Callable:
-    # A call's progress is in the pipeline, where callbacks look for it: guidance, interrupt, the schedulers' state.
-    @functools.wraps(call)
-    def locked(self, *args, **kwargs):
-        with self._call_lock.lock:
-            return call(self, *args, **kwargs)
-
-    return locked
-
-
-class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoaderMixin):
+class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPipeline, PISDMLoraLoaderMixin):
     r"""
     Generates images of given classes with a cascade (the paper's CN) of one to four diffusion models. The first makes
     a small image from noise; each of the others makes a larger one from noise and the image of the stage before,
@@ -175,7 +130,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         default_noise_level: float | list[float] = 0.1,
     ):
         super().__init__()
-        self._call_lock = _CallLock()
+        self._call_lock = CallLock()
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -189,12 +144,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         )
         self.check_stages()
         defaults = {
-            "default_guidance_scale": _first_values(default_guidance_scale, self.num_stages),
-            "default_num_inference_steps": _first_values(default_num_inference_steps, self.num_stages),
-            "default_noise_level": _first_values(default_noise_level, self.num_stages - 1),
+            "default_guidance_scale": first_values(default_guidance_scale, self.num_stages),
+            "default_num_inference_steps": first_values(default_num_inference_steps, self.num_stages),
+            "default_noise_level": first_values(default_noise_level, self.num_stages - 1),
         }
         for name, value in defaults.items():
-            _per_stage(name, value, self.num_stages)
+            per_stage(name, value, self.num_stages)
         self.register_to_config(id2label=check_id2label(id2label, self.transformer.config.num_classes), **defaults)
         self.image_processor = VaeImageProcessor()
 
@@ -378,116 +333,37 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             TypeError: A label is neither an integer nor a name.
             ValueError: There are no labels, an id is out of range, or a name is unknown or that of several classes.
         """
-        labels = list(flatten_labels(class_labels))
-        if len(labels) == 0:
-            raise ValueError("`class_labels` is empty. Pass at least one class id or name.")
-        return [self._get_label_id(label) for label in labels]
-
-    def _get_label_id(self, label: int | str) -> int:
-        if isinstance(label, bool) or not isinstance(label, (Integral, str)):
-            raise TypeError(
-                f"`class_labels` has to hold class ids (`int`) or names (`str`) but has {label!r}, a {type(label)}."
-            )
-        if isinstance(label, str):
-            label = self._find_class(label)
         num_classes = self.transformer.config.num_classes
-        if not 0 <= label < num_classes:
-            raise ValueError(
-                f"`class_labels` contains {label}, but this pipeline's classes are 0 to {num_classes - 1}."
-            )
-        return int(label)
+        return [get_class_id(label, self.config.id2label, num_classes) for label in list_labels(class_labels)]
 
-    def _find_class(self, name: str) -> int:
-        known = ids_by_name(self.config.id2label)
-        if not known:
-            raise ValueError(
-                f"Cannot look up '{show_name(name)}': this pipeline has no class names. Pass class ids, or give the"
-                " pipeline names with `id2label`."
-            )
-        if name not in known:
-            raise ValueError(
-                f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline."
-                f" {did_you_mean(name, known)}"
-            )
-        if len(known[name]) > 1:
-            raise ValueError(
-                f"`class_labels` contains '{show_name(name)}', the name of several classes: {known[name]}. Pass one of"
-                " these ids."
-            )
-        return known[name][0]
+    def get_class_mixes(self, class_labels: ClassLabels) -> list[dict[int, float]]:
+        """
+        Turns `class_labels` in any form that a call takes into the shares of each label's classes, by class id.
+
+        Args:
+            class_labels (`int`, `str`, `dict`, or a sequence, `np.ndarray` or `torch.Tensor` of these, nested or not):
+                As of [`~PISDMCascadePipeline.get_label_ids`], or mixes: `{class: weight}`.
+
+        Returns:
+            `list[dict[int, float]]`: One per label; a single class has the share 1.
+
+        Raises:
+            TypeError: A class is neither an integer nor a name.
+            ValueError: A class is none of the pipeline's, a weight is not in [0, 1], or weights do not sum to 1.
+        """
+        num_classes = self.transformer.config.num_classes
+        return [get_class_mix(label, self.config.id2label, num_classes) for label in list_labels(class_labels)]
 
     def check_stages(self) -> None:
         """Raises a `ValueError` if a stage is missing or does not fit the one before, or a scheduler its stage."""
-        present = [name for name in TRANSFORMERS if getattr(self, name) is not None]
-        if self.transformer is None:
-            raise ValueError("`transformer` is None, but a cascade needs its first stage. Pass `transformer`.")
-        if self.scheduler is None:
-            raise ValueError("`scheduler` is None, but a cascade needs at least that one. Pass `scheduler`.")
-        gaps = [name for name in TRANSFORMERS[: len(present)] if name not in present]
-        if gaps:
-            higher = [name for name in present if name > gaps[0]]
-            raise ValueError(
-                f"`{gaps[0]}` is None, but {' and '.join(f'`{name}`' for name in higher)} would need it. Pass"
-                f" `{gaps[0]}`, or {' and '.join(f'`{name}=None`' for name in higher)}."
-            )
-
-        for index, name in enumerate(present):
-            self._check_transformer(name, self.stages[index], self.stages[index - 1] if index else None)
-        if self.vae is not None and self.vae.config.latent_channels != self.transformer.config.in_channels:
-            raise ValueError(
-                f"`vae` has {self.vae.config.latent_channels} latent channels (`latent_channels`), but `transformer`"
-                f" has {self.transformer.config.in_channels} (`in_channels`). Pass the autoencoder that the"
-                " transformers were trained with."
-            )
-        for name, transformer in zip(SCHEDULERS, self.stages):
-            if getattr(self, name) is not None:
-                check_scheduler(name, getattr(self, name))
-            if transformer.config.get("residual_scale") is not None:
-                check_residual_scheduler(name, getattr(self, name) or self.scheduler)
-
-    def _check_transformer(
-        self, name: str, transformer: PISDMTransformer2DModel, lower: PISDMTransformer2DModel | None
-    ) -> None:
-        config = getattr(transformer, "config", {})
-        absent = [
-            option for option in (*_FITTING, "sample_size", "patch_size", "out_channels") if option not in config
-        ]
-        if absent:
-            raise ValueError(
-                f"`{name}` is of {type(transformer)}, which has no `{absent[0]}` in its configuration. Pass a"
-                " `PISDMTransformer2DModel`."
-            )
-        if config.out_channels not in (None, config.in_channels):
-            raise ValueError(
-                f"`{name}` has {config.out_channels} output channels (`out_channels`) for {config.in_channels} of its"
-                " input (`in_channels`). Pass a transformer with as many."
-            )
-        if lower is None:
-            if config.low_res_channels is not None:
-                raise ValueError(
-                    f"`{name}` is a higher stage (`low_res_channels={config.low_res_channels}`) and cannot be the"
-                    " first. Pass a transformer with `low_res_channels=None`."
-                )
-            return
-        for option, of_lower in _FITTING.items():
-            if config[option] != lower.config[of_lower]:
-                raise ValueError(
-                    f"`{name}` has `{option}={config[option]}`, but the stage before has"
-                    f" `{of_lower}={lower.config[of_lower]}`. Pass stages that were trained as one cascade."
-                )
-        factors, lower_factors = (
-            json.dumps(c.get("class_factors")) for c in (config, lower.config)
-        )  # tuples or lists
-        if factors != lower_factors:
-            raise ValueError(
-                f"`{name}` has other `class_factors` than the stage before: {factors:.100} and {lower_factors:.100}."
-                " Pass stages that were trained as one cascade."
-            )
+        transformers = {name: getattr(self, name) for name in TRANSFORMERS}
+        check_cascade(transformers, {name: getattr(self, name) for name in SCHEDULERS}, self.vae)
 
     def check_inputs(
         self,
-        batch_size: int,
+        num_labels: int,
         num_images_per_prompt: int,
+        batch_size: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         eta: float,
@@ -499,30 +375,15 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         Raises a `TypeError` or `ValueError` that names the first wrong argument, of those that are the same for all
         stages.
         """
-        _check_number("num_images_per_prompt", num_images_per_prompt)
-        _check_number("eta", eta)
-        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-        wrong = [item for item in generators if not isinstance(item, torch.Generator)]
-        if wrong:
-            raise TypeError(
-                f"`generator` has to be a `torch.Generator`, or a list of one per image, but has {wrong[0]!r}, a"
-                f" {type(wrong[0])}. Pass `torch.Generator().manual_seed(seed)`."
-            )
-        if isinstance(generator, list) and len(generator) != batch_size * num_images_per_prompt:
-            raise ValueError(
-                f"You have passed a list of generators of length {len(generator)}, but requested an effective batch"
-                f" size of {batch_size * num_images_per_prompt}. Pass one generator per image."
-            )
+        check_number("num_images_per_prompt", num_images_per_prompt)
+        check_number("eta", eta)
+        if batch_size is not None:
+            check_number("batch_size", batch_size)
+        check_generator(generator, num_labels * num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` has to be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}.")
-        if attention_kwargs:
-            if set(attention_kwargs) != {"scale"}:
-                raise ValueError(
-                    f"`attention_kwargs` has {sorted(attention_kwargs)}, but this model has no attention: only"
-                    ' `{"scale": ...}`, the strength of the LoRA adapters, has an effect.'
-                )
-            _check_number("attention_kwargs['scale']", attention_kwargs["scale"])
-        _check_callback(callback_on_step_end)
+        check_attention_kwargs(attention_kwargs)
+        check_callback(callback_on_step_end)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -532,7 +393,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
     def plan_stages(
         self,
-        batch_size: int,
+        num_images: int,
+        batch_size: int | None,
         height: int | None,
         width: int | None,
         num_inference_steps: int | list[int] | None,
@@ -546,19 +408,24 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         eta: float,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | list[torch.Tensor | None] | None,
+        class_weights: torch.Tensor | None,
+        given: list[GivenImages | None],
     ) -> list[StagePlan]:
-        """Checks the arguments of `__call__` that may differ between stages, and gives each stage its own."""
+        """
+        Checks the arguments of `__call__` that may differ between stages, and gives each stage its own; those without
+        `given` do not run.
+        """
         num_stages = self.num_stages
         if num_inference_steps is None:
-            num_inference_steps = _first_values(self.config.default_num_inference_steps, num_stages)
+            num_inference_steps = first_values(self.config.default_num_inference_steps, num_stages)
         if guidance_scale is None:
-            guidance_scale = _first_values(self.config.default_guidance_scale, num_stages)
+            guidance_scale = first_values(self.config.default_guidance_scale, num_stages)
         if noise_level is None:
-            noise_level = _first_values(self.config.default_noise_level, num_stages - 1)
+            noise_level = first_values(self.config.default_noise_level, num_stages - 1)
         if isinstance(latents, torch.Tensor):
             latents = [latents] + [None] * (num_stages - 1)
-        schedules = _by_stage(num_stages, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        settings = _by_stage(
+        schedules = by_stage(num_stages, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        settings = by_stage(
             num_stages,
             latents=latents,
             guidance_scale=guidance_scale,
@@ -567,9 +434,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             noise_level=noise_level,
             relay_strength=relay_strength,
         )
+        first = next(i for i, images in enumerate(given) if images is not None)
         if not isinstance(guidance_scale, (list, tuple)):
             # A single scale is set once: what a callback makes of it lasts.
-            for setting in settings[1:]:
+            for setting in settings[first + 1 :]:
                 setting["guidance_scale"] = None
 
         for setting in settings:
@@ -579,23 +447,32 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                     f" {setting['guidance_stop']}. Pass a start that is not above the stop; to turn guidance off, pass"
                     " `guidance_scale=1.0`."
                 )
-        for setting, size in zip(settings, self.get_stage_sizes(height, width)):
-            setting["shape"] = (batch_size, self.transformer.config.in_channels, *size)
+        for setting, size, images in zip(settings, self.get_stage_sizes(height, width), given):
+            setting["shape"] = (num_images, self.transformer.config.in_channels, *size)
+            setting["given"] = images
+            if images is not None and images.strength is not None:
+                setting["relay_strength"] = images.strength
             if setting["latents"] is not None:
-                self.check_latents(setting["latents"], setting["shape"])
+                check_latents(setting["latents"], setting["shape"], self._execution_device)
+        if any(setting["latents"] is not None for setting in settings[:first]):
+            raise ValueError(
+                f"`latents` is the noise of a stage that does not run: `image` begins with stage {first + 1}. Pass a"
+                " list, with None for the stages below."
+            )
 
         plans: list[StagePlan] = []
-        for transformer, scheduler, schedule, setting in zip(
-            self.stages, self.get_stage_schedulers(), schedules, settings
-        ):
+        stages = list(zip(self.stages, self.get_stage_schedulers(), schedules, settings))
+        for number, (transformer, scheduler, schedule, setting) in enumerate(stages[first:], first + 1):
             plans.append(
                 StagePlan(
-                    number=len(plans) + 1,
+                    number=number,
                     first_step=sum(len(plan.timesteps) for plan in plans),
                     transformer=transformer,
                     scheduler=scheduler,
                     timesteps=self.retrieve_timesteps(scheduler, **schedule, relay_strength=setting["relay_strength"]),
                     step_kwargs=self.prepare_extra_step_kwargs(scheduler, generator, eta),
+                    class_weights=class_weights,
+                    batch_size=num_images if batch_size is None else batch_size,
                     **setting,
                 )
             )
@@ -614,24 +491,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         Raises:
             ValueError: A size leaves a stage with a fraction of a patch.
         """
-        heights, widths = self._get_stage_lengths("height", height), self._get_stage_lengths("width", width)
+        configs, factor = [transformer.config for transformer in self.stages], vae_scale_factor(self.vae)
+        heights, widths = (
+            stage_lengths(name, length, configs, factor) for name, length in (("height", height), ("width", width))
+        )
         return list(zip(heights, widths))
-
-    def _get_stage_lengths(self, name: str, length: int | None) -> list[int]:
-        configs = [transformer.config for transformer in self.stages]
-        full = configs[-1].sample_size * vae_scale_factor(self.vae)
-        length = full if length is None else length
-        # Stage s gets length * sample_size_s / full, which must be a multiple of its patch size.
-        units = [full * c.patch_size // math.gcd(c.sample_size, full * c.patch_size) for c in configs]
-        unit = math.lcm(*units)
-        if not _is_positive_integer(length) or length % unit != 0:
-            is_number = isinstance(length, Real) and math.isfinite(length)
-            nearest = max(unit, round(length / unit) * unit) if is_number else full
-            raise ValueError(
-                f"`{name}` has to be a positive integer divisible by {unit}, so that every stage has whole patches,"
-                f" but is {length!r}. Pass `{name}={nearest}`."
-            )
-        return [length * config.sample_size // full for config in configs]
 
     def _copy_schedulers(self) -> None:
         for name in SCHEDULERS:
@@ -664,25 +528,6 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             scheduler.set_begin_index(start)  # a search would take the second of two equal timesteps
         return scheduler.timesteps[start:]
 
-    def check_latents(self, latents: torch.Tensor, shape: tuple[int, ...]) -> None:
-        """Raises a `TypeError` or `ValueError` unless `latents` are floats of this shape on the pipeline's device."""
-        if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
-            kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents)
-            raise TypeError(f"`latents` has to be a floating point tensor but is {kind}. Pass `torch.randn({shape})`.")
-        if latents.shape != shape:
-            raise ValueError(
-                f"`latents` has to have shape {shape} (images, channels, height, width) but has shape"
-                f" {tuple(latents.shape)}."
-            )
-        device = self._execution_device
-        if latents.device.type != device.type:
-            raise ValueError(
-                f"`latents` is on {latents.device}, but the pipeline runs on {device}. Move it with"
-                f" `latents.to('{device}')`."
-            )
-        if not latents.is_meta and not latents.isfinite().all():
-            raise ValueError(f"`latents` holds NaN or infinity. Pass `torch.randn({shape})`, or noise like it.")
-
     def prepare_extra_step_kwargs(
         self, scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, eta: float
     ) -> dict[str, Any]:
@@ -693,142 +538,23 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         extra = {"generator": generator, "eta": eta, "use_clipped_model_output": True}
         return {name: value for name, value in extra.items() if name in accepted}
 
-    def prepare_low_res(
+    def place_image(
         self,
-        stage: StagePlan,
-        latents: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the lower stage's image upsampled to `(B, C, H, W)`, and the same with noise: the condition."""
-        upsampled = upsample_low_res(latents, stage.shape[2:], stage.residual_scale)  # (B, C, H, W)
-        # Noise is drawn even for level 0, so that only the level differs between levels.
-        noise = self._draw_noise(stage, generator)
-        level = torch.full((1,), stage.noise_level, dtype=noise.dtype, device=noise.device)
-        return upsampled, augment_low_res(upsampled, noise, level)
-
-    def prepare_latents(
-        self,
-        stage: StagePlan,
-        upsampled: torch.Tensor | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        """Returns what a stage starts from, `(B, C, H, W)`: noise or, in a relay, the noised lower image."""
-        noise = self._draw_noise(stage, generator) if stage.latents is None else stage.latents
-        noise = noise.to(self._execution_device, torch.float32)
-        if stage.relay_strength is None:
-            return noise * stage.scheduler.init_noise_sigma
-        # In a residual stage, the upsampled image is a residual of zero.
-        image = upsampled if stage.residual_scale is None else torch.zeros_like(upsampled)
-        return stage.scheduler.add_noise(image, noise, stage.timesteps[:1].expand(len(noise)))
-
-    def _draw_noise(self, stage: StagePlan, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
-        return randn_tensor(stage.shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-
-    def prepare_condition(
-        self, stage: StagePlan, class_labels: torch.Tensor, low_res: torch.Tensor | None, guided: bool
-    ) -> dict[str, torch.Tensor]:
-        """
-        Returns the model's inputs besides latents and timestep: `class_labels` and `noise_level` `(B,)` and `low_res`
-        `(B, C, H, W)`, or if guided, twice the batch, the unconditional half first.
-        """
-        condition = {"class_labels": class_labels}  # (B,)
-        if low_res is not None:
-            condition["low_res"] = low_res.to(stage.transformer.dtype)  # (B, C, H, W)
-            condition["noise_level"] = torch.full(
-                class_labels.shape, stage.noise_level, dtype=torch.float32, device=class_labels.device
-            )  # (B,)
-        if guided:
-            null_labels = torch.full_like(class_labels, stage.transformer.config.num_classes)  # (B,)
-            unconditional = {**condition, "class_labels": null_labels}
-            condition = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}  # (2B, ...)
-        return condition
-
-    def predict(
-        self,
-        transformer: PISDMTransformer2DModel,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor,
-        condition: dict[str, torch.Tensor],
-        guided: bool,
-    ) -> torch.Tensor:
-        """
-        Runs the model on `model_input` `(B, C, H, W)` and returns its prediction, same shape, float32: if guided,
-        `uncond + guidance_scale * (cond - uncond)` on all channels.
-        """
-        model_input = model_input.to(transformer.dtype)
-        inputs = [(model_input, condition)]
-        if guided and self._guidance_slicing:
-            halves = zip(*(value.chunk(2) for value in condition.values()))
-            inputs = [(model_input, dict(zip(condition, half))) for half in halves]
-        elif guided:
-            inputs = [(torch.cat([model_input, model_input]), condition)]  # (2B, C, H, W)
-        outputs = [
-            # The timestep is never in half precision: as the scheduler made it.
-            transformer(sample, timestep=timestep.expand(len(sample)), **kwargs, return_dict=False)[0].float()
-            for sample, kwargs in inputs
-        ]
-        if not guided:
-            return outputs[0]
-        uncond, cond = outputs if self._guidance_slicing else outputs[0].chunk(2)  # (B, C, H, W) each
-        return uncond + self.guidance_scale * (cond - uncond)
-
-    def denoise(
-        self,
-        stage: StagePlan,
-        latents: torch.Tensor,
-        upsampled: torch.Tensor | None,
-        low_res: torch.Tensor | None,
-        class_labels: torch.Tensor,
-        callback_on_step_end: Callable[[Self, int, torch.Tensor, dict], dict] | None,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs a stage's steps; returns its image `(B, C, H, W)` and what callbacks made of `class_labels` `(B,)`."""
-        scheduler, num_steps = stage.scheduler, len(stage.timesteps)
-        conditions: dict[bool, dict[str, torch.Tensor]] = {}  # by whether the step is guided
-        # float32 at most, as not every device has float64
-        dtype = torch.float32 if stage.timesteps.is_floating_point() else None
-        timesteps = stage.timesteps.to(self._execution_device, dtype)
-        with self.progress_bar(total=num_steps) as progress_bar:
-            self._describe(progress_bar, stage)
-            # Nothing in this loop may wait for the device: the next steps are queued while it works.
-            for i, (scheduler_t, t) in enumerate(zip(stage.timesteps, timesteps)):
-                if self.interrupt:
-                    return stage.to_image(latents, upsampled), class_labels
-                self._current_timestep = t
-                in_interval = stage.guidance_start <= i / num_steps < stage.guidance_stop
-                guided = self.do_classifier_free_guidance and in_interval
-                if guided not in conditions:
-                    conditions[guided] = self.prepare_condition(stage, class_labels, low_res, guided)
-                model_input = scheduler.scale_model_input(latents, scheduler_t)  # (B, C, H, W)
-                prediction = self.predict(stage.transformer, model_input, t, conditions[guided], guided)
-                latents = scheduler.step(prediction, scheduler_t, latents, **stage.step_kwargs, return_dict=False)[0]
-                if i == num_steps - 1:
-                    latents = stage.to_image(latents, upsampled)
-
-                if callback_on_step_end is not None:
-                    available = {
-                        "latents": latents,
-                        "low_res": low_res,
-                        "class_labels": class_labels,
-                        "stage": stage.number,
-                    }
-                    callback_kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, stage.first_step + i, t, callback_kwargs)
-                    if not isinstance(callback_outputs, dict):
-                        raise TypeError(
-                            "`callback_on_step_end` has to return a dictionary of what it changed, but returned"
-                            f" {callback_outputs!r}. Let it return its `callback_kwargs`, or {{}}."
-                        )
-                    latents = callback_outputs.pop("latents", latents)
-                    low_res = callback_outputs.pop("low_res", low_res)
-                    class_labels = callback_outputs.pop("class_labels", class_labels)
-                    conditions.clear()  # a callback may also change them in place
-
-                progress_bar.update()
-        return latents, class_labels
+        image: PipelineImageInput | None,
+        mask_image: PipelineImageInput | None,
+        strength: float | None,
+        num_labels: int,
+        height: int | None,
+        width: int | None,
+    ) -> list[GivenImages | None]:
+        """Checks a given image, and returns what each stage does with it; `None` for those that do not run."""
+        scale_factor = vae_scale_factor(self.vae)
+        sizes = [(scale_factor * h, scale_factor * w) for h, w in self.get_stage_sizes(height, width)]
+        config = self.transformer.config if self.vae is None else self.vae.config
+        return place_image(image, mask_image, strength, sizes, config.in_channels, num_labels)
 
     @torch.no_grad()
-    @_one_call_at_a_time
+    @one_call_at_a_time
     def __call__(
         self,
         class_labels: ClassLabels,
@@ -855,6 +581,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - diffusers' signature; only read
         attention_kwargs: dict[str, Any] | None = None,
+        image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        strength: float | None = None,
+        batch_size: int | None = None,
     ) -> PISDMCascadePipelineOutput | tuple:
         r"""
         Generates images.
@@ -863,8 +593,9 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
         `relay_strength` only concern the higher stages: their lists begin with the second stage's value.
 
         Args:
-            class_labels (`int`, `str`, or a sequence, `np.ndarray` or `torch.Tensor` of these, nested or not):
-                Class ids, or names from `config.id2label` (`pipe.labels` lists them).
+            class_labels (`int`, `str`, `dict`, or a sequence, `np.ndarray` or `torch.Tensor` of these, nested or not):
+                Class ids, or names from `config.id2label` (`pipe.labels` lists them). A dictionary is a mix of
+                classes, `{class: weight}`, whose embeddings are averaged; its weights are in [0, 1] and sum to 1.
             height, width (`int`, *optional*):
                 Size of the final images in pixels; the last stage's `sample_size` by default. Lower stages scale with
                 it.
@@ -902,7 +633,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 Initial standard normal noise to use instead of drawing it, per stage. A single tensor is the first
                 stage's.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            output_stages (`bool`, defaults to `False`): Whether to also return the images of every stage.
+            output_stages (`bool`, defaults to `False`): Whether to also return the images of every stage that ran.
             return_dict (`bool`, defaults to `True`): Whether to return a [`PISDMCascadePipelineOutput`].
             callback_on_step_end (`Callable`, [`PipelineCallback`] or [`MultiPipelineCallbacks`], *optional*):
                 Called as `callback(pipe, step, timestep, callback_kwargs)` after every step; `step` counts over all
@@ -915,6 +646,23 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
                 that, in a stage with `residual_scale`, the noisy residual.
             attention_kwargs (`dict`, *optional*):
                 `{"scale": s}` multiplies the strength of the LoRA adapters by `s` for this call, as in diffusers.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of these, *optional*):
+                An image to begin with, or one per label: PIL images, arrays `(H, W, C)` or tensors `(C, H, W)` in
+                [0, 1], also in batches. Transparent pixels become white. The image belongs to the stage of its size,
+                or between two sizes to the lower stage, for which it is shrunk. By itself, it is taken as that stage's
+                output: only the stages above run, and enlarge it.
+            mask_image (the types of `image`, *optional*):
+                What to repaint of `image`, of its size: white pixels are repainted, black ones kept, as in diffusers.
+                All stages run. Up to the image's stage, the known pixels are noised to the level of each step, and
+                returned as they were; the stages above enlarge the result.
+            strength (`float`, *optional*):
+                Image-to-image: how much to change `image`, in [0, 1]. Its stage begins with the image noised to this
+                share of the schedule, and runs that share of the steps; 0 keeps the image, the default. Shrink an
+                image to let lower stages change it. With `mask_image`, it is the first stage that begins with the
+                noised image; by default, 1.0, with pure noise.
+            batch_size (`int`, *optional*):
+                The most images that the models and the autoencoder take at once, to bound memory; all by default. The
+                images are the same up to rounding: noise is drawn for all of them.
 
         Returns:
             [`PISDMCascadePipelineOutput`], or a tuple of its values if `return_dict` is `False`.
@@ -946,10 +694,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_stages()
         self._copy_schedulers()  # another pipeline, in another thread, may hold the same ones
-        label_ids = self.get_label_ids(class_labels)
+        mixes = self.get_class_mixes(class_labels)
         self.check_inputs(
-            len(label_ids),
+            len(mixes),
             num_images_per_prompt,
+            batch_size,
             generator,
             output_type,
             eta,
@@ -957,8 +706,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             callback_on_step_end_tensor_inputs,
             attention_kwargs,
         )
+        class_labels, class_weights = stack_mixes(mixes, num_images_per_prompt, self._execution_device)
         stages = self.plan_stages(
-            len(label_ids) * num_images_per_prompt,
+            len(class_labels),
+            batch_size,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -972,35 +723,38 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             eta=eta,
             generator=generator,
             latents=latents,
+            class_weights=class_weights,
+            given=self.place_image(image, mask_image, strength, len(mixes), height, width),
         )
         self._num_timesteps = sum(len(stage.timesteps) for stage in stages)
         self._current_timestep = None
         self._interrupt = False
 
         # 2. Run the stages, from low to high resolution
-        class_labels = torch.tensor(label_ids, device=self._execution_device)
-        class_labels = class_labels.repeat_interleave(num_images_per_prompt)  # (B,)
         stage_latents = []
         upsampled = low_res = None
+        if stages[0].given.lower is not None:
+            latents = self.encode_image(stages[0], stages[0].given.lower)  # (B, C, h, w)
         for stage in stages:
             self._stage = stage.number
             if stage.guidance_scale is not None:
                 self._guidance_scale = stage.guidance_scale
             if stage.number > 1:
                 upsampled, low_res = self.prepare_low_res(stage, latents, generator)  # (B, C, H, W) each
-            latents = self.prepare_latents(stage, upsampled, generator)  # (B, C, H, W)
+            latents, known = self.prepare_latents(stage, upsampled, generator)  # (B, C, H, W)
             with self._scaled_adapters((attention_kwargs or {}).get("scale", 1.0)):
                 latents, class_labels = self.denoise(
                     stage,
                     latents,
                     upsampled,
                     low_res,
+                    known,
                     class_labels,
                     callback_on_step_end,
                     callback_on_step_end_tensor_inputs,
                 )
             if output_stages:
-                stage_latents.append(latents)
+                stage_latents.append((stage, latents))
             if self.interrupt:
                 if stage.number < self.num_stages:
                     height, width = (length * vae_scale_factor(self.vae) for length in stage.shape[2:])
@@ -1012,10 +766,10 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
 
         # 3. Turn latents into images
         self._current_timestep = None
-        images = self._postprocess(latents, output_type)
+        images = self._postprocess(stage, latents, output_type)
         stage_images = None
         if output_stages:
-            stage_images = [self._postprocess(lower, output_type) for lower in stage_latents[:-1]] + [images]
+            stage_images = [self._postprocess(*lower, output_type) for lower in stage_latents[:-1]] + [images]
 
         self.maybe_free_model_hooks()
 
@@ -1023,17 +777,17 @@ class PISDMCascadePipeline(StrictLoadingMixin, DiffusionPipeline, PISDMLoraLoade
             return (images, stage_images) if output_stages else (images,)
         return PISDMCascadePipelineOutput(images=images, stage_images=stage_images)
 
-    def _describe(self, progress_bar: Any, stage: StagePlan) -> None:
-        if "desc" not in self._progress_bar_config:
-            height, width = (length * vae_scale_factor(self.vae) for length in stage.shape[2:])
-            progress_bar.set_description(f"stage {stage.number}/{self.num_stages} ({height}x{width})")
-
     def _postprocess(
-        self, latents: torch.Tensor, output_type: str
+        self, stage: StagePlan, latents: torch.Tensor, output_type: str
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         if output_type == "latent":
             return latents
-        return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type)
+        images = torch.cat([decode_latents(self.vae, batch) for batch in latents.split(stage.batch_size)])
+        if stage.given.known is not None:  # an autoencoder does not give back what it was given
+            given = (stage.given.known, stage.given.mask)
+            known, mask = (repeat_images(part, len(images)).to(images.device) for part in given)
+            images = torch.where(mask, images, known)
+        return self.image_processor.postprocess(images, output_type)
 
 
 def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -1043,85 +797,3 @@ def _drop_higher_stages(kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     names = TRANSFORMERS[dropped[0] :] + SCHEDULERS[dropped[0] :]
     return {**dict.fromkeys(names), **kwargs}
-
-
-def _check_callback(callback: Callable | None) -> None:
-    if callback is None:
-        return
-    if not callable(callback):
-        raise TypeError(
-            f"`callback_on_step_end` has to be a function but is {callback!r}. Pass one that takes `pipe, step,"
-            " timestep, callback_kwargs`."
-        )
-    try:
-        signature = inspect.signature(callback)
-    except ValueError:  # a builtin that does not tell its arguments
-        return
-    try:
-        signature.bind(None, 0, None, {})
-    except TypeError as error:
-        raise TypeError(
-            f"`callback_on_step_end` has to take four arguments, `pipe, step, timestep, callback_kwargs`, but takes"
-            f" {signature}."
-        ) from error
-
-
-def _first_values(value: Any, num_values: int) -> Any:
-    # The default may come from a cascade that has since been shortened.
-    return value[:num_values] if isinstance(value, (list, tuple)) else value
-
-
-def _by_stage(num_stages: int, **arguments: Any) -> list[dict[str, Any]]:
-    # Each stage's own values, by argument
-    columns = [_per_stage(name, value, num_stages) for name, value in arguments.items()]
-    return [dict(zip(arguments, values)) for values in zip(*columns)]
-
-
-def _per_stage(name: str, value: Any, num_stages: int) -> list:
-    is_list = isinstance(value, (list, tuple))
-    if is_list and name in ("timesteps", "sigmas"):
-        # One stage's value is also a list, but of numbers.
-        is_list = all(item is None or not isinstance(item, Real) for item in value)
-    only_higher = name in ("noise_level", "default_noise_level", "relay_strength")
-    num_values, unit = (num_stages - 1, "higher stage") if only_higher else (num_stages, "stage")
-    values = list(value) if is_list else [value] * num_values
-    if len(values) != num_values:
-        raise ValueError(
-            f"`{name}` has {len(values)} values, but this pipeline has {num_values} {unit}{'s' * (num_values != 1)}."
-            f" Pass one value for all, or a list with one value per {unit}."
-        )
-    if name.removeprefix("default_") in _NUMBERS:
-        for number in values:
-            _check_number(name, number)
-    return [None, *values] if only_higher else values
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
-
-
-# What a number has to be: in words, and as a test.
-_NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "num_images_per_prompt": ("a positive integer", _is_positive_integer),
-    "num_inference_steps": (
-        f"a positive integer up to {MAX_TIMESTEPS}",
-        lambda value: _is_positive_integer(value) and value <= MAX_TIMESTEPS,
-    ),
-    "guidance_scale": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
-    "guidance_start": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
-    "guidance_stop": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
-    "noise_level": ("in [0, 1)", lambda value: _is_real(value) and 0 <= value < 1),
-    "attention_kwargs['scale']": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
-    "eta": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
-    "relay_strength": ("None or in (0, 1]", lambda value: value is None or (_is_real(value) and 0 < value <= 1)),
-}
-
-
-def _check_number(name: str, value: Any) -> None:
-    wanted, is_valid = _NUMBERS[name.removeprefix("default_")]
-    if not is_valid(value):
-        raise ValueError(f"`{name}` has to be {wanted} but is {value!r} of type {type(value)}.")

@@ -4,6 +4,7 @@ from PIL import Image
 
 from .fonts import LabelFont
 from .messages import one_line
+from .transparency import on_white
 
 
 BACKGROUND = "white"
@@ -90,10 +91,7 @@ def fit_into_cell(image: Image.Image, cell_size: int) -> Image.Image:
     Scales an image to fit a square cell, keeping its aspect ratio, as RGB on white: enlarged by an integer factor with
     nearest neighbour, or reduced with an area filter.
     """
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-    image = image.convert("RGB")
+    image = on_white(image).convert("RGB")
     longest = max(image.size)
     if longest <= cell_size:
         factor = cell_size // longest

@@ -371,9 +371,7 @@ def test_relay_can_differ_by_stage():
 
 def test_relay_refuses_a_scheduler_that_cannot_start_midway():
     pipe = make_cascade(2, scheduler=PNDMScheduler(beta_schedule=BETA_SCHEDULE))
-    with pytest.raises(
-        ValueError, match="`relay_strength` needs a scheduler that can start midway, but PNDMScheduler"
-    ):
+    with pytest.raises(ValueError, match="`relay_strength` need a scheduler that can start midway, but PNDMScheduler"):
         pipe(1, relay_strength=0.5)
 
 

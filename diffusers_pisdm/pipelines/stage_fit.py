@@ -1,0 +1,87 @@
+"""Whether the stages of a cascade fit together, and their schedulers the stages."""
+
+from __future__ import annotations
+
+import json
+
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMixin
+
+from ..models.transformer_pisdm import PISDMTransformer2DModel
+from ..schedulers import check_residual_scheduler, check_scheduler
+
+
+# What an option of a stage must equal in the stage before.
+_FITTING = {"low_res_channels": "in_channels", "in_channels": "in_channels", "num_classes": "num_classes"}
+
+
+def check_cascade(
+    transformers: dict[str, PISDMTransformer2DModel | None],
+    schedulers: dict[str, SchedulerMixin | None],
+    vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None,
+) -> None:
+    """
+    Raises a ValueError if a stage is missing or does not fit the one before, or a scheduler its stage. Both are the
+    pipeline's, by the names of its components, in order.
+    """
+    names = list(transformers)
+    first, shared = transformers[names[0]], next(iter(schedulers.values()))
+    present = [name for name in names if transformers[name] is not None]
+    if first is None:
+        raise ValueError("`transformer` is None, but a cascade needs its first stage. Pass `transformer`.")
+    if shared is None:
+        raise ValueError("`scheduler` is None, but a cascade needs at least that one. Pass `scheduler`.")
+    gaps = [name for name in names[: len(present)] if name not in present]
+    if gaps:
+        higher = [name for name in present if name > gaps[0]]
+        raise ValueError(
+            f"`{gaps[0]}` is None, but {' and '.join(f'`{name}`' for name in higher)} would need it. Pass"
+            f" `{gaps[0]}`, or {' and '.join(f'`{name}=None`' for name in higher)}."
+        )
+
+    for lower, name in zip([None, *present], present):
+        _check_transformer(name, transformers[name], transformers.get(lower))
+    if vae is not None and vae.config.latent_channels != first.config.in_channels:
+        raise ValueError(
+            f"`vae` has {vae.config.latent_channels} latent channels (`latent_channels`), but `transformer`"
+            f" has {first.config.in_channels} (`in_channels`). Pass the autoencoder that the"
+            " transformers were trained with."
+        )
+    for (name, scheduler), transformer_name in zip(schedulers.items(), present):
+        if scheduler is not None:
+            check_scheduler(name, scheduler)
+        if transformers[transformer_name].config.get("residual_scale") is not None:
+            check_residual_scheduler(name, scheduler or shared)
+
+
+def _check_transformer(name: str, transformer: PISDMTransformer2DModel, lower: PISDMTransformer2DModel | None) -> None:
+    config = getattr(transformer, "config", {})
+    absent = [option for option in (*_FITTING, "sample_size", "patch_size", "out_channels") if option not in config]
+    if absent:
+        raise ValueError(
+            f"`{name}` is of {type(transformer)}, which has no `{absent[0]}` in its configuration. Pass a"
+            " `PISDMTransformer2DModel`."
+        )
+    if config.out_channels not in (None, config.in_channels):
+        raise ValueError(
+            f"`{name}` has {config.out_channels} output channels (`out_channels`) for {config.in_channels} of its"
+            " input (`in_channels`). Pass a transformer with as many."
+        )
+    if lower is None:
+        if config.low_res_channels is not None:
+            raise ValueError(
+                f"`{name}` is a higher stage (`low_res_channels={config.low_res_channels}`) and cannot be the"
+                " first. Pass a transformer with `low_res_channels=None`."
+            )
+        return
+    for option, of_lower in _FITTING.items():
+        if config[option] != lower.config[of_lower]:
+            raise ValueError(
+                f"`{name}` has `{option}={config[option]}`, but the stage before has"
+                f" `{of_lower}={lower.config[of_lower]}`. Pass stages that were trained as one cascade."
+            )
+    factors, lower_factors = (json.dumps(c.get("class_factors")) for c in (config, lower.config))  # tuples or lists
+    if factors != lower_factors:
+        raise ValueError(
+            f"`{name}` has other `class_factors` than the stage before: {factors:.100} and {lower_factors:.100}."
+            " Pass stages that were trained as one cascade."
+        )
