@@ -1,6 +1,6 @@
 """
-DiM, the class-conditional Mamba backbone that PIS-DM builds on: *DiM: Diffusion Mamba for Efficient High-Resolution Image
-Synthesis* (Teng et al., 2024), as released. `examples/convert_dim.py` converts its checkpoints.
+DiM, the class-conditional Mamba backbone that PIS-DM builds on: *DiM: Diffusion Mamba for Efficient High-Resolution
+Image Synthesis* (Teng et al., 2024), as released. `pisdm convert-dim` converts its checkpoints.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from ..ops.cached_table import cached_table
 from ..ops.scan_paths import SCAN_DIRECTIONS, move_tokens, scan_transitions
+from .adapter_saving import AdapterSavingMixin
 from .strict_loading import StrictLoadingMixin
-from .transformer_pisdm import TIME_FREQUENCIES, PISDMMambaMixer, PISDMTransformer2DModelOutput, check_sizes
+from .transformer_pisdm import (
+    TIME_FREQUENCIES,
+    PISDMMambaMixer,
+    PISDMTransformer2DModelOutput,
+    at_least_float32,
+    check_sizes,
+    mix_embeddings,
+)
 
 
 # Keyword arguments of DiMTransformer2DModel. Weights of H were released for latents of 32 and 64 pixels a side.
@@ -57,8 +65,8 @@ def padded_grid(
 
 class DiMBlock(nn.Module):
     """
-    One layer: modulated norm, Mamba mixer, gated residual. The residual stream has at least float32; the mixer computes
-    in the precision of the modulation.
+    One layer: modulated norm, Mamba mixer, gated residual. The residual stream has at least float32; the mixer
+    computes in the precision of the modulation.
     """
 
     def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int):
@@ -73,17 +81,6 @@ class DiMBlock(nn.Module):
         normed = torch.addcmul(shift, self.norm(hidden_states), 1 + scale)  # (B, L, D)
         mixed = self.mixer(normed.to(modulation.dtype)).to(hidden_states.dtype)  # (B, L, D)
         return torch.addcmul(hidden_states, 1 + gate, mixed)  # (B, L, D)
-
-
-class DiMSkipProjection(nn.Linear):
-    """Merges the stream of a layer's mirror image into the stream, which keeps its precision (U-ViT's long skip)."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__(2 * hidden_size, hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        merged = super().forward(torch.cat([hidden_states, skip], dim=-1).to(dtype))  # (B, L, D)
-        return merged.to(hidden_states.dtype)
 
 
 class DiMRMSNorm(nn.RMSNorm):
@@ -107,10 +104,10 @@ class DiMSmoother(nn.Conv2d):
         return super().forward(grid).flatten(2).transpose(1, 2)  # (B, hw, D)
 
 
-class DiMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class DiMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
-    DiM's Mamba backbone as released: it predicts the noise of a class-conditional image or latent, and can be the first
-    stage of a [`PISDMCascadePipeline`]. The defaults are Huge/2 at 256 pixels.
+    DiM's Mamba backbone as released: it predicts the noise of a class-conditional image or latent, and can be the
+    first stage of a [`PISDMCascadePipeline`]. The defaults are Huge/2 at 256 pixels.
 
     It differs from [`PISDMTransformer2DModel`] in its learned positions, RMS norms, a second class table for the class
     token, non-residual convolutions, long skips between neighbouring depths, and padding tokens that are cells of a
@@ -143,7 +140,15 @@ class DiMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAda
     _no_split_modules = ["DiMBlock"]
     _repeated_blocks = ["DiMBlock"]
     _keep_in_fp32_modules = ["A_log", "D", "dt_bias"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "embedding", "norm", "modulation", "proj_out", "smoother"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embed",
+        "class_embedding",
+        "class_token_embedding",
+        "norm",
+        "modulation",
+        "proj_out",
+        "smoother",
+    ]
 
     @register_to_config
     def __init__(
@@ -198,7 +203,7 @@ class DiMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAda
         # From the layer after the middle one on: layer i merges in the stream after layer num_layers - i.
         self.first_skip = num_layers // 2 + 1
         self.skip_projections = nn.ModuleList(
-            DiMSkipProjection(hidden_size) for _ in range(self.first_skip, num_layers)
+            nn.Linear(2 * hidden_size, hidden_size) for _ in range(self.first_skip, num_layers)
         )
 
         self.last_smoother = DiMSmoother(hidden_size)
@@ -237,6 +242,7 @@ class DiMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAda
         low_res: None = None,
         noise_level: None = None,
         return_dict: bool = True,
+        class_weights: torch.Tensor | None = None,
     ) -> PISDMTransformer2DModelOutput | tuple[torch.Tensor, torch.Tensor]:
         r"""
         Args:
@@ -247,6 +253,8 @@ class DiMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAda
             class_labels (`torch.Tensor` of shape `(B,)`, int64): In `0..num_classes`; `num_classes` means no class.
             low_res, noise_level (`None`): For the signature of a cascade's stages: DiM has no condition.
             return_dict (`bool`, defaults to `True`): Whether to return a [`PISDMTransformer2DModelOutput`].
+            class_weights (`torch.Tensor` of shape `(B, K)`, *optional*):
+                Makes each image a mix of K classes: their shares, for `class_labels` of shape `(B, K)`.
 
         Returns:
             [`PISDMTransformer2DModelOutput`], or the tuple `(sample, features)`: the predicted noise
@@ -274,10 +282,11 @@ class DiMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAda
         # 1. Conditioning
         noise_levels = self._noise_levels(timestep, hidden_states)  # (B,)
         embedded = self.time_embedding(self.time_proj(noise_levels).to(dtype))  # (B, D)
-        embedded = embedded + self.class_embedding(class_labels).to(dtype)  # (B, D)
+        class_embedding = mix_embeddings(self.class_embedding(class_labels), class_weights)  # (B, D)
+        embedded = embedded + class_embedding.to(dtype)  # (B, D)
         modulation = self.modulation(F.silu(embedded)).unflatten(1, (3, -1))  # (B, 3, D)
         time_token = self.time_token_proj(noise_levels).to(dtype)  # (B, D)
-        class_token = self.class_token_embedding(class_labels).to(dtype)  # (B, D)
+        class_token = mix_embeddings(self.class_token_embedding(class_labels), class_weights).to(dtype)  # (B, D)
 
         # 2. Tokens: timestep, class, P padding tokens, the padded grid in raster order
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, hw, D)
@@ -286,13 +295,13 @@ class DiMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAda
         prefix = torch.stack([time_token, class_token], dim=1) + prefix_positions.to(dtype)  # (B, 2, D)
         num_pads = self.config.num_padding_tokens
         pads, prefix_pads = (
-            parameter.to(dtype).expand(len(tokens), -1, -1)  # (B, P, D)
+            parameter.to(dtype).expand(tokens.shape[0], -1, -1)  # (B, P, D)
             for parameter in (self.padding_tokens, self.prefix_padding_tokens)
         )
         grid = padded_grid(rows, columns, num_pads, self.config.padding, device=tokens.device)  # ((h + P)(w + P),)
         grid = torch.cat([tokens, pads], dim=1).index_select(1, grid)  # (B, (h + P)(w + P), D)
         sequence = torch.cat([prefix, prefix_pads, grid], dim=1)  # (B, L, D)
-        hidden_states = sequence.to(torch.promote_types(dtype, torch.float32))
+        hidden_states = at_least_float32(sequence)
 
         # 3. Layers, each in its own scan order; a skip comes in the order of the layer before
         *moves, to_raster = scan_transitions(
@@ -305,8 +314,9 @@ class DiMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAda
         skips = []
         for i, (block, move) in enumerate(zip(self.transformer_blocks, moves)):
             if i >= self.first_skip:
-                skip_projection = self.skip_projections[i - self.first_skip]
-                hidden_states = skip_projection(hidden_states, skips.pop(), dtype)  # (B, L, D)
+                merged = torch.cat([hidden_states, skips.pop()], dim=-1).to(dtype)  # (B, L, 2D)
+                merged = self.skip_projections[i - self.first_skip](merged)  # (B, L, D)
+                hidden_states = merged.to(hidden_states.dtype)
             if move is not None:
                 hidden_states = move_tokens(hidden_states, move)  # (B, L, D)
             if torch.is_grad_enabled() and self.gradient_checkpointing:

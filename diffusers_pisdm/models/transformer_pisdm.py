@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,16 +16,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 
 from ..ops.cached_table import cached_table
 from ..ops.conv.dispatch import causal_conv
 from ..ops.scan.dispatch import selective_scan
 from ..ops.scan_paths import SCAN_DIRECTIONS, check_scan_direction, move_tokens, scan_transitions
+from .adapter_saving import AdapterSavingMixin
 from .strict_loading import StrictLoadingMixin
 
-
-logger = logging.get_logger(__name__)
 
 # The paper's 0.9B model is DiM-Huge; S and L shrink it as DiM does. Keyword arguments of PISDMTransformer2DModel.
 PISDM_SIZES = {
@@ -134,6 +133,13 @@ def sincos_position_embedding(
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision becomes float32; float64 stays, for tests that need its digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def mix_embeddings(embeddings: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The embeddings `(B, D)` of images' classes, or of mixes `(B, K, D)` of K classes with weights `(B, K)`."""
+    if weights is None:
+        return embeddings
+    return (weights.to(embeddings.dtype)[..., None] * embeddings).sum(dim=1)  # (B, D)
 
 
 class PISDMCausalConv1d(nn.Conv1d):
@@ -267,7 +273,7 @@ class PISDMSkipBlock(PISDMBlock):
         return super().forward(hidden_states, modulation)  # (B, L, D)
 
 
-class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     A Mamba backbone that predicts the noise (or velocity) of a class-conditional image: one stage of
     [`PISDMCascadePipeline`]. Each of the paper's components is one argument: cyclic scanning (CSM, `scan_directions`),
@@ -563,20 +569,6 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             return (sample, features)
         return PISDMTransformer2DModelOutput(sample=sample, features=features)
 
-    @wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, *args, **kwargs) -> None:
-        names = sorted(getattr(self, "peft_config", {}))
-        if names:
-            logger.warning(
-                f"The saved model is without its LoRA adapters ({', '.join(names)}), unless they are fused: save them"
-                " with `save_lora_weights`, or call `fuse_lora` before."
-            )
-        hook = self.register_state_dict_post_hook(_drop_adapters)
-        try:
-            super().save_pretrained(*args, **kwargs)
-        finally:
-            hook.remove()
-
     def set_class_factors(self, class_factors: Sequence[Sequence[int]] | None, num_classes: int) -> int:
         """Sets which rows of the class embedding make up a class, and returns how many rows it needs."""
         ids, starts, num_rows = None, None, num_classes + 1
@@ -593,7 +585,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
     def _embed_classes(self, class_labels: torch.Tensor, class_weights: torch.Tensor | None = None) -> torch.Tensor:
         if class_weights is not None:
             embeddings = self._embed_classes(class_labels.flatten()).unflatten(0, class_labels.shape)  # (B, K, D)
-            return (class_weights.to(embeddings.dtype)[..., None] * embeddings).sum(dim=1)  # (B, D)
+            return mix_embeddings(embeddings, class_weights)  # (B, D)
         if self.class_factor_ids is None:
             return self.class_embedding(class_labels)  # (B, D)
         factors = self.class_factor_ids[class_labels] if class_labels.ndim == 1 else class_labels  # (B, F)
@@ -629,14 +621,6 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
                 f"`low_res` must have shape {tuple(expected)}, upsampled to the size of `hidden_states`, got"
                 f" {tuple(low_res.shape)}."
             )
-
-
-def _drop_adapters(model: nn.Module, state_dict: dict[str, torch.Tensor], *args) -> None:
-    # PEFT wraps a layer that it adapts, which changes the names of the layer's own weights.
-    for name in list(state_dict):
-        weight = state_dict.pop(name)
-        if ".lora_" not in name:
-            state_dict[name.replace(".base_layer.", ".")] = weight
 
 
 def get_class_embedding(transformer: PISDMTransformer2DModel) -> torch.Tensor:
