@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": None,
     "evaluate": "evaluate",
     "publish": None,
+    "convert-dim": None,
     "env": None,
 }
 
