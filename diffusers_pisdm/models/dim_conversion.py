@@ -60,18 +60,19 @@ def dim_config(state_dict: Mapping[str, torch.Tensor], padding: str | None = Non
             " square, e.g. (1, 2 + 16 * 16, 1536)."
         )
     inner_size, state_size = shape(mixer + "A_log", 2)
+    out_channels, rank = shape("proj_out_2.weight", 2)[0] // patch_size**2, shape(mixer + "dt_proj.weight", 2)[1]
     layers = [int(match[1]) for name in shapes if (match := re.match(r"transformer_blocks\.(\d+)\.", name))]
     return {
         "sample_size": side * patch_size,
         "patch_size": patch_size,
         "in_channels": in_channels,
-        "out_channels": shape("proj_out_2.weight", 2)[0] // patch_size**2,
+        "out_channels": None if out_channels == in_channels else out_channels,
         "num_layers": max(layers) + 1,
         "hidden_size": hidden_size,
         "state_size": state_size,
         "conv_kernel": shape(mixer + "conv1d.weight", 3)[2],
         "expand": inner_size // hidden_size,
-        "time_step_rank": shape(mixer + "dt_proj.weight", 2)[1],
+        "time_step_rank": None if rank == math.ceil(hidden_size / 16) else rank,
         "num_classes": shape("label_emb.weight", 2)[0] - 1,
         "num_padding_tokens": shape("a4m_adapter.pad_token", 3)[2],
         "padding": _padding(padding, side * patch_size),

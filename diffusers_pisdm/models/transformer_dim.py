@@ -136,6 +136,8 @@ class DiMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin, 
         ValueError: An argument is out of range; the message names it.
     """
 
+    class_tables = ("class_embedding", "class_token_embedding")
+
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiMBlock"]
     _repeated_blocks = ["DiMBlock"]

@@ -324,6 +324,8 @@ class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin
         ValueError: An argument is out of range; the message names it.
     """
 
+    class_tables = ("class_embedding",)
+
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PISDMBlock", "PISDMSkipBlock"]
     _repeated_blocks = ["PISDMBlock", "PISDMSkipBlock"]
@@ -626,10 +628,10 @@ class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin
 def get_class_embedding(transformer: PISDMTransformer2DModel) -> torch.Tensor:
     """
     The embeddings (num_classes + 1, hidden_size) of all classes, the null label last, whether the model stores them or
-    sums them from `class_factors`.
+    sums them from `class_factors`. Several tables (DiM's two) stand side by side.
     """
-    weight = transformer.class_embedding.weight
-    if transformer.class_factor_ids is None:
+    weight = torch.cat([getattr(transformer, name).weight for name in transformer.class_tables], dim=1)
+    if transformer.config.get("class_factors") is None:
         return weight
     rows = transformer.class_factor_ids + transformer.class_factor_starts  # (num_classes + 1, F)
     return weight[rows.to(weight.device)].sum(dim=1)
@@ -645,24 +647,27 @@ def set_class_embedding(
     `config.class_factors`.
 
     `weight` (num_classes + 1, hidden_size) has one row per class, the null label last; with `class_factors`, one row
-    per id of each factor, each factor's null label after its ids. The copy takes the dtype and device of the current
-    weights; raises ValueError if these are offloaded.
+    per id of each factor, each factor's null label after its ids. Several tables stand side by side. The copy takes
+    the dtype and device of the current weights; raises ValueError if these are offloaded.
     """
-    embedding = transformer.class_embedding
-    if embedding.weight.is_meta:
+    embeddings = [getattr(transformer, name) for name in transformer.class_tables]
+    if embeddings[0].weight.is_meta:
         raise ValueError(
             "The class embedding cannot be replaced while its weights are offloaded. Call the pipeline's"
             " `remove_all_hooks()` first, and `enable_sequential_cpu_offload()` again afterwards."
         )
     num_classes = len(weight) - 1 if class_factors is None else len(class_factors)
-    weight = weight.detach().to(embedding.weight, copy=True)
-    transformer.set_class_factors(class_factors, num_classes)
-    for buffer in transformer.buffers(recurse=False):
-        buffer.data = buffer.data.to(weight.device)
-    # Keep the module, and with it the hooks that offloading and casting have attached.
-    embedding.weight = nn.Parameter(weight, requires_grad=embedding.weight.requires_grad)
-    embedding.num_embeddings = len(weight)
-    transformer.register_to_config(num_classes=num_classes, class_factors=class_factors)
+    for embedding, rows in zip(embeddings, weight.detach().chunk(len(embeddings), dim=1)):
+        rows = rows.to(embedding.weight, copy=True).contiguous()
+        # Keep the module, and with it the hooks that offloading and casting have attached.
+        embedding.weight = nn.Parameter(rows, requires_grad=embedding.weight.requires_grad)
+        embedding.num_embeddings = len(rows)
+    transformer.register_to_config(num_classes=num_classes)
+    if "class_factors" in transformer.config:
+        transformer.set_class_factors(class_factors, num_classes)
+        for buffer in transformer.buffers(recurse=False):
+            buffer.data = buffer.data.to(embeddings[0].weight.device)
+        transformer.register_to_config(class_factors=class_factors)
 
 
 def class_factors_from_names(class_names: Sequence[str], separator: str) -> tuple[tuple[int, ...], ...]:
