@@ -71,7 +71,8 @@ setup(
     package_dir=SHIPPED,
     package_data={
         "diffusers_pisdm.app": ["static/*"],
-        "diffusers_pisdm.publishing": ["model_card.md"],
+        "diffusers_pisdm.commands": ["imagenet_classes.txt"],
+        "diffusers_pisdm.publishing": ["model_card.md", "dim_model_card.md"],
         "diffusers_pisdm.checkpoints": ["pisdm-emoji128/**"],
         "diffusers_pisdm.recipes": ["*.json"],
     },

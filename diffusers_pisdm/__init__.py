@@ -3,7 +3,7 @@
 # diffusers recognises a component by a base class of this name in its library's top-level namespace.
 from diffusers import ModelMixin
 
-from .models import PISDM_SIZES, PISDMTransformer2DModel
+from .models import DIM_SIZES, PISDM_SIZES, DiMTransformer2DModel, PISDMTransformer2DModel
 from .pipelines import PISDMCascadePipeline, PISDMCascadePipelineOutput
 from .registration import register_with_diffusers
 from .utils.shipped_files import CHECKPOINT
@@ -14,9 +14,11 @@ __version__ = "0.1.0"
 # The folder of the trained checkpoint that comes with the package.
 PISDM_EMOJI128 = str(CHECKPOINT)
 
-register_with_diffusers(PISDMTransformer2DModel, PISDMCascadePipeline)
+register_with_diffusers(DiMTransformer2DModel, PISDMTransformer2DModel, PISDMCascadePipeline)
 
 __all__ = [
+    "DIM_SIZES",
+    "DiMTransformer2DModel",
     "ModelMixin",
     "PISDM_EMOJI128",
     "PISDM_SIZES",

@@ -56,7 +56,10 @@ def run_python(code: str, **environment: str) -> dict:
 
 def test_public_names():
     assert set(diffusers_pisdm.__all__) == {
+        "DIM_SIZES",
+        "DiMTransformer2DModel",
         "ModelMixin",
+        "PISDM_EMOJI128",
         "PISDM_SIZES",
         "PISDMCascadePipeline",
         "PISDMCascadePipelineOutput",
@@ -70,6 +73,7 @@ def test_registration():
     """The private parts of diffusers that the package changes: what to look at when a new diffusers breaks loading."""
     assert LOADABLE_CLASSES["diffusers_pisdm"] == {"ModelMixin": ["save_pretrained", "from_pretrained"]}
     assert diffusers.PISDMCascadePipeline is diffusers_pisdm.PISDMCascadePipeline
+    assert diffusers.DiMTransformer2DModel is diffusers_pisdm.DiMTransformer2DModel
     assert diffusers.PISDMTransformer2DModel is diffusers_pisdm.PISDMTransformer2DModel
     assert not hasattr(diffusers.pipelines, "diffusers_pisdm")  # it would be taken for diffusers' own module
 

@@ -42,7 +42,6 @@ class DiTPeer(ModelMixin, ConfigMixin):
         super().__init__()
         if hidden_size % num_heads != 0:
             raise ValueError(f"`hidden_size` ({hidden_size}) must be divisible by `num_heads` ({num_heads}).")
-        self.register_to_config(low_res_channels=None, out_channels=None)  # the pipeline asks every stage for these
         self.model = DiTTransformer2DModel(
             sample_size=sample_size,
             patch_size=patch_size,

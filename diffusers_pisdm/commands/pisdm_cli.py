@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": None,
     "evaluate": "evaluate",
     "publish": None,
+    "convert-dim": None,
     "env": None,
 }
 

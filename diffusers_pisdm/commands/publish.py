@@ -28,6 +28,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="the branch to publish to, created if needed (default: main)")
     parser.add_argument("--commit_message", help="the commit message")
+    parser.add_argument(
+        "--i_have_the_right_to_publish",
+        action="store_true",
+        help="say that you may publish weights that came without a licence, such as DiM's",
+    )
     parser.add_argument("--dry_run", action="store_true", help="show the files and the model card; upload nothing")
     return parser.parse_args(arguments)
 
@@ -50,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
                 variants=args.variant,
                 max_shard_size=args.max_shard_size,
                 base_model=args.base_model,
+                i_have_the_right_to_publish=args.i_have_the_right_to_publish,
             )
             sizes = {path: file.stat().st_size for path, file in files.items()}
             for path, size in sizes.items():

@@ -29,7 +29,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDPMSchedul
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import PISDMCascadePipeline, PISDMTransformer2DModel, __version__
+from .. import PISDMCascadePipeline, __version__
 from ..data.batches import TrainingBatches
 from ..data.image_data import load_image_data, read_class_names
 from ..data.image_rows import ON_BAD_IMAGE, ImageRows, inspect_images
@@ -37,6 +37,7 @@ from ..data.image_transform import ImageTransform
 from ..data.latent_cache import LatentCache
 from ..data.rows import DataError
 from ..models.latents import load_vae, vae_scale_factor
+from ..models.stage_models import StageModel, stage_config
 from ..publishing.hub import check_login, publish_cascade
 from ..schedulers import sampling_schedulers, stage_noise_schedules
 from ..training import LOSS_WEIGHTINGS, CascadeObjective
@@ -277,11 +278,7 @@ def describe_stages(recipe: Recipe | None, pretrained: PISDMCascadePipeline | No
     """Each stage's configuration without its classes, and noise schedule: the recipe's, or those of the cascade."""
     if recipe is not None:
         return recipe.stages, [recipe.noise_schedule()] * len(recipe.stages)
-    of_the_data = ("num_classes", "class_factors")
-    configs = [
-        {key: value for key, value in stage.config.items() if not key.startswith("_") and key not in of_the_data}
-        for stage in pretrained.stages
-    ]
+    configs = [stage_config(stage) for stage in pretrained.stages]
     return configs, [DDPMScheduler.from_config(s.config) for s in pretrained.get_stage_schedulers()]
 
 
@@ -299,7 +296,7 @@ def load_autoencoder(
 
 def make_stages(
     args: TrainingArguments, configs: list[dict], pretrained: PISDMCascadePipeline | None, class_names: list[str]
-) -> list[PISDMTransformer2DModel]:
+) -> list[StageModel]:
     """New models, or those of the pretrained cascade, with LoRA adapters if asked for."""
     if pretrained is None:
         stages = new_cascade(configs, class_names, args.class_name_factors)

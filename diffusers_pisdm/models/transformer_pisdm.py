@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,16 +16,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 
 from ..ops.cached_table import cached_table
 from ..ops.conv.dispatch import causal_conv
 from ..ops.scan.dispatch import selective_scan
 from ..ops.scan_paths import SCAN_DIRECTIONS, check_scan_direction, move_tokens, scan_transitions
+from .adapter_saving import AdapterSavingMixin
 from .strict_loading import StrictLoadingMixin
 
-
-logger = logging.get_logger(__name__)
 
 # The paper's 0.9B model is DiM-Huge; S and L shrink it as DiM does. Keyword arguments of PISDMTransformer2DModel.
 PISDM_SIZES = {
@@ -61,14 +60,14 @@ NOISE_LEVEL_SCALE = 1000.0  # maps noise levels in [0, 1) to the range of the ti
 
 def check_sizes(config: dict[str, Any]) -> None:
     """Raises a `ValueError` that names the first of a model's sizes and flags with a wrong type or out of range."""
-    for name, (least, most) in SIZE_RANGES.items():
-        size = config[name]
+    for name in SIZE_RANGES.keys() & config.keys():
+        (least, most), size = SIZE_RANGES[name], config[name]
         is_integer = isinstance(size, Integral) and not isinstance(size, bool)
         if not (is_integer and least <= size <= most) and not (size is None and name in OPTIONAL_SIZES):
             optional = "None or " if name in OPTIONAL_SIZES else ""
             raise ValueError(f"`{name}` must be {optional}an integer from {least} to {most}, got {size!r}.")
     for name in FLAGS:
-        if not isinstance(config[name], bool):
+        if not isinstance(config.get(name, False), bool):
             raise ValueError(f"`{name}` must be True or False, got {config[name]!r}.")
 
 
@@ -129,6 +128,18 @@ def sincos_position_embedding(
     rows = along(height)[:, None].expand(height, width, dim // 2)
     columns = along(width)[None].expand(height, width, dim // 2)
     return torch.cat([rows, columns], dim=-1).reshape(height * width, dim)  # (HW, D)
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision becomes float32; float64 stays, for tests that need its digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def mix_embeddings(embeddings: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The embeddings `(B, D)` of images' classes, or of mixes `(B, K, D)` of K classes with weights `(B, K)`."""
+    if weights is None:
+        return embeddings
+    return (weights.to(embeddings.dtype)[..., None] * embeddings).sum(dim=1)  # (B, D)
 
 
 class PISDMCausalConv1d(nn.Conv1d):
@@ -210,12 +221,12 @@ class PISDMMambaMixer(nn.Module):
         y = selective_scan(
             x,
             delta.transpose(1, 2),
-            -torch.exp(self.A_log.float()),
+            -torch.exp(at_least_float32(self.A_log)),
             B.transpose(1, 2),
             C.transpose(1, 2),
-            D=self.D.float(),
+            D=at_least_float32(self.D),
             z=z.transpose(1, 2),
-            delta_bias=self.dt_bias.float(),
+            delta_bias=at_least_float32(self.dt_bias),
             delta_softplus=True,
         )  # (B, Di, L)
         return self.out_proj(y.transpose(1, 2))  # (B, L, D)
@@ -262,7 +273,7 @@ class PISDMSkipBlock(PISDMBlock):
         return super().forward(hidden_states, modulation)  # (B, L, D)
 
 
-class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     A Mamba backbone that predicts the noise (or velocity) of a class-conditional image: one stage of
     [`PISDMCascadePipeline`]. Each of the paper's components is one argument: cyclic scanning (CSM, `scan_directions`),
@@ -312,6 +323,8 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
     Raises:
         ValueError: An argument is out of range; the message names it.
     """
+
+    class_tables = ("class_embedding",)
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PISDMBlock", "PISDMSkipBlock"]
@@ -558,20 +571,6 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             return (sample, features)
         return PISDMTransformer2DModelOutput(sample=sample, features=features)
 
-    @wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, *args, **kwargs) -> None:
-        names = sorted(getattr(self, "peft_config", {}))
-        if names:
-            logger.warning(
-                f"The saved model is without its LoRA adapters ({', '.join(names)}), unless they are fused: save them"
-                " with `save_lora_weights`, or call `fuse_lora` before."
-            )
-        hook = self.register_state_dict_post_hook(_drop_adapters)
-        try:
-            super().save_pretrained(*args, **kwargs)
-        finally:
-            hook.remove()
-
     def set_class_factors(self, class_factors: Sequence[Sequence[int]] | None, num_classes: int) -> int:
         """Sets which rows of the class embedding make up a class, and returns how many rows it needs."""
         ids, starts, num_rows = None, None, num_classes + 1
@@ -588,7 +587,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
     def _embed_classes(self, class_labels: torch.Tensor, class_weights: torch.Tensor | None = None) -> torch.Tensor:
         if class_weights is not None:
             embeddings = self._embed_classes(class_labels.flatten()).unflatten(0, class_labels.shape)  # (B, K, D)
-            return (class_weights.to(embeddings.dtype)[..., None] * embeddings).sum(dim=1)  # (B, D)
+            return mix_embeddings(embeddings, class_weights)  # (B, D)
         if self.class_factor_ids is None:
             return self.class_embedding(class_labels)  # (B, D)
         factors = self.class_factor_ids[class_labels] if class_labels.ndim == 1 else class_labels  # (B, F)
@@ -626,21 +625,13 @@ class PISDMTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin, PeftA
             )
 
 
-def _drop_adapters(model: nn.Module, state_dict: dict[str, torch.Tensor], *args) -> None:
-    # PEFT wraps a layer that it adapts, which changes the names of the layer's own weights.
-    for name in list(state_dict):
-        weight = state_dict.pop(name)
-        if ".lora_" not in name:
-            state_dict[name.replace(".base_layer.", ".")] = weight
-
-
 def get_class_embedding(transformer: PISDMTransformer2DModel) -> torch.Tensor:
     """
     The embeddings (num_classes + 1, hidden_size) of all classes, the null label last, whether the model stores them or
-    sums them from `class_factors`.
+    sums them from `class_factors`. Several tables (DiM's two) stand side by side.
     """
-    weight = transformer.class_embedding.weight
-    if transformer.class_factor_ids is None:
+    weight = torch.cat([getattr(transformer, name).weight for name in transformer.class_tables], dim=1)
+    if transformer.config.get("class_factors") is None:
         return weight
     rows = transformer.class_factor_ids + transformer.class_factor_starts  # (num_classes + 1, F)
     return weight[rows.to(weight.device)].sum(dim=1)
@@ -656,24 +647,27 @@ def set_class_embedding(
     `config.class_factors`.
 
     `weight` (num_classes + 1, hidden_size) has one row per class, the null label last; with `class_factors`, one row
-    per id of each factor, each factor's null label after its ids. The copy takes the dtype and device of the current
-    weights; raises ValueError if these are offloaded.
+    per id of each factor, each factor's null label after its ids. Several tables stand side by side. The copy takes
+    the dtype and device of the current weights; raises ValueError if these are offloaded.
     """
-    embedding = transformer.class_embedding
-    if embedding.weight.is_meta:
+    embeddings = [getattr(transformer, name) for name in transformer.class_tables]
+    if embeddings[0].weight.is_meta:
         raise ValueError(
             "The class embedding cannot be replaced while its weights are offloaded. Call the pipeline's"
             " `remove_all_hooks()` first, and `enable_sequential_cpu_offload()` again afterwards."
         )
     num_classes = len(weight) - 1 if class_factors is None else len(class_factors)
-    weight = weight.detach().to(embedding.weight, copy=True)
-    transformer.set_class_factors(class_factors, num_classes)
-    for buffer in transformer.buffers(recurse=False):
-        buffer.data = buffer.data.to(weight.device)
-    # Keep the module, and with it the hooks that offloading and casting have attached.
-    embedding.weight = nn.Parameter(weight, requires_grad=embedding.weight.requires_grad)
-    embedding.num_embeddings = len(weight)
-    transformer.register_to_config(num_classes=num_classes, class_factors=class_factors)
+    for embedding, rows in zip(embeddings, weight.detach().chunk(len(embeddings), dim=1)):
+        rows = rows.to(embedding.weight, copy=True).contiguous()
+        # Keep the module, and with it the hooks that offloading and casting have attached.
+        embedding.weight = nn.Parameter(rows, requires_grad=embedding.weight.requires_grad)
+        embedding.num_embeddings = len(rows)
+    transformer.register_to_config(num_classes=num_classes)
+    if "class_factors" in transformer.config:
+        transformer.set_class_factors(class_factors, num_classes)
+        for buffer in transformer.buffers(recurse=False):
+            buffer.data = buffer.data.to(embeddings[0].weight.device)
+        transformer.register_to_config(class_factors=class_factors)
 
 
 def class_factors_from_names(class_names: Sequence[str], separator: str) -> tuple[tuple[int, ...], ...]:

@@ -133,11 +133,12 @@ def check_adapter_fits(
 
 
 def _check_embedding(name: str, transformer: PISDMTransformer2DModel, weight: torch.Tensor) -> None:
-    width, (least, most) = transformer.config.hidden_size, SIZE_RANGES["num_classes"]
+    width = transformer.config.hidden_size * len(transformer.class_tables)
+    least, most = SIZE_RANGES["num_classes"]
     if weight.ndim != 2 or weight.shape[1] != width or not least < len(weight) <= most + 1:
         raise ValueError(
             f"The adapter's `{name}.{CLASS_EMBEDDING}` has shape {tuple(weight.shape)}, but `{name}` needs rows of"
-            f" {width} (`hidden_size`), one for each class and one for none. {_REMEDY}"
+            f" {width}, one for each class and one for none. {_REMEDY}"
         )
 
 

@@ -451,8 +451,11 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
 
     def _get_classes(self, adapter_name: str) -> FormerClasses:
         transformers = self._get_lora_transformers()
-        embeddings = {name: transformer.class_embedding.weight for name, transformer in transformers.items()}
-        factors = {name: transformer.config.class_factors for name, transformer in transformers.items()}
+        embeddings = {
+            name: torch.cat([getattr(transformer, table).weight for table in transformer.class_tables], dim=1)
+            for name, transformer in transformers.items()
+        }
+        factors = {name: transformer.config.get("class_factors") for name, transformer in transformers.items()}
         return FormerClasses(adapter_name, embeddings, factors, self.config.id2label)
 
     def _set_classes(

@@ -55,28 +55,28 @@ def check_cascade(
 
 def _check_transformer(name: str, transformer: PISDMTransformer2DModel, lower: PISDMTransformer2DModel | None) -> None:
     config = getattr(transformer, "config", {})
-    absent = [option for option in (*_FITTING, "sample_size", "patch_size", "out_channels") if option not in config]
+    absent = [option for option in ("in_channels", "num_classes", "sample_size", "patch_size") if option not in config]
     if absent:
         raise ValueError(
             f"`{name}` is of {type(transformer)}, which has no `{absent[0]}` in its configuration. Pass a"
-            " `PISDMTransformer2DModel`."
+            " `PISDMTransformer2DModel`, or a `DiMTransformer2DModel` as the first stage."
         )
-    if config.out_channels not in (None, config.in_channels):
+    if config.get("out_channels") not in (None, config.in_channels):
         raise ValueError(
             f"`{name}` has {config.out_channels} output channels (`out_channels`) for {config.in_channels} of its"
             " input (`in_channels`). Pass a transformer with as many."
         )
     if lower is None:
-        if config.low_res_channels is not None:
+        if config.get("low_res_channels") is not None:
             raise ValueError(
                 f"`{name}` is a higher stage (`low_res_channels={config.low_res_channels}`) and cannot be the"
                 " first. Pass a transformer with `low_res_channels=None`."
             )
         return
     for option, of_lower in _FITTING.items():
-        if config[option] != lower.config[of_lower]:
+        if config.get(option) != lower.config[of_lower]:
             raise ValueError(
-                f"`{name}` has `{option}={config[option]}`, but the stage before has"
+                f"`{name}` has `{option}={config.get(option)}`, but the stage before has"
                 f" `{of_lower}={lower.config[of_lower]}`. Pass stages that were trained as one cascade."
             )
     factors, lower_factors = (json.dumps(c.get("class_factors")) for c in (config, lower.config))  # tuples or lists

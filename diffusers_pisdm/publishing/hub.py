@@ -27,6 +27,7 @@ WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.inde
 CONFIGS = re.compile(r"(scheduler_)?config\.json")
 SAMPLES = re.compile(r"samples/(stage_\d+/)?step-\d+\.png")
 INDEX = "model_index.json"
+RIGHTS_KEY = "_rights"  # in a model's configuration: who has rights in weights that came without a licence
 REMOTE_PIPELINE = Path(__file__).with_name("remote_pipeline.py")
 # The base of huggingface_hub's errors in its HTTP library: also of those of the connection.
 HTTP_ERROR = HfHubHTTPError.__bases__[0]
@@ -44,6 +45,7 @@ def publish_cascade(
     revision: str | None = None,
     commit_message: str | None = None,
     base_model: str | None = None,
+    i_have_the_right_to_publish: bool = False,
 ) -> CommitInfo:
     """
     Publishes a run's cascade, or LoRA, with its model card: [`prepare_upload`] and [`upload`] in one call.
@@ -53,7 +55,7 @@ def publish_cascade(
             `save_lora_weights`.
         repo_id (`str`): The repository, as `owner/name`; created if it does not exist.
         model_card, license, datasets, base_model: See [`make_model_card`].
-        variants, max_shard_size: See [`prepare_upload`].
+        variants, max_shard_size, i_have_the_right_to_publish: See [`prepare_upload`].
         private, revision, commit_message: See [`upload`].
 
     Returns:
@@ -66,7 +68,16 @@ def publish_cascade(
     """
     with tempfile.TemporaryDirectory() as work_dir:
         files = prepare_upload(
-            folder, work_dir, repo_id, model_card, license, datasets, variants, max_shard_size, base_model
+            folder,
+            work_dir,
+            repo_id,
+            model_card,
+            license,
+            datasets,
+            variants,
+            max_shard_size,
+            base_model,
+            i_have_the_right_to_publish,
         )
         return upload(files, repo_id, private, revision, commit_message)
 
@@ -81,6 +92,7 @@ def prepare_upload(
     variants: Sequence[str] = (),
     max_shard_size: int | str | None = None,
     base_model: str | None = None,
+    i_have_the_right_to_publish: bool = False,
 ) -> dict[str, Path]:
     """
     Checks that a folder holds a cascade, or LoRA adapters, that load, and collects the files for its repository: the
@@ -100,6 +112,9 @@ def prepare_upload(
         max_shard_size (`int` or `str`, *optional*):
             Save the weights again, in float32, in files of at most this size, e.g. `"5GB"`. By default, the folder's
             files are published unchanged.
+        i_have_the_right_to_publish (`bool`, defaults to `False`):
+            Your word for weights that came without a licence (of `pisdm convert-dim`, or trained from those), without
+            which they are refused. Their folder's own README.md is then the default card.
 
     Returns:
         `dict[str, Path]`: Local files by their path in the repository.
@@ -125,6 +140,14 @@ def prepare_upload(
         configs = _find(folder, components, CONFIGS.fullmatch)
         weights = _find(folder, components, WEIGHTS.fullmatch)
         check_links(folder, [folder / INDEX, *configs.values(), *weights.values()])
+        rights = _find_rights(configs.values())
+        if rights is not None and not i_have_the_right_to_publish:
+            raise ValueError(
+                f"{folder} holds weights of others: {rights}. If you may publish them, say so with"
+                " `i_have_the_right_to_publish`."
+            )
+        if rights is not None and model_card is None and (folder / "README.md").is_file():
+            model_card = folder / "README.md"
     card = make_model_card(folder, repo_id, model_card, license, datasets, base_model)
     pictures = find_pictures(card, [folder] if model_card is None else [folder, Path(model_card).parent])
     card.save(work_dir / "README.md")
@@ -295,3 +318,9 @@ def _find(folder: Path, subfolders: Iterable[str], is_wanted: Callable[[str], ob
     # Files by their path relative to the folder; a pipeline's components have no folders in theirs.
     paths = [path for name in subfolders for path in sorted((folder / name).glob("*")) if is_wanted(path.name)]
     return {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+
+
+def _find_rights(configs: Iterable[Path]) -> str | None:
+    # What a model's configuration says of rights in its weights, which stays there through loading and training.
+    found = (json.loads(path.read_text(encoding="utf-8")).get(RIGHTS_KEY) for path in configs)
+    return next((rights for rights in found if rights is not None), None)

@@ -21,6 +21,7 @@ from ..utils.metrics_file import read_metrics
 
 
 SKELETON = Path(__file__).with_name("model_card.md")
+DIM_CARD = Path(__file__).with_name("dim_model_card.md")  # `pisdm convert-dim` fills it
 PIPELINE_TAG = "unconditional-image-generation"  # the Hub has no task for class-conditional generation
 TAGS = ("diffusers", "diffusers_pisdm", "class-conditional-image-generation", "mamba")
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..models.transformer_pisdm import PISDMTransformer2DModel
+from ..models.stage_models import StageModel, class_of
 from ..utils.files import flush
 from ..utils.names import show_name
 
@@ -389,14 +389,14 @@ def load_average(average: EMAModel, names: list[str], file: Path, step: int) -> 
     average.optimization_step = step
 
 
-def whole_stages(accelerator: Accelerator, model: nn.Module) -> list[PISDMTransformer2DModel]:
+def whole_stages(accelerator: Accelerator, model: nn.Module) -> list[StageModel]:
     """A prepared objective's stages with all weights: copies in main memory if they are sharded over processes."""
     objective = accelerator.unwrap_model(model)
     if accelerator.distributed_type != DistributedType.FSDP:
         return list(objective.stages)
     state, stages = accelerator.get_state_dict(model), []
     for index, stage in enumerate(objective.stages):
-        copy = PISDMTransformer2DModel.from_config(stage.config)
+        copy = class_of(stage).from_config(stage.config)
         prefix = f"stages.{index}."
         if accelerator.is_main_process:  # the others receive no weights
             copy.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

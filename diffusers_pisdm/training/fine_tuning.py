@@ -13,12 +13,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging
 
-from ..models.transformer_pisdm import (
-    PISDMTransformer2DModel,
-    class_factors_from_names,
-    get_class_embedding,
-    set_class_embedding,
-)
+from ..models.stage_models import CLASS_KEY, OF_THE_DATA, StageModel, make_stage, stage_class
+from ..models.transformer_pisdm import class_factors_from_names, get_class_embedding, set_class_embedding
 from ..pipelines.class_names import check_id2label
 from ..utils.messages import one_line
 
@@ -34,7 +30,7 @@ PART_SEPARATOR = "/"  # between the parts of a class's name
 
 
 def resize_class_embedding(
-    transformer: PISDMTransformer2DModel, old_class_names: Sequence[str], new_class_names: Sequence[str]
+    transformer: StageModel, old_class_names: Sequence[str], new_class_names: Sequence[str]
 ) -> None:
     """
     Replaces a model's classes in place and updates `config.num_classes`. Call it before creating the optimizer.
@@ -80,16 +76,20 @@ def resize_class_embedding(
 
 def new_cascade(
     stage_configs: Sequence[dict[str, Any]], class_names: Sequence[str], factor_separator: str | None = None
-) -> list[PISDMTransformer2DModel]:
+) -> list[StageModel]:
     """Stages with random weights; with a separator, a class's embedding is the sum of those of its name's parts."""
-    factors = None if factor_separator is None else class_factors_from_names(class_names, factor_separator)
-    classes = {"num_classes": len(class_names), "class_factors": factors}
-    return [PISDMTransformer2DModel(**classes, **config) for config in stage_configs]
+    classes: dict[str, Any] = {"num_classes": len(class_names)}
+    if factor_separator is not None:
+        for config in stage_configs:
+            if "class_factors" not in inspect.signature(stage_class(config)).parameters:
+                raise ValueError(f"A {stage_class(config).__name__} has no factors of classes: train without.")
+        classes["class_factors"] = class_factors_from_names(class_names, factor_separator)
+    return [make_stage(config, **classes) for config in stage_configs]
 
 
 def start_cascade(
     pretrained: DiffusionPipeline, stage_configs: Sequence[dict[str, Any]], class_names: Sequence[str]
-) -> list[PISDMTransformer2DModel]:
+) -> list[StageModel]:
     """
     Makes the stages of a new cascade from a published one: its stages, with their weights and an embedding of the new
     classes ([`resize_class_embedding`]), and above them new ones with random weights. If there are fewer
@@ -98,7 +98,7 @@ def start_cascade(
     Args:
         pretrained ([`PISDMCascadePipeline`]): The published cascade; its models are changed and returned.
         stage_configs (`Sequence[dict[str, Any]]`):
-            Each stage's arguments of [`PISDMTransformer2DModel`], lowest resolution first, without `num_classes`.
+            Each stage's arguments, lowest resolution first, without `num_classes` ([`Recipe`]).
         class_names (`Sequence[str]`): The names of the new cascade's classes, by id.
 
     Returns:
@@ -115,9 +115,7 @@ def start_cascade(
     stages = pretrained.stages[: len(stage_configs)]
     for transformer in stages:
         resize_class_embedding(transformer, old_class_names, class_names)
-    stages += [
-        PISDMTransformer2DModel(**config, num_classes=len(class_names)) for config in stage_configs[len(stages) :]
-    ]
+    stages += [make_stage(config, num_classes=len(class_names)) for config in stage_configs[len(stages) :]]
     return [transformer.train() for transformer in stages]
 
 
@@ -170,7 +168,7 @@ def pretrained_defaults(pretrained: DiffusionPipeline, num_stages: int) -> dict[
 
 
 def add_lora(
-    transformer: PISDMTransformer2DModel,
+    transformer: StageModel,
     rank: int,
     alpha: float,
     target_modules: Sequence[str] | None = None,
@@ -212,7 +210,8 @@ def add_lora(
     transformer.add_adapter(
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
     )
-    transformer.class_embedding.requires_grad_(train_class_embedding)
+    for name in transformer.class_tables:
+        getattr(transformer, name).requires_grad_(train_class_embedding)
     cast_training_params(transformer, dtype=torch.float32)
 
 
@@ -250,10 +249,15 @@ def _get_class_names(pretrained: DiffusionPipeline) -> list[str]:
     return [id2label[i] for i in ids]
 
 
-def _check_config(stage: int, config: dict[str, Any], transformer: PISDMTransformer2DModel) -> None:
-    parameters = inspect.signature(PISDMTransformer2DModel).parameters.values()
-    wanted = {p.name: p.default for p in parameters if p.name not in ("num_classes", "class_factors")}
-    wanted.update(config)
+def _check_config(stage: int, config: dict[str, Any], transformer: StageModel) -> None:
+    cls = stage_class(config)
+    if not isinstance(transformer, cls):
+        raise ValueError(
+            f"Stage {stage} of the pretrained cascade is a {type(transformer).__name__}, but its configuration is that"
+            f" of a {cls.__name__}. Name the class as the stage's `{CLASS_KEY}`."
+        )
+    wanted = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.name not in OF_THE_DATA}
+    wanted.update({name: value for name, value in config.items() if name != CLASS_KEY})
     differences = [
         f"`{key}` is {value!r} instead of {transformer.config.get(key)!r}"
         for key, value in wanted.items()

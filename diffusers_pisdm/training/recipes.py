@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 from diffusers import DDPMScheduler
 
-from ..models.transformer_pisdm import PISDMTransformer2DModel
+from ..models.stage_models import CLASS_KEY, OF_THE_DATA, stage_class
 from ..pipelines.saved_files import MAX_TIMESTEPS
 from ..utils.arguments import Bounds, bounded, not_empty
 from ..utils.files import write_whole
@@ -39,7 +39,8 @@ class Recipe:
     Args:
         scheduler (`dict`): Arguments of `DDPMScheduler`: the noise schedule.
         stages (`list[dict]`):
-            Arguments of [`PISDMTransformer2DModel`] for each stage except `num_classes`, low resolution first.
+            Arguments of [`PISDMTransformer2DModel`] for each stage except `num_classes`, low resolution first; with
+            `"_class_name": "DiMTransformer2DModel"`, which only a first stage can have, those of that class.
         vae (`str`, *optional*): The autoencoder whose latents are modelled; pixels if not given.
         training (`dict`): Arguments of the training script that differ from its defaults.
     """
@@ -102,10 +103,12 @@ def read_recipe(file: str | Path) -> Recipe:
         if name == "scheduler":
             _check_names(part, DDPMScheduler, "argument of the noise schedule", "trained_betas")
         elif name != "training":
-            _check_names(part, PISDMTransformer2DModel, f"argument of {name}", "num_classes", "class_factors")
+            cls = stage_class(part)
+            arguments = {key: value for key, value in part.items() if key != CLASS_KEY}
+            _check_names(arguments, cls, f"argument of {name}", *OF_THE_DATA)
             if "sample_size" not in part:
                 raise ValueError(f"`sample_size` is missing in {name}")
-            part.setdefault("in_channels", defaults_of(PISDMTransformer2DModel)["in_channels"])
+            part.setdefault("in_channels", defaults_of(cls)["in_channels"])
     if recipe.vae is not None and not isinstance(recipe.vae, str):
         raise ValueError(f"`vae` must be the name or folder of an autoencoder, not {recipe.vae!r}")
     return recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers import ModelMixin
 
 from diffusers_pisdm import PISDMTransformer2DModel
 
@@ -34,7 +35,7 @@ def make_model(seed: int = 0, **config) -> PISDMTransformer2DModel:
 
 
 def make_inputs(
-    model: PISDMTransformer2DModel,
+    model: ModelMixin,
     batch_size: int = 2,
     height: int = 8,
     width: int = 8,
@@ -47,7 +48,7 @@ def make_inputs(
         "timestep": torch.randint(0, 1000, (batch_size,), generator=generator),
         "class_labels": torch.randint(0, model.config.num_classes, (batch_size,), generator=generator),
     }
-    if model.config.low_res_channels is not None:
+    if model.config.get("low_res_channels") is not None:
         shape = (batch_size, model.config.low_res_channels, height, width)
         inputs["low_res"] = torch.randn(shape, generator=generator)
         inputs["noise_level"] = torch.rand(batch_size, generator=generator) * 0.5
@@ -55,7 +56,7 @@ def make_inputs(
     return {name: value.to(dtype) if name in images else value for name, value in inputs.items()}
 
 
-def mean_square_error_gradients(model: PISDMTransformer2DModel, **arguments) -> dict[str, torch.Tensor]:
+def mean_square_error_gradients(model: ModelMixin, **arguments) -> dict[str, torch.Tensor]:
     """The gradient of each parameter for a loss on the sample and the features."""
     model.zero_grad()
     inputs = make_inputs(model, **arguments)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...models.transformer_pisdm import PISDMTransformer2DModel
+from ...models import stage_models
 from ...ops.common.backends import force_backends
 from ...ops.scan.dispatch import choose_backend
 from ..cascade_objective import stage_batch_size
@@ -94,7 +94,7 @@ def estimate_stage_cost(config: dict, num_classes: int, batch_size: int, setting
     Mixed precision follows the CPU's rules; CUDA computes norms in float32, for which it saves an estimated 5% more.
 
     Args:
-        config (`dict`): Arguments of [`PISDMTransformer2DModel`], without `num_classes`.
+        config (`dict`): A recipe's arguments of the stage, without `num_classes`.
         num_classes (`int`): Classes of the data.
         batch_size (`int`): Images per forward pass of this stage.
         settings ([`CostSettings`]): How it is trained.
@@ -141,7 +141,7 @@ def estimate_cascade_cost(
     Calls [`estimate_stage_cost`] for every stage of a cascade.
 
     Args:
-        stages (`list[dict]`): Arguments of each stage's [`PISDMTransformer2DModel`], without `num_classes`.
+        stages (`list[dict]`): A recipe's arguments of each stage, without `num_classes`.
         num_classes (`int`): Classes of the data.
         batch_size (`int`): Images per process and forward pass.
         settings ([`CostSettings`]): How they are trained.
@@ -197,21 +197,21 @@ class CostSettings:
             )
 
 
-def make_stage(config: dict, num_classes: int, settings: CostSettings) -> PISDMTransformer2DModel:
+def make_stage(config: dict, num_classes: int, settings: CostSettings) -> stage_models.StageModel:
     """A stage as at the start of training; `config` lacks `num_classes`."""
-    model = PISDMTransformer2DModel(num_classes=num_classes, **config).train()
+    model = stage_models.make_stage(config, num_classes=num_classes).train()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
 
 
-def stage_loss(model: PISDMTransformer2DModel, batch_size: int, settings: CostSettings) -> torch.Tensor:
+def stage_loss(model: stage_models.StageModel, batch_size: int, settings: CostSettings) -> torch.Tensor:
     """The objective's forward pass, on noise, up to a loss that reaches every parameter."""
     config, device = model.config, model.device
     noisy = torch.randn(batch_size, config.in_channels, config.sample_size, config.sample_size, device=device)
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
     low_res = noise_level = None
-    if config.low_res_channels is not None:
+    if config.get("low_res_channels") is not None:
         low_res = torch.randn(batch_size, config.low_res_channels, *noisy.shape[2:], device=device)
         noise_level = torch.zeros(batch_size, device=device)
     dtype = AUTOCAST_DTYPES[settings.mixed_precision]

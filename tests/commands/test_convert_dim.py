@@ -1,0 +1,201 @@
+"""`pisdm convert-dim`: from DiM's file to a pipeline that draws; what is not its file is recognised."""
+
+import json
+import os
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DPMSolverSinglestepScheduler
+from safetensors.torch import load_file, save_file
+
+from diffusers_pisdm import DiMTransformer2DModel, PISDMCascadePipeline
+from diffusers_pisdm.commands import convert_dim, publish
+from diffusers_pisdm.models.dim_conversion import convert_dim_weights, dim_config
+from tests.models.tiny_vae import make_kl
+
+
+DATA = Path(__file__).parents[1] / "data" / "dim"
+
+
+def oracle_weights(case="rho_l5_grid6"):
+    return {name: tensor.float() for name, tensor in load_file(DATA / case / "nnet_ema.safetensors").items()}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """As DiM's training leaves it: a bare state dict, beside the raw weights and the optimizer's state."""
+    folder = tmp_path / "425000.ckpt"
+    folder.mkdir()
+    torch.save(oracle_weights(), folder / "nnet_ema.pth")
+    return folder / "nnet_ema.pth"
+
+
+def convert(checkpoint, output_dir, *more):
+    convert_dim.main([str(checkpoint), "--output_dir", str(output_dir), "--padding", "raster", *more])
+    return output_dir
+
+
+def refusal(checkpoint, output_dir, *more) -> str:
+    with pytest.raises(SystemExit) as error:
+        convert(checkpoint, output_dir, *more)
+    assert not output_dir.exists() or not any(output_dir.iterdir())
+    return str(error.value)
+
+
+def test_the_folder_draws_what_the_model_predicts(checkpoint, tmp_path, capsys):
+    make_kl(latent_channels=4).save_pretrained(tmp_path / "vae")
+    folder = convert(checkpoint.parent, tmp_path / "dim", "--vae", str(tmp_path / "vae"))
+    assert re.search("5 layers of width 32.*latents of 12 x 12.*\nNo licence", capsys.readouterr().out)
+    pipe = PISDMCascadePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    weights = oracle_weights()
+    model = DiMTransformer2DModel(**dim_config(weights, "raster"))
+    model.load_state_dict(convert_dim_weights(weights, dict(model.config)))
+    assert all(torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), model.parameters(), strict=True))
+    assert pipe.config.default_guidance_scale == 1.7 and pipe.config.default_num_inference_steps == 50
+    images = pipe([3, 10 - 1], num_inference_steps=4, output_type="pt").images
+    assert images.shape == (2, 3, 48, 48) and images.isfinite().all()
+    assert pipe([3], height=32, width=64, num_inference_steps=2, output_type="pt").images.shape == (1, 3, 32, 64)
+
+
+def test_without_an_autoencoder_it_draws_latents_and_says_so(checkpoint, tmp_path, capsys):
+    pipe = PISDMCascadePipeline.from_pretrained(convert(checkpoint, tmp_path / "dim"))
+    assert re.search("no autoencoder.*--vae", capsys.readouterr().out)
+    assert pipe([3], num_inference_steps=2, output_type="latent").images.shape == (1, 4, 12, 12)
+
+
+def test_half_precision_on_disk(checkpoint, tmp_path):
+    folder = convert(checkpoint, tmp_path / "dim", "--dtype", "bfloat16")
+    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    kept = {name for name, weight in weights.items() if weight.dtype == torch.float32}
+    assert {name.split(".")[-1] for name in kept} == {"A_log", "D", "dt_bias"}
+    assert {weight.dtype for name, weight in weights.items() if name not in kept} == {torch.bfloat16}
+
+
+def test_settings_are_dims(checkpoint, tmp_path):
+    pipe = PISDMCascadePipeline.from_pretrained(convert(checkpoint, tmp_path / "dim"))
+    assert type(pipe.scheduler) is DPMSolverSinglestepScheduler
+    pipe.scheduler.set_timesteps(50)
+    # 50 evaluations, uniform in time from 1000 to 20.98 as DiM counts, to within the rounding of diffusers' timesteps.
+    dims = 1000 - 19.98 * torch.arange(50) - 1
+    assert (pipe.scheduler.timesteps - dims).abs().max() <= 1
+    card = (tmp_path / "dim" / "README.md").read_text()
+    assert "guidance_scale=1.7" in card and "s = 0.7" in card and 'from_pretrained("dim"' in card
+    assert "No licence is stated" in card and "2405.14224" in card and "{" not in card.split("```bibtex")[0]
+
+
+def test_classes_of_imagenet():
+    names = convert_dim.imagenet_classes()
+    assert len(names) == len(set(names)) == 1000
+    assert [names[i] for i in (0, 207, 517, 999)] == ["tench", "golden retriever", "crane", "toilet tissue"]
+
+
+def test_safetensors_convert_too(checkpoint, tmp_path):
+    save_file(oracle_weights(), tmp_path / "dim.safetensors")
+    first, second = convert(checkpoint, tmp_path / "a"), convert(tmp_path / "dim.safetensors", tmp_path / "b")
+    a, b = (load_file(next((folder / "transformer").glob("*.safetensors"))) for folder in (first, second))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_publishing_needs_your_word(checkpoint, tmp_path, capsys):
+    folder = convert(checkpoint, tmp_path / "dim")
+    arguments = [str(folder), "someone/dim", "--dry_run"]
+    with pytest.raises(SystemExit, match=r"no licence is stated.*`i_have_the_right_to_publish`"):
+        publish.main(arguments)
+    # What was saved again, after training on, still says whose it is.
+    PISDMCascadePipeline.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    with pytest.raises(SystemExit, match="no licence is stated"):
+        publish.main([str(tmp_path / "again"), *arguments[1:]])
+    publish.main([*arguments, "--i_have_the_right_to_publish"])
+    out = capsys.readouterr().out
+    assert "No licence is stated" in out and 'from_pretrained("someone/dim")' in out
+
+
+# --- What is not DiM's file ------------------------------------------------------------------------------------------
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "explained"),
+    [
+        ("nnet.pth", None, r"raw weights.*nnet_ema\.pth"),
+        ("optimizer.pth", {"state": {}, "param_groups": []}, r"optimizer's state.*nnet_ema\.pth"),
+        ("step.pth", 425_000, "holds a int"),
+        ("nested.pth", {"model": {"a": torch.ones(1)}}, "not tensors by name"),
+        ("code.pth", {"a": Code()}, r"more than tensors \(posix\.mkdir\).*could run code"),
+        ("other.pth", {"conv.weight": torch.ones(1)}, r"`pos_embed\.proj\.weight` is missing"),
+    ],
+)
+def test_wrong_files_are_recognised(tmp_path, monkeypatch, name, content, explained):
+    monkeypatch.chdir(tmp_path)
+    torch.save(oracle_weights() if content is None else content, name)
+    assert re.search(explained, refusal(name, tmp_path / "dim"))
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "explained"),
+    [
+        ("nnet_ema.pth", lambda data: data[: len(data) // 2], r"truncated at [\d,]+ bytes.*again"),
+        ("nnet_ema.pth", lambda data: b"<!DOCTYPE html><title>Virus scan warning", "not saved by PyTorch.*web page"),
+        ("nnet_ema.pth", lambda data: b"", "not saved by PyTorch"),
+        ("dim.safetensors", lambda data: data[:100], "not a safetensors file"),
+    ],
+)
+def test_damaged_files_are_recognised(checkpoint, tmp_path, name, damage, explained):
+    path = tmp_path / name
+    path.write_bytes(damage(checkpoint.read_bytes()))
+    assert re.search(explained, refusal(path, tmp_path / "dim"))
+
+
+def test_weights_that_do_not_belong_together(checkpoint, tmp_path):
+    weights = oracle_weights()
+    weights["extra"] = weights.pop("label_emb.weight")
+    torch.save(weights, checkpoint)
+    assert "`label_emb.weight` is missing" in refusal(checkpoint, tmp_path / "dim")
+    weights = oracle_weights()
+    weights["proj_out_2.bias"][3] = float("nan")
+    torch.save(weights, checkpoint)
+    assert "`proj_out.bias`" in refusal(checkpoint, tmp_path / "dim")
+    assert "does not exist" in refusal(tmp_path / "lost.pth", tmp_path / "dim")
+
+
+def test_a_full_disk_is_told_before_and_during_the_writing(checkpoint, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "disk_usage", lambda path: usage(100_000))
+        assert re.search(r"needs 0\.00 GB.*bfloat16", refusal(checkpoint, tmp_path / "dim"))
+
+    def full(self, folder, **kwargs):
+        (folder / "model_index.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PISDMCascadePipeline, "save_pretrained", full)
+    assert "No space left" in refusal(checkpoint, tmp_path / "dim")
+
+
+def test_a_folder_with_files_is_left_alone(checkpoint, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("notes")
+    with pytest.raises(SystemExit, match=r"mine exists.*new --output_dir"):
+        convert(checkpoint, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_an_autoencoder_of_other_latents(checkpoint, tmp_path):
+    make_kl(latent_channels=3).save_pretrained(tmp_path / "vae")
+    assert "4 channels" in refusal(checkpoint, tmp_path / "dim", "--vae", str(tmp_path / "vae"))
+
+
+def test_the_transformer_remembers_whose_weights_it_has(checkpoint, tmp_path):
+    folder = convert(checkpoint, tmp_path / "dim")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert "DiM-DiffusionMamba" in config["_rights"] and config["padding"] == "raster"

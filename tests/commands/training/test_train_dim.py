@@ -1,0 +1,47 @@
+"""Training with DiM as the first stage."""
+
+import json
+
+import torch
+from diffusers import DPMSolverSinglestepScheduler
+
+from diffusers_pisdm import DiMTransformer2DModel, PISDMCascadePipeline
+from diffusers_pisdm.models.stage_models import stage_config
+from tests.commands.training.tiny_training import CASCADE, STAGE
+
+
+DIM = {"_class_name": "DiMTransformer2DModel", "sample_size": 4, **STAGE, "num_layers": 3}
+
+
+def write_recipe(path, stages, **scheduler):
+    path.write_text(json.dumps({**CASCADE, "scheduler": {**CASCADE["scheduler"], **scheduler}, "stages": stages}))
+    return path
+
+
+def test_a_recipe_can_begin_with_dim(tmp_path, train):
+    """From scratch, as a baseline; and its cost is counted."""
+    config = write_recipe(tmp_path / "dim.json", [DIM])
+    train("run", 1, "--dry_run", config=config)
+    pipe = PISDMCascadePipeline.from_pretrained(train("run", 4, config=config))
+    assert type(pipe.transformer) is DiMTransformer2DModel and pipe.transformer.config.padding == "lateral"
+
+
+def test_a_stage_is_trained_above_a_converted_dim(tmp_path, train, real_image_dir):
+    """The frozen stage below keeps its weights, and says whose they are."""
+    names = sorted(folder.name for folder in real_image_dir.iterdir() if folder.is_dir())
+    torch.manual_seed(0)
+    dim = DiMTransformer2DModel(**{key: value for key, value in DIM.items() if key[0] != "_"}, num_classes=len(names))
+    dim.register_to_config(_rights="theirs")
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = DPMSolverSinglestepScheduler(**schedule, solver_order=3, final_sigmas_type="sigma_min")
+    pipe = PISDMCascadePipeline(dim, scheduler, id2label=names, default_guidance_scale=1.4)
+    pipe.save_pretrained(tmp_path / "dim")
+
+    stages = [stage_config(dim), CASCADE["stages"][1]]
+    config = write_recipe(tmp_path / "two.json", stages, **schedule, prediction_type="epsilon")
+    base = ("--pretrained_model_name_or_path", str(tmp_path / "dim"))
+    pipe = PISDMCascadePipeline.from_pretrained(train("run", 4, *base, "--train_stages", "2", config=config))
+    assert pipe.num_stages == 2 and pipe.transformer.config["_rights"] == "theirs"
+    assert all(torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), dim.parameters(), strict=True))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe([names[0]], num_inference_steps=2, output_type="pt").images.shape == (1, 3, 8, 8)
