@@ -25,7 +25,7 @@ from diffusers_pisdm.models.transformer_dim import padded_grid
 from tests.models.tiny_model import make_inputs, mean_square_error_gradients
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DATA = ROOT / "tests" / "data" / "dim"
 CASES = {"lateral_l3": "lateral", "rho_l5_grid6": "raster"}
 PUBLISHED = {256: 862_407_184, 512: 863_586_832}  # parameters by image size
@@ -77,7 +77,7 @@ def test_agrees_with_dims_code_to_the_last_digits():
     reads at import, does not differ.
     """
     code = (
-        "import json, sys; from tests.models.test_transformer_dim import CASES, errors;"
+        "import json, sys; from tests.models.dim.test_transformer_dim import CASES, errors;"
         "print(json.dumps({case: errors(case) for case in CASES}))"
     )
     environment = {**os.environ, "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
