@@ -34,6 +34,7 @@ from benchmarks.speed.candidates import PISDM, check_candidates, make_candidates
 
 
 PRODUCTS = next(iter(PARTS))
+PEERS_BY_BLOCK = ("U-ViT", "DiT")  # DiM's block is PIS-DM's with another norm, and its skips are apart
 DEPTH = 40  # layers of the models whose blocks are timed; any even depth will do
 
 
@@ -128,7 +129,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
 
 
 def run_blocks(args: argparse.Namespace, conditions: dict) -> None:
-    candidates = make_candidates({"num_layers": DEPTH, "hidden_size": args.width})
+    candidates = make_candidates({"num_layers": DEPTH, "hidden_size": args.width}, PEERS_BY_BLOCK)
     report = {
         "machine": conditions,
         "width": args.width,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-Image quality at equal budget: PIS-DM as a single stage and as a cascade against diffusers' DiT, with equal parameters,
-data, training FLOPs, optimizer and sampler; the Fréchet distance to held-out images, over several seeds.
+Image quality at equal budget: PIS-DM as a single stage and as a cascade against diffusers' DiT and DiM, with equal
+parameters, data, training FLOPs, optimizer and sampler; the Fréchet distance to held-out images, over several seeds.
 
     python examples/datasets/fashion_mnist.py --output_dir data/fashion-mnist32
     python -m benchmarks.quality --data_dir data/fashion-mnist32 --held_out_split test --output outputs/quality/fashion

@@ -1,6 +1,6 @@
 """
-Throughput and memory of PIS-DM against U-ViT and DiT at equal width and parameters, by image size (the paper's table
-5). Models are class-conditional on 8x latents in 2x2 patches, so 256 px are 256 tokens and 2048 px are 16,384.
+Throughput and memory of PIS-DM against U-ViT, DiT and DiM at equal width and parameters, by image size (the paper's
+table 5). Models are class-conditional on 8x latents in 2x2 patches, so 256 px are 256 tokens and 2048 px are 16,384.
 
     python -m benchmarks.throughput
     python -m benchmarks.throughput --size H --layers 4

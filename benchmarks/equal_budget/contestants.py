@@ -9,7 +9,7 @@ import torch.nn as nn
 from diffusers import DDPMScheduler
 
 from benchmarks.peers import DiTPeer
-from diffusers_pisdm import PISDMTransformer2DModel
+from diffusers_pisdm import DiMTransformer2DModel, PISDMTransformer2DModel
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
 from diffusers_pisdm.training.cost.flops import StepTrace
 
@@ -45,6 +45,11 @@ CONTESTANTS = {
         "DiT",
         [{"sample_size": 32, "num_layers": 4, "hidden_size": 100, "num_heads": 4, **_SHAPE}],
         stage_class=DiTPeer,
+    ),
+    "dim": Contestant(
+        "DiM",
+        [{"sample_size": 32, "num_layers": 9, "hidden_size": 94, **_SHAPE}],
+        stage_class=DiMTransformer2DModel,
     ),
     "pisdm": Contestant("PIS-DM, one stage", [{"sample_size": 32, "num_layers": 9, "hidden_size": 96, **_SHAPE}]),
     "pisdm_cascade": Contestant(

@@ -9,13 +9,15 @@ from types import MappingProxyType
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
-from diffusers_pisdm import PISDMTransformer2DModel
+from diffusers_pisdm import DiMTransformer2DModel, PISDMTransformer2DModel
 
 from .dit import DiTPeer
 from .uvit import UViT2DModel
 
 
-PEERS: Mapping[str, type[ModelMixin]] = MappingProxyType({"U-ViT": UViT2DModel, "DiT": DiTPeer})
+PEERS: Mapping[str, type[ModelMixin]] = MappingProxyType(
+    {"U-ViT": UViT2DModel, "DiT": DiTPeer, "DiM": DiMTransformer2DModel}
+)
 HEAD_SIZE = 64  # channels of an attention head in U-ViT-S, -M and -L and in DiT-S, -B and -L
 MAX_DIFFERENCE = 0.05
 
@@ -48,16 +50,18 @@ def equal_parameters(pisdm_config: dict, peer: str, head_size: int = HEAD_SIZE) 
     with torch.device("meta"):
         pisdm = PISDMTransformer2DModel(**pisdm_config)
     wanted, options = pisdm.num_parameters(), pisdm.config
-    if options.hidden_size % head_size != 0:
+    has_heads = PEERS[peer] is not DiMTransformer2DModel
+    if has_heads and options.hidden_size % head_size != 0:
         raise ValueError(f"`hidden_size` must be a multiple of `head_size` ({head_size}), got {options.hidden_size}.")
     config = {
         "sample_size": options.sample_size,
         "patch_size": options.patch_size,
         "in_channels": options.in_channels,
         "hidden_size": options.hidden_size,
-        "num_heads": options.hidden_size // head_size,
         "num_classes": options.num_classes,
     }
+    if has_heads:
+        config["num_heads"] = options.hidden_size // head_size
 
     # Every two layers add the same number (U-ViT's skips join two), so four small models determine all counts.
     few = [count_parameters(PEERS[peer], {**config, "num_layers": num_layers}) for num_layers in (1, 2, 3, 4)]

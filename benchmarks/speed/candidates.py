@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
-from benchmarks.peers import HEAD_SIZE, PEERS, DiTPeer, UViT2DModel, equal_parameters
-from diffusers_pisdm import PISDMTransformer2DModel
+from benchmarks.peers import HEAD_SIZE, PEERS, DiTPeer, equal_parameters
+from diffusers_pisdm import DiMTransformer2DModel, PISDMTransformer2DModel
 from diffusers_pisdm.ops.common.backends import force_backends
 
 
@@ -63,7 +65,10 @@ class Candidate:
         if not self.has_long_skips:
             return 0
         missing = (self.num_layers + 1) // 2 - (num_layers + 1) // 2
-        return missing * batch_size * num_tokens(image_size) * self.config["hidden_size"] * dtype.itemsize
+        tokens, itemsize = num_tokens(image_size), dtype.itemsize
+        if self.model_class is DiMTransformer2DModel:  # its padding makes the grid larger; its stream has float32
+            tokens, itemsize = (math.isqrt(tokens) + 3) ** 2 + 5, torch.float32.itemsize
+        return missing * batch_size * tokens * self.config["hidden_size"] * itemsize
 
 
 def cast_model(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
@@ -75,14 +80,14 @@ def cast_model(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     return model
 
 
-def make_candidates(pisdm_config: dict) -> list[Candidate]:
-    """PIS-DM, followed by all peers with its width and number of parameters."""
+def make_candidates(pisdm_config: dict, peers: Iterable[str] = PEERS) -> list[Candidate]:
+    """PIS-DM, followed by peers with its width and number of parameters."""
     pisdm_config = {**pisdm_config, "patch_size": PATCH_SIZE}
-    peers = {name: equal_parameters(pisdm_config, name) for name in PEERS}
-    parameters = next(iter(peers.values())).pisdm_parameters
+    equals = {name: equal_parameters(pisdm_config, name) for name in peers}
+    parameters = next(iter(equals.values())).pisdm_parameters
     candidates = [Candidate(PISDM, PISDMTransformer2DModel, pisdm_config, parameters, has_long_skips=True)]
-    for name, peer in peers.items():
-        has_long_skips = PEERS[name] is UViT2DModel
+    for name, peer in equals.items():
+        has_long_skips = PEERS[name] is not DiTPeer
         candidates.append(Candidate(name, PEERS[name], peer.config, peer.parameters, has_long_skips))
     return candidates
 

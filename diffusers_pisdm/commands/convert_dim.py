@@ -36,7 +36,6 @@ RIGHTS = "no licence is stated by DiM's authors, https://github.com/tyshiwo1/DiM
 NUM_STEPS = 50
 STRENGTHS = {"lateral": 0.4, "raster": 0.7}  # DiM's guidance at 256 and 512 pixels, 0 being none
 PIXELS_PER_LATENT = 8
-SHARD_SIZE = "1GB"  # written one by one: what is held in memory beside the mapped file
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -110,7 +109,19 @@ def make_pipeline(
         weight.data = weight.data.to(torch.float32 if kept else dtype)
     check_finite_weights("this checkpoint", transformer)
     transformer.register_to_config(**{RIGHTS_KEY: RIGHTS})
-    scheduler = DPMSolverSinglestepScheduler(  # DiM's 50 evaluations of DPM-Solver++(3S), uniform in time
+    return PISDMCascadePipeline(
+        transformer,
+        make_scheduler(),
+        vae=None if vae is None else load_vae(vae, transformer.config.in_channels),
+        id2label=imagenet_classes() if config["num_classes"] == 1000 else None,
+        default_guidance_scale=1 + STRENGTHS[config["padding"]],
+        default_num_inference_steps=NUM_STEPS,
+    )
+
+
+def make_scheduler() -> DPMSolverSinglestepScheduler:
+    """DiM's sampler: DPM-Solver++(3S), uniform in time, without a last step to the noise-free image."""
+    return DPMSolverSinglestepScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
@@ -119,14 +130,6 @@ def make_pipeline(
         solver_type="midpoint",
         lower_order_final=True,
         final_sigmas_type="sigma_min",
-    )
-    return PISDMCascadePipeline(
-        transformer,
-        scheduler,
-        vae=None if vae is None else load_vae(vae, transformer.config.in_channels),
-        id2label=imagenet_classes() if config["num_classes"] == 1000 else None,
-        default_guidance_scale=1 + STRENGTHS[config["padding"]],
-        default_num_inference_steps=NUM_STEPS,
     )
 
 
@@ -170,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_output(args.output_dir, pipe)
 
         def write(folder: Path) -> None:
-            pipe.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+            pipe.save_pretrained(folder)
             (folder / "README.md").write_text(make_card(pipe, args.output_dir.name), encoding="utf-8")
 
         save_in_place(write, args.output_dir)

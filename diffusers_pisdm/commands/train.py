@@ -38,7 +38,7 @@ from ..data.latent_cache import LatentCache
 from ..data.rows import DataError
 from ..models.latents import load_vae, vae_scale_factor
 from ..models.stage_models import StageModel, stage_config
-from ..publishing.hub import check_login, publish_cascade
+from ..publishing.hub import RIGHTS_KEY, check_login, publish_cascade
 from ..schedulers import sampling_schedulers, stage_noise_schedules
 from ..training import LOSS_WEIGHTINGS, CascadeObjective
 from ..training.cascade_objective import warn_of_narrow_stage
@@ -483,6 +483,13 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
 
     # Stages: their configurations, noise schedules and sizes
     pretrained, defaults = load_pretrained(args), {}
+    if args.push_to_hub and pretrained is not None:
+        for stage in pretrained.stages:
+            if RIGHTS_KEY in stage.config:  # publishing would be refused, after days
+                raise ValueError(
+                    f"--push_to_hub: the pretrained cascade holds weights of others: {stage.config[RIGHTS_KEY]}. Train"
+                    " without it; `pisdm publish` then asks whether you may publish them."
+                )
     configs, schedulers = describe_stages(recipe, pretrained)
     fit_to_stages(args, STAGE_ARGUMENTS, len(configs))
     sizes, channels = [config["sample_size"] for config in configs], configs[-1]["in_channels"]

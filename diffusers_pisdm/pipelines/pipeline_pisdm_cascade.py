@@ -26,6 +26,7 @@ from diffusers.utils import BaseOutput, logging
 from typing_extensions import Self
 
 from ..models.latents import cast_vae, decode_latents, vae_scale_factor
+from ..models.stage_models import StageModel
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..schedulers import check_steps, relay_start, set_timesteps
@@ -84,7 +85,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
     adapters come from [`~pipelines.lora_loading.PISDMLoraLoaderMixin`].
 
     Args:
-        transformer ([`PISDMTransformer2DModel`]): The first stage.
+        transformer ([`PISDMTransformer2DModel`] or [`DiMTransformer2DModel`]): The first stage.
         scheduler ([`SchedulerMixin`]):
             The first stage's scheduler, e.g. [`DPMSolverMultistepScheduler`]. docs/schedulers.md lists which fit.
         transformer_2, transformer_3, transformer_4 ([`PISDMTransformer2DModel`], *optional*):
@@ -115,7 +116,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
 
     def __init__(
         self,
-        transformer: PISDMTransformer2DModel,
+        transformer: StageModel,
         scheduler: SchedulerMixin,
         transformer_2: PISDMTransformer2DModel | None = None,
         transformer_3: PISDMTransformer2DModel | None = None,

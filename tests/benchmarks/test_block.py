@@ -3,12 +3,11 @@ import json
 import pytest
 
 from benchmarks import block
-from benchmarks.peers import PEERS
 from benchmarks.speed.block_training import OURS, SLOW
 from benchmarks.speed.candidates import PISDM
 
 
-NAMES = [PISDM, *PEERS]
+NAMES = [PISDM, *block.PEERS_BY_BLOCK]
 
 
 @pytest.fixture

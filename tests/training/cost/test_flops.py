@@ -41,6 +41,23 @@ def test_flops_are_those_counted_by_hand(config, device_type, conv_backward):
     assert (cost.forward_flops, cost.training_flops) == flops_by_hand(config, conv_backward)
 
 
+def test_flops_of_dim_are_those_counted_by_hand():
+    """Three columns and rows of padding and five tokens more than the image, and a skip to all but the first half."""
+    width, layers, lines, states, kernel, frequencies = 32, 5, 4, 16, 3, 256
+    tokens, length = lines**2, 5 + (lines + 3) ** 2
+    inner, rank, patch = 2 * width, 2, 4 * 2 * 2
+    first = 2 * tokens * width * patch + 2 * frequencies * width  # patches and timesteps need no gradient
+    linear = 2 * width * width + 2 * width * 5 * width + 2 * tokens * width * patch + 2 * 2 * tokens * width * 9
+    linear += 2 * 2 * length * 2 * width * width  # skips into the last two layers
+    linear += layers * 2 * length * inner * (2 * width + rank + 2 * states + rank + width)
+    conv, scan_steps = layers * 2 * length * inner * kernel, layers * length * inner * states
+    forward = first + linear + conv + 7 * scan_steps
+    config = {"_class_name": "DiMTransformer2DModel", "sample_size": 8, "num_layers": layers, "hidden_size": width}
+    cost = estimate_stage_cost(config, NUM_CLASSES, 3, CostSettings())
+    expected = (forward, forward + first + 2 * linear + 3 * conv + 20 * scan_steps)
+    assert (cost.forward_flops, cost.training_flops) == expected
+
+
 def test_torchs_own_counter_agrees_on_a_real_forward_pass():
     with FlopCounterMode(display=False) as counter:
         run_loss(make_model(HIGHER_STAGE), 2)
