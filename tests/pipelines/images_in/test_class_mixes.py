@@ -72,7 +72,7 @@ def test_mixes_with_sliced_guidance(pipe):
         ({3: "1"}, ValueError, "3 the weight '1'"),
         ({}, ValueError, "sum to 0"),
         ({10: 1.0}, ValueError, "contains 10, but .* 0 to 9"),
-        ({"dgo": 1.0}, ValueError, "'dgo'.* Did you mean 'dog'"),
+        ({"dgo": 1.0}, ValueError, "'dgo'.* Did you mean 'dog"),
         ({"crane": 1.0}, ValueError, "the name of several classes"),
         ({1.0: 1.0}, TypeError, "class ids .* has 1.0"),
         ({None: 1.0}, TypeError, "class ids .* has None"),
