@@ -14,7 +14,7 @@ def test_pictures_become_white_squares_by_class(tmp_path, capsys):
     assert sorted(found) == ["food-fruit/cartoon-same", "food-fruit/fruit-same", "plant-flower/flowers-same"]
     with Image.open(found["food-fruit/cartoon-same"]) as image:
         assert (image.size, image.getpixel((64, 64)), image.getpixel((64, 5))) == ((128, 128), (0, 255, 0), (255,) * 3)
-    with pytest.raises(SystemExit, match="error: .*exists"):  # nothing is overwritten
+    with pytest.raises(SystemExit, match=r"error: .*exists"):  # nothing is overwritten
         debian_pictures.main(arguments)
 
 
