@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 from gradio_client import Client
@@ -108,9 +109,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--steps_per_stage", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="Also write the figures into this file.")
     args = parser.parse_args(arguments)
     result = measure(args.model, args.clients, args.seconds, args.steps_per_stage)
     print(json.dumps(result, indent=2))
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if result["errors"] or not result["drawn"]:
         sys.exit("error: some clients were refused" if result["errors"] else "error: nothing was drawn")
 

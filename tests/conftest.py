@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.browser import browser  # noqa: F401  (a fixture: one browser for a whole session)
+
 
 # Triton reads this at import and then runs its kernels on the CPU.
 if not torch.cuda.is_available():

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import browser  # noqa: F401  (a fixture)
-
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,7 +18,7 @@ def site(tmp_path_factory):
     return folder
 
 
-def test_pages_fit_a_phone(browser, site):  # noqa: F811
+def test_pages_fit_a_phone(browser, site):
     page = browser.new_page(viewport={"width": 400, "height": 800})
     wide, errors = {}, []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -37,7 +34,7 @@ def test_pages_fit_a_phone(browser, site):  # noqa: F811
     assert wide == {} and errors == []
 
 
-def test_search_works_from_the_folder(browser, site):  # noqa: F811
+def test_search_works_from_the_folder(browser, site):
     page = browser.new_page()
     page.goto((site / "index.html").as_uri())
     page.locator("input.md-search__input").click()

@@ -7,7 +7,6 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
-from tests.browser import browser  # noqa: F401  (a fixture)
 
 
 gradio = pytest.importorskip("gradio")
@@ -77,7 +76,7 @@ def url(model_folder):
 
 
 @pytest.fixture
-def open_page(browser, url):  # noqa: F811
+def open_page(browser, url):
     """Opens the page as a visitor of its own; what the page's scripts throw fails the test."""
     contexts, errors = [], []
 

@@ -161,7 +161,7 @@ def test_class_factors_do_not_fit_between_stages():
 
 def test_model_of_another_class():
     for other in (AutoencoderKL(), torch.nn.Linear(1, 1)):
-        with raises(ValueError, f"`transformer` is of {type(other)}", "Pass a `PISDMTransformer2DModel`."):
+        with raises(ValueError, f"`transformer` is of {type(other)}", "Pass a `PISDMTransformer2DModel`"):
             PISDMCascadePipeline(other, make_scheduler())
 
 

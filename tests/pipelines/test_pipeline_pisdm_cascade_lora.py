@@ -543,7 +543,7 @@ UNFIT = {
     ),
     "width of classes": (
         lambda w: changed(w, "transformer.class_embedding.weight", torch.zeros(4, 24)),
-        r"`transformer\.class_embedding\.weight` has shape \(4, 24\), but `transformer` needs rows of 16 ",
+        r"`transformer\.class_embedding\.weight` has shape \(4, 24\), but `transformer` needs rows of 16",
     ),
 }
 
