@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..utils.transparency import on_white
+from ..data.image_transform import decode_image
 
 
 MOST_PIXELS = 40_000_000
@@ -29,10 +29,9 @@ def read_picture(path: str | Path, sizes: list[int], size: int | None = None) ->
         ValueError: It is not a picture, or is too small or too large.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"The picture has {image.width}x{image.height} pixels. Shrink it first.")
-            picture = on_white(ImageOps.exif_transpose(image)).convert("RGB")
+        picture = decode_image(Path(path).read_bytes(), MOST_PIXELS)
+    except ValueError as error:
+        raise ValueError(f"This picture cannot be used: {error}.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError("The file is not a picture that can be read. Pass a PNG, JPEG or WebP.") from error
     lower = sizes[:-1]

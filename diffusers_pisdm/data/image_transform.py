@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
-from ..utils.transparency import on_white
+from ..utils.pixel_modes import mode_problem, on_white, to_8_bits
 
 
 # Formats of pictures, TGA last, as nothing marks its files. Others start programs (EPS), hold measurements (FITS) or
@@ -32,16 +32,6 @@ IMAGE_FORMATS = (
     "PCX",
     "TGA",
 )
-# Pillow's modes whose values have a defined range, and which become the right colours; what the others are.
-MODES = (
-    *("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBA", "RGBa"),
-    *("I;16", "I;16B", "I;16L", "I;16N"),
-)
-UNDEFINED_MODES = {
-    "F": "floats of unknown range",
-    "I": "32-bit integers of unknown range",
-    "LAB": "CIELAB colours of unknown white point",
-}
 MAX_PIXELS = 2**26  # as much as 1 GB of memory with transparency
 MAX_ASPECT_RATIO = 32  # a longer strip, scaled to the training size, would fill the memory
 MIN_CROP_FRACTION = 0.8  # of the shorter side, as in ADM
@@ -52,12 +42,13 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in _formats())
 
 
-def decode_image(encoded: bytes) -> Image.Image:
+def decode_image(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     Decodes an image file to RGB, rotated according to its EXIF data, with transparency on white.
 
     Args:
         encoded (`bytes`): The whole file, in one of `IMAGE_FORMATS`; for an animation, the first frame is used.
+        max_pixels (`int`, defaults to 67,108,864): Larger images are refused before they are decoded.
 
     Returns:
         `PIL.Image.Image` in mode RGB.
@@ -75,19 +66,14 @@ def decode_image(encoded: bytes) -> Image.Image:
         raise ValueError(
             f"the file is no image, or damaged, or of another format than {', '.join(_formats())}"
         ) from None
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}: scale the image down")
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {max_pixels:,}: scale the image down")
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise ValueError(f"{image.width}x{image.height} pixels exceed an aspect ratio of {MAX_ASPECT_RATIO}:1")
     _check_values(image)
     _scale_transparent_colour(image)
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
-        pixels = np.asarray(image)
-        grey = (pixels >> 8).astype(np.uint8)
-        grey[pixels == image.info.get("transparency", -1)] = 255
-        return Image.fromarray(grey).convert("RGB")
-    return on_white(image).convert("RGB")
+    return on_white(to_8_bits(image)).convert("RGB")
 
 
 def _formats() -> tuple[str, ...]:
@@ -97,12 +83,9 @@ def _formats() -> tuple[str, ...]:
 
 def _check_values(image: Image.Image) -> None:
     """Refuses (ValueError) an image whose values Pillow would not turn into the right colours."""
-    problem = UNDEFINED_MODES.get(image.mode)
-    if image.mode == "I" and image.format in ("PNG", "PPM"):
-        problem = None  # 16 bits
-    elif image.mode not in MODES:
-        problem = problem or f"of mode {image.mode}"
-    elif image.format == "TIFF" and {*image.tag_v2.get(SAMPLEFORMAT, ())} - {1, 4}:  # neither unsigned nor unsaid
+    problem = mode_problem(image)
+    is_sound_tiff = problem is None and image.format == "TIFF"
+    if is_sound_tiff and {*image.tag_v2.get(SAMPLEFORMAT, ())} - {1, 4}:  # neither unsigned nor unsaid
         problem = "signed integers of unknown range"
     elif image.mode.startswith("I;16") and image.format == "TIFF":
         tags = image.tag_v2

@@ -12,7 +12,7 @@ from diffusers import SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
 from ..ops.conditioning_augmentation import downsample
-from ..utils.transparency import on_white
+from ..utils.pixel_modes import mode_problem, on_white, to_8_bits
 from .number_checks import check_number
 
 
@@ -126,7 +126,10 @@ def read_image(name: str, image: PipelineImageInput, num_channels: int, num_labe
             f"`{name}` has to be a PIL image, an array, a tensor or a list of these but"
             f" {f'holds {wrong[0]!r:.100}' if wrong else 'is empty'}."
         )
-    images = [_to_channels(item, num_channels) if isinstance(item, PIL.Image.Image) else item for item in images]
+    images = [
+        _to_channels(_to_8_bits(name, item), num_channels) if isinstance(item, PIL.Image.Image) else item
+        for item in images
+    ]
     kinds = {(type(item), item.size if isinstance(item, PIL.Image.Image) else item.shape) for item in images}
     if len(kinds) > 1:
         raise ValueError(f"`{name}` holds images of several sizes or types. Pass images of one size and type.")
@@ -155,7 +158,9 @@ def read_mask(mask_image: PipelineImageInput, size: Size, num_labels: int) -> to
     """
     masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
     # As in diffusers, only the grey values count: transparent strokes on black would all be white by `read_image`.
-    masks = [mask.convert("L") if isinstance(mask, PIL.Image.Image) else mask for mask in masks]
+    masks = [
+        _to_8_bits("mask_image", mask).convert("L") if isinstance(mask, PIL.Image.Image) else mask for mask in masks
+    ]
     mask = read_image("mask_image", masks, 1, num_labels)  # (N, 1, H, W) in [0, 1]
     if tuple(mask.shape[2:]) != size:
         raise ValueError(
@@ -196,6 +201,13 @@ def repeat_images(images: torch.Tensor, num_images: int) -> torch.Tensor:
 
 def _show(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def _to_8_bits(name: str, image: PIL.Image.Image) -> PIL.Image.Image:
+    problem = mode_problem(image)
+    if problem is not None:
+        raise ValueError(f"The pixels of `{name}` are {problem}. Convert it to 8-bit RGB.")
+    return to_8_bits(image)
 
 
 def _to_channels(image: PIL.Image.Image, num_channels: int) -> PIL.Image.Image:

@@ -4,7 +4,7 @@ from PIL import Image
 
 from .fonts import LabelFont
 from .messages import one_line
-from .transparency import on_white
+from .pixel_modes import on_white
 
 
 BACKGROUND = "white"

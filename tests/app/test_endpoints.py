@@ -4,6 +4,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from gradio_client import Client, handle_file
@@ -106,6 +107,15 @@ def test_own_pictures_are_cropped_and_shrunk(tmp_path):
             read_picture(path, [8, 16, 64], size)
     with pytest.raises(ValueError, match="48 are needed"):
         read_picture(path, [8, 48, 64], 48)
+
+
+def test_own_pictures_are_read_as_training_images_are(tmp_path):
+    path = tmp_path / "own.png"
+    Image.fromarray(np.full((8, 8), 20_000, np.uint16)).save(path)
+    assert read_picture(path, [8, 16]).getpixel((0, 0)) == (20_000 >> 8,) * 3
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")  # starts no Ghostscript
+    with pytest.raises(ValueError, match=r"no image.*PNG"):
+        read_picture(path, [8, 16])
 
 
 def test_zero_gpu_lends_a_gpu_to_each_drawing(monkeypatch):

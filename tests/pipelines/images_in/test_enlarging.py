@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.models.latents import encode_moments
+from diffusers_pisdm.pipelines.image_inputs import read_image, read_mask
 from tests.models.tiny_vae import KINDS
 from tests.pipelines.tiny_cascade import generators, make_cascade, make_scheduler, make_transformer
 
@@ -213,3 +214,22 @@ def test_bad_images(pipe, case):
 def test_noise_of_a_stage_that_does_not_run(pipe):
     with pytest.raises(ValueError, match=r"`latents` .* `image` begins with stage 3. Pass a list, with None"):
         pipe(1, image=torch.rand(3, 16, 16), latents=torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("value", [300, 20_000, 60_000])
+def test_16_bit_grey_keeps_its_upper_8_bits(channels, value):
+    image = PIL.Image.fromarray(np.full((8, 8), value, np.uint16))
+    pixels = read_image("image", image, channels, 1)
+    assert pixels.shape == (1, channels, 8, 8)
+    assert torch.equal(pixels[:, : min(channels, 3)].unique(), torch.tensor([(value >> 8) / 255]))
+    assert read_mask(image, (8, 8), 1).unique().item() == (value >> 8 >= 128)
+
+
+@pytest.mark.parametrize(("mode", "what"), [("F", "floats"), ("I", "32-bit integers"), ("LAB", "CIELAB")])
+def test_pixels_without_a_defined_range_are_refused(mode, what):
+    image = PIL.Image.new(mode, (8, 8))
+    with pytest.raises(ValueError, match=f"`image` are {what}.*8-bit RGB"):
+        read_image("image", image, 3, 1)
+    with pytest.raises(ValueError, match=f"`mask_image` are {what}"):
+        read_mask(image, (8, 8), 1)
