@@ -43,7 +43,8 @@ def read_settings(path: str | Path, model: Model) -> Settings:
         "noise_level": _per_stage(recipe.get("noise_level"), ours["noise_level"], num_stages - 1),
     }
     unmatched = [f"{key}={_show(value)}" for key, value in wanted.items() if value != ours[key]]
-    unmatched += [f"{key}={_show(recipe[key])}" for key in ("stage", "lora", "image") if key in recipe]
+    # Whatever else drew the picture has no place on the page.
+    unmatched += [f"{key}={_show(value)}" for key, value in recipe.items() if key not in {*ours, "versions"}]
     return Settings(model.labels[drawing.class_ids[0]], drawing, unmatched)
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from benchmarks import app_load
 from diffusers_pisdm.app.drawing import draw, plan_drawing
 from diffusers_pisdm.app.own_picture import read_picture
-from diffusers_pisdm.utils.png_recipe import read_recipe
+from diffusers_pisdm.app.settings import read_settings
+from diffusers_pisdm.utils.png_recipe import read_recipe, recipe_chunk
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,19 @@ def test_own_pictures_are_read_as_training_images_are(tmp_path):
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")  # starts no Ghostscript
     with pytest.raises(ValueError, match=r"no image.*PNG"):
         read_picture(path, [8, 16])
+
+
+def test_what_the_page_cannot_set_is_told(model, tmp_path):
+    """Whatever a recipe holds beyond the page's own settings, known to the page or not."""
+    path = tmp_path / "drawn.png"
+    (recipe,) = plan_drawing(model, ["0"], 1, 5, [2, 1], [2.0, 1.0]).recipes(model)
+    others = {"guidance_start": 0.5, "relay_strength": [0.9], "later_option": "x"}
+    Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(recipe | others))
+    settings = read_settings(path, model)
+    assert settings.drawing.seed == 5
+    assert settings.unmatched == ["guidance_start=0.5", "relay_strength=[0.9]", "later_option=x"]
+    Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(recipe))
+    assert read_settings(path, model).unmatched == []
 
 
 def test_zero_gpu_lends_a_gpu_to_each_drawing(monkeypatch):
