@@ -24,6 +24,7 @@ from .transformer_pisdm import (
     PISDMMambaMixer,
     PISDMTransformer2DModelOutput,
     at_least_float32,
+    check_input,
     check_sizes,
     mix_embeddings,
 )
@@ -265,21 +266,11 @@ class DiMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin, 
         Raises:
             ValueError: The size is not divisible by the patch size, or a condition is given.
         """
-        _, channels, height, width = hidden_states.shape
         patch_size = self.config.patch_size
-        if channels != self.config.in_channels:
-            raise ValueError(
-                f"`hidden_states` has {channels} channels, but the model takes {self.config.in_channels}."
-            )
-        if height % patch_size != 0 or width % patch_size != 0:
-            raise ValueError(
-                f"Height and width of `hidden_states` must be divisible by the model's `patch_size` ({patch_size}),"
-                f" got {height} x {width}."
-            )
+        rows, columns = check_input(self.config, hidden_states)
         if low_res is not None or noise_level is not None:
             raise ValueError("DiM is a first stage: it takes neither `low_res` nor `noise_level`.")
         dtype = hidden_states.dtype
-        rows, columns = height // patch_size, width // patch_size
 
         # 1. Conditioning
         noise_levels = self._noise_levels(timestep, hidden_states)  # (B,)

@@ -71,6 +71,20 @@ def check_sizes(config: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` must be True or False, got {config[name]!r}.")
 
 
+def check_input(config: dict[str, Any], hidden_states: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of an input's grid of patches; raises a `ValueError` if it does not fit the model."""
+    channels, height, width = hidden_states.shape[1:]
+    patch_size = config["patch_size"]
+    if channels != config["in_channels"]:
+        raise ValueError(f"`hidden_states` has {channels} channels, but the model takes {config['in_channels']}.")
+    if height % patch_size != 0 or width % patch_size != 0:
+        raise ValueError(
+            f"Height and width of `hidden_states` must be divisible by the model's `patch_size` ({patch_size}),"
+            f" got {height} x {width}."
+        )
+    return height // patch_size, width // patch_size
+
+
 def check_class_factors(class_factors: Sequence[Sequence[int]], num_classes: int) -> list[int]:
     """
     The number of ids of each factor; raises ValueError if there is not one row per class, rows differ in length, or an
@@ -482,20 +496,11 @@ class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin
         Raises:
             ValueError: The size is not divisible by the patch size, or the condition does not fit the model.
         """
-        batch_size, channels, height, width = hidden_states.shape
+        batch_size = hidden_states.shape[0]
         patch_size = self.config.patch_size
-        if channels != self.config.in_channels:
-            raise ValueError(
-                f"`hidden_states` has {channels} channels, but the model takes {self.config.in_channels}."
-            )
-        if height % patch_size != 0 or width % patch_size != 0:
-            raise ValueError(
-                f"Height and width of `hidden_states` must be divisible by the model's `patch_size` ({patch_size}),"
-                f" got {height} x {width}."
-            )
+        rows, columns = check_input(self.config, hidden_states)
         self._check_condition(hidden_states, low_res, noise_level)
         dtype = hidden_states.dtype
-        rows, columns = height // patch_size, width // patch_size
 
         # 1. Conditioning
         time_token = self.time_embedding(self._sinusoids(timestep, hidden_states))  # (B, D)
