@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
-from .model_card import check_links, find_pictures, make_model_card
+from .model_card import check_links, find_pictures, holds_lora, make_model_card
 
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -129,7 +129,7 @@ def prepare_upload(
     if unknown:
         raise ValueError(f"`variants` can be {', '.join(VARIANTS)} but contains {', '.join(sorted(unknown))}.")
     lora = folder / LORA_WEIGHT_NAME_SAFE
-    is_lora = lora.is_file() and not (folder / INDEX).exists()
+    is_lora = holds_lora(folder)
     if is_lora:
         if variants or max_shard_size is not None:
             raise ValueError(f"{folder} holds LoRA adapters: `variants` and `max_shard_size` are for whole cascades.")

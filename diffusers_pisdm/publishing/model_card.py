@@ -128,10 +128,11 @@ def make_model_card(
     if eval_results:
         data.model_name = data.model_name or repo_id.split("/")[-1]
         data.eval_results = eval_results
-    is_lora = (run_dir / LORA_WEIGHT_NAME_SAFE).is_file() and not (run_dir / "model_index.json").exists()
+    is_lora = holds_lora(run_dir)
     data.base_model = base_model or data.base_model
     if is_lora:
-        data.tags.append("lora")
+        if "lora" not in data.tags:
+            data.tags.append("lora")
         if model_card is None:
             card.text = card.text.replace(*LORA_INTRODUCTION)
 
@@ -145,6 +146,11 @@ def make_model_card(
         if body:
             card.text = _fill(card.text, name, body)
     return card
+
+
+def holds_lora(folder: Path) -> bool:
+    """Whether a folder holds LoRA adapters instead of a cascade."""
+    return (folder / LORA_WEIGHT_NAME_SAFE).is_file() and not (folder / "model_index.json").exists()
 
 
 def find_pictures(card: ModelCard, folders: Iterable[str | Path]) -> dict[str, Path]:
