@@ -110,10 +110,10 @@ class StageDenoisingMixin:
         size = stage.batch_size
         if size >= len(model_input):
             return self._predict_batch(stage.transformer, model_input, timestep, condition, guided)
+        halves = {name: value.chunk(2 if guided else 1) for name, value in condition.items()}
         predictions = []
         for start in range(0, len(model_input), size):
             batch = slice(start, start + size)
-            halves = {name: value.chunk(2 if guided else 1) for name, value in condition.items()}
             own = {name: torch.cat([half[batch] for half in halves[name]]) for name in condition}
             predictions.append(self._predict_batch(stage.transformer, model_input[batch], timestep, own, guided))
         return torch.cat(predictions)
