@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 
 from ..data.image_data import ImageData
 from ..data.image_rows import ImageReport, inspect_images, read_image
-from ..utils.arguments import COUNT
+from ..utils.arguments import COUNT, picture_path
+from ..utils.files import check_writable
 from ..utils.image_grid import make_image_grid
 from ..utils.messages import count_of, one_line
 from ..utils.names import show_name
+from ..utils.png_recipe import save_image
 from .data_sources import add_data_arguments, add_folder_argument, check_source, load_data, source_options
-from .generate import check_writable, picture_path, save_image
 
 
 FEW_IMAGES = 10  # a class with fewer is marked

@@ -10,7 +10,6 @@ A PNG of a single image keeps the recipe that it was drawn by, from which `pisdm
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -23,12 +22,12 @@ from PIL import Image
 from .. import PISDMCascadePipeline
 from ..pipelines.class_names import ids_by_name
 from ..schedulers import swap_scheduler
-from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, output_path
-from ..utils.files import write_whole
+from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, output_path, picture_path
+from ..utils.files import check_writable
 from ..utils.image_grid import make_image_grid
 from ..utils.messages import show_duration
 from ..utils.names import did_you_mean, names_with, show_name
-from ..utils.png_recipe import recipe_chunk
+from ..utils.png_recipe import save_image
 from ..utils.shipped_files import CHECKPOINT, find_model, model_name
 from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids
 
@@ -91,25 +90,6 @@ def usable_device(text: str) -> torch.device:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:  # no such device, a torch built without it
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def picture_path(text: str) -> Path:
-    """A file that Pillow can write, by its suffix."""
-    formats = Image.registered_extensions()
-    suffix = Path(text).suffix.lower()
-    if formats.get(suffix) not in Image.SAVE:
-        raise argparse.ArgumentTypeError(f"{text!r} is no picture's name: use .png, .jpg or .webp")
-    return Path(text)
-
-
-def check_writable(path: Path, is_folder: bool) -> None:
-    """Raises OSError if a file or folder cannot be written, before hours of drawing; makes nothing."""
-    if path.exists() and path.is_dir() != is_folder:
-        raise OSError(f"{path} is a {'file' if is_folder else 'folder'}: choose another name.")
-    folder = path.absolute() if is_folder else path.absolute().parent
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OSError(f"Cannot write {path}: {nearest} is not a folder that you may write to.")
 
 
 def load_pipeline(args: argparse.Namespace) -> PISDMCascadePipeline:
@@ -175,13 +155,6 @@ def write_images(images: list[Image.Image], names: list[str], recipes: list[dict
     for image, name, recipe in zip(images, names, recipes):
         stem = re.sub(r"[^\w.-]+", "-", name)[:LONGEST_STEM]
         save_image(image, folder / f"{recipe['seed']:04d}_{stem}.png", recipe)
-
-
-def save_image(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> None:
-    """Write an image so that an interruption leaves either the old file or the new one, never a torn one."""
-    options = {"pnginfo": recipe_chunk(recipe)} if recipe is not None and path.suffix.lower() == ".png" else {}
-    with write_whole(path, f".unfinished{path.suffix}") as unfinished:  # Pillow goes by the suffix
-        image.save(unfinished, **options)
 
 
 def generate(args: argparse.Namespace) -> str:

@@ -25,10 +25,9 @@ from ..ops.conditioning_augmentation import upsample_low_res
 from ..training.cost.stage_cost import CostSettings, StageCost, estimate_cascade_cost
 from ..training.cost.stage_speed import measure_stage_speed, seconds_per_step
 from ..utils.arguments import Bounds, bounded, output_path
-from ..utils.files import write_whole
+from ..utils.files import check_writable, write_whole
 from ..utils.messages import count_of, show_duration
 from .data_sources import add_data_arguments, add_folder_argument, check_source, load_data, source_options
-from .generate import check_writable
 
 
 # Layers and width of the first stage and of those above it, from small to large; the last is `pisdm-emoji128`'s.

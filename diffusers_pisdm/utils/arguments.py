@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -57,6 +59,15 @@ def not_empty(text: str) -> str:
 def output_path(text: str) -> Path:
     """A `type` for `ArgumentParser.add_argument`: where to write; see [`not_empty`]."""
     return Path(not_empty(text))
+
+
+def picture_path(text: str) -> Path:
+    """A `type` for `ArgumentParser.add_argument`: a file that Pillow can write, by its suffix."""
+    formats = Image.registered_extensions()
+    suffix = Path(text).suffix.lower()
+    if formats.get(suffix) not in Image.SAVE:
+        raise argparse.ArgumentTypeError(f"{text!r} is no picture's name: use .png, .jpg or .webp")
+    return Path(text)
 
 
 COUNT = bounded(int, Bounds(minimum=1))

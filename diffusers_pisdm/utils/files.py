@@ -79,6 +79,16 @@ def check_exists(name: str | Path) -> None:
         raise FileNotFoundError(f"There is no folder {name}: check the path.")
 
 
+def check_writable(path: Path, is_folder: bool) -> None:
+    """Raises OSError if a file or folder cannot be written, before hours of drawing; makes nothing."""
+    if path.exists() and path.is_dir() != is_folder:
+        raise OSError(f"{path} is a {'file' if is_folder else 'folder'}: choose another name.")
+    folder = path.absolute() if is_folder else path.absolute().parent
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OSError(f"Cannot write {path}: {nearest} is not a folder that you may write to.")
+
+
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
     """Keeps a folder for one process as long as the context lasts; a second one gets an OSError."""

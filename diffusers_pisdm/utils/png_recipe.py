@@ -12,6 +12,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .files import write_whole
+
 
 KEY = "pisdm"  # of the PNG's text chunk
 MAX_CHARACTERS = 100_000
@@ -33,6 +35,13 @@ def recipe_chunk(recipe: dict[str, Any]) -> PngInfo:
     chunk = PngInfo()
     chunk.add_itxt(KEY, json.dumps({**recipe, "versions": versions}))
     return chunk
+
+
+def save_image(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> None:
+    """Write an image so that an interruption leaves either the old file or the new one, never a torn one."""
+    options = {"pnginfo": recipe_chunk(recipe)} if recipe is not None and path.suffix.lower() == ".png" else {}
+    with write_whole(path, f".unfinished{path.suffix}") as unfinished:  # Pillow goes by the suffix
+        image.save(unfinished, **options)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
