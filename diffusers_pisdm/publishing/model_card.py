@@ -34,7 +34,7 @@ PRIVATE_NAME = re.compile(f"^hub_|^push_to_hub|(?:{PRIVATE_WORD})$|password|secr
 NAMED = (
     rf"(?P<name>--[\w-]*(?:{PRIVATE_WORD})[=\s]+|\b[\w-]*(?:{PRIVATE_WORD})\s*[=:]\s*)(?!\(removed)[^\s'\",;|<>)\]}}]+"
 )
-URL = r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/@]*@)?(?P<place>[^\s?#'\",)\]}]*)(?:[?#][^\s'\",)\]}]*)?"
+URL = r"(?P<scheme>[a-z][a-z0-9+.-]{0,30}://)(?:[^\s/@]*@)?(?P<place>[^\s?#'\",)\]}]*)(?:[?#][^\s'\",)\]}]*)?"
 REST = r"[^\s'\",;|<>)\]}]+"
 ACCOUNT = rf"(?<![\w/])[\w.+-]+@(?:[\w-]+(?:\.[\w-]+)+(?::(?P<there>{REST}))?|[\w-]+:(?P<near>{REST}))"
 PATH = r"(?<![\w.\\/-])(?:[a-z]:(?=[\\/])|~|(?:\.[\\/])*\.\.(?=[\\/]))?[\\/][^\s'\",:;|<>)\]}]+"
@@ -47,6 +47,7 @@ PRIVATE_TEXT = re.compile(
 )
 WHOLE_PATH = re.compile(r"(?:[a-z]:)?[\\/]|~|(?:\.[\\/])*\.\.[\\/]", re.IGNORECASE)
 LONGEST_CELL = 200
+LONGEST_SEARCHED = 10 * LONGEST_CELL  # what is private may be long, and gives way to less
 RUN_FILES = ("training_config.json", "metrics.jsonl", "stage_*/metrics.jsonl", "evaluation*.json")  # to be read
 # What our template says of a cascade, and says instead of LoRA adapters.
 LORA_INTRODUCTION = (
@@ -324,6 +325,9 @@ def _public(value: Any) -> Any:
         return value
     if WHOLE_PATH.match(value):  # which may hold spaces
         value = _last_part(value)
+    # The search takes the square of the length, and no more than a cell is shown.
+    if len(value) > LONGEST_SEARCHED:
+        value = value[:LONGEST_SEARCHED] + "…"
     return PRIVATE_TEXT.sub(_without_place, value)
 
 

@@ -312,6 +312,17 @@ def test_what_comes_from_files_cannot_change_the_card(run_dir):
             assert len(re.findall(r"(?<!\\)\|", line)) in (3, 4)
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("text", ["x" * 400_000, "-" * 400_000, "a-" * 200_000, "a." * 200_000])
+def test_long_texts_take_no_time(run_dir, text):
+    """The search for what is private would take hours of these."""
+    config = json.loads((run_dir / "training_config.json").read_text())
+    config["arguments"] |= {"long": text, "secret": f"hf_{'s' * 20} {text}", "path": f"/home/me/{text} token=abc"}
+    (run_dir / "training_config.json").write_text(json.dumps(config))
+    card = make_model_card(run_dir, "someone/name").text
+    assert text[:100] in card and "sss" not in card and "/home" not in card
+
+
 def test_a_run_stage_by_stage(run_dir):
     """As examples/train_on_device.py leaves it."""
     (run_dir / "metrics.jsonl").unlink()
