@@ -21,7 +21,16 @@ DROP = """([selector, name, data]) => {
 }"""
 
 
+TAKES_DROPS = """(selector) => {
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([""], "any.png", { type: "image/png" }));
+  const over = new DragEvent("dragover", { dataTransfer, bubbles: true, cancelable: true });
+  return !document.querySelector(selector).dispatchEvent(over);
+}"""
+
+
 def drop(page, path: Path, selector: str = "#head") -> None:
+    page.wait_for_function(TAKES_DROPS, arg=selector)  # as a browser asks before it drops
     page.evaluate(DROP, [selector, path.name, base64.b64encode(path.read_bytes()).decode()])
 
 

@@ -1,13 +1,14 @@
 // What concerns the whole page, run once it is loaded.
 () => {
   // A file dropped anywhere, but for what takes files itself, goes to the button that reads recipes.
-  const isFile = (event) => [...(event.dataTransfer?.types || [])].includes("Files");
-  const isElsewhere = (event) => event.target.closest?.("#own-picture");
-  window.addEventListener("dragover", (event) => { if (isFile(event)) event.preventDefault(); });
+  const recipeInput = () => document.querySelector("#recipe input[type=file]");
+  const isForRecipes = (event) =>
+    [...(event.dataTransfer?.types || [])].includes("Files") && !event.target.closest?.("#own-picture") && recipeInput();
+  window.addEventListener("dragover", (event) => { if (isForRecipes(event)) event.preventDefault(); });
   window.addEventListener("drop", (event) => {
-    const input = document.querySelector("#recipe input[type=file]");
-    if (!isFile(event) || isElsewhere(event) || !input) return;
+    if (!isForRecipes(event)) return;
     event.preventDefault();
+    const input = recipeInput();
     input.files = event.dataTransfer.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
   });
