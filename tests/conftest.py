@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Test processes share the cores: more threads would only wait for each other. Thread tests set their own number.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what imports made is not searched again and again: accelerate collects after each training
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # some libraries complain of objects that outlive the interpreter
 
 
 REAL_IMAGES = Path(__file__).parent / "data" / "fluent3d"

@@ -79,7 +79,23 @@ def test_classes_are_found_by_words_style_and_subject(open_page):
     assert "No class" in page.inner_text(".picker-count")
 
 
-def test_pictures_grow_stage_by_stage_and_carry_their_recipe(open_page, url, tmp_path):
+@pytest.fixture
+def slow_down(monkeypatch):
+    """Makes each pass of a model take some seconds longer."""
+    forward = PISDMTransformer2DModel.forward
+
+    def slow_down(seconds: float) -> None:
+        def slow_forward(*args, **kwargs):
+            time.sleep(seconds)
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(PISDMTransformer2DModel, "forward", slow_forward)
+
+    return slow_down
+
+
+def test_pictures_grow_stage_by_stage_and_carry_their_recipe(open_page, url, tmp_path, slow_down):
+    slow_down(0.1)  # a page may skip what is replaced at once
     page = open_page()
     set_number(page, "#per-class", 2)
     set_number(page, "#seed", 7)
@@ -87,8 +103,11 @@ def test_pictures_grow_stage_by_stage_and_carry_their_recipe(open_page, url, tmp
     page.evaluate("""() => {
       window.seen = [];
       new MutationObserver(() => {
-        const image = document.querySelector("#growing img");
-        if (image) image.decode().then(() => window.seen.push(image.naturalWidth)).catch(() => {});
+        const shown = document.querySelector("#growing img");
+        if (!shown) return;
+        const image = new Image();  // stays when the page goes on
+        image.src = shown.src;
+        image.decode().then(() => window.seen.push(image.naturalWidth));
       }).observe(document.body, { childList: true, subtree: true, attributes: true });
     }""")
     draw(page)
@@ -177,14 +196,8 @@ def test_nothing_chosen_is_a_sentence_and_the_page_goes_on(open_page):
     draw(page)
 
 
-def test_stop_ends_a_drawing_and_frees_the_worker(open_page, monkeypatch):
-    forward = PISDMTransformer2DModel.forward
-
-    def slow_forward(*args, **kwargs):  # the drawing would take 10 seconds
-        time.sleep(0.05)
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(PISDMTransformer2DModel, "forward", slow_forward)
+def test_stop_ends_a_drawing_and_frees_the_worker(open_page, slow_down):
+    slow_down(0.05)  # the drawing would take 10 seconds
     page = open_page()
     page.click("#advanced button")
     for stage in (0, 1):
