@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.training.checkpoints import find_checkpoints, find_fault, read_state
 from diffusers_pisdm.training.metrics import read_metrics
+from tests.commands import train_in_processes
 from tests.commands.training.tiny_training import weights
 
 
@@ -50,11 +51,14 @@ def losses(folder):
     return [[row[name] for name in names] for row in read_metrics(folder / "metrics.jsonl") if names[0] in row]
 
 
-def test_two_processes_with_half_the_batch_train_like_one_and_resume(train, launch, tmp_path):
+def test_two_processes_with_half_the_batch_train_like_one_and_resume(train, command, launch, tmp_path):
     options = ["--batch_shares", "1", "0.5", "--logging_steps", "1", "--random_flip"]
     one = train("one", 8, *options)
-    launch("cpu.yaml", "two", 4, *options, "--train_batch_size", "4")
-    launch("cpu.yaml", "two", 8, *options, "--train_batch_size", "4")
+    half = [*options, "--train_batch_size", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    first = [sys.executable, train_in_processes.__file__, *command("two", 4, *half)]
+    subprocess.run(first, check=True, env=environment, timeout=280)
+    launch("cpu.yaml", "two", 8, *half)
     two = tmp_path / "two"
     torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-4, atol=1e-5)
     expected, actual = weights(one / "checkpoint-8"), weights(two / "checkpoint-8")

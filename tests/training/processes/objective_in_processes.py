@@ -1,6 +1,6 @@
-"""One step of the objective in each of several processes; the first writes losses and averaged gradients to a file.
+"""One step of the objective in each of two processes; the first writes losses and averaged gradients to a file.
 
-torchrun --nproc-per-node 2 objective_in_processes.py RESULT.safetensors
+objective_in_processes.py RESULT.safetensors
 """
 
 import os
@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
+from tests.forked_processes import finish, start
 from tests.training.test_cascade_objective import make_stages
 
 
@@ -37,12 +38,16 @@ def run(process_index: int, num_processes: int) -> dict[str, torch.Tensor]:
     return results | {"denoising": denoising, "scale_invariant": losses.scale_invariant}
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
     dist.init_process_group("gloo")
     results = run(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     for tensor in results.values():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     if dist.get_rank() == 0:
-        save_file(results, sys.argv[1])
+        save_file(results, arguments[0])
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    finish(start(main, sys.argv[1:]))

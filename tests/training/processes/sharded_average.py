@@ -1,6 +1,6 @@
 """Averages of sharded weights (FSDP2), in two processes on the CPU.
 
-torchrun --nproc-per-node 2 sharded_average.py FOLDER
+sharded_average.py FOLDER
 """
 
 import sys
@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.training.checkpoints import load_average, save_average
+from tests.forked_processes import finish, start
 
 
-def main(folder: Path) -> None:
+def main(arguments: list[str]) -> None:
+    folder = Path(arguments[0])
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = PISDMTransformer2DModel(4, 2, 3, num_layers=3, hidden_size=16, state_size=4, num_classes=4)
@@ -54,4 +56,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    finish(start(main, sys.argv[1:]))

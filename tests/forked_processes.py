@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 
 
-def start(main: Callable[[list[str]], None], arguments: list[str], num_processes: int) -> list[int]:
+def start(main: Callable[[list[str]], None], arguments: list[str], num_processes: int = 2) -> list[int]:
     """Forks processes that run a script, in a group of their own if there are several, and returns their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
