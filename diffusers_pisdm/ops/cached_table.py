@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import TypeVar
 
@@ -10,6 +12,19 @@ import torch
 
 
 Table = TypeVar("Table")
+
+_COLLECTED: ContextVar[list | None] = ContextVar("tables that are used here", default=None)
+
+
+@contextmanager
+def collect_tables() -> Iterator[list]:
+    """Collects the tables used inside this context: a CUDA graph reads them even after the cache drops them."""
+    tables = []
+    token = _COLLECTED.set(tables)
+    try:
+        yield tables
+    finally:
+        _COLLECTED.reset(token)
 
 
 def cached_table(maxsize: int) -> Callable[[Callable[..., Table]], Callable[..., Table]]:
@@ -34,7 +49,10 @@ def cached_table(maxsize: int) -> Callable[[Callable[..., Table]], Callable[...,
             probe = torch.empty(0, device=device)
             if type(probe) is not torch.Tensor:
                 return build(*args, device=device, **kwargs)
-            return build_once(probe.dtype, *args, device=probe.device, **kwargs)
+            result = build_once(probe.dtype, *args, device=probe.device, **kwargs)
+            if (collected := _COLLECTED.get()) is not None:
+                collected.append(result)
+            return result
 
         return table
 

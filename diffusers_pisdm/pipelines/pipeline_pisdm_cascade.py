@@ -41,6 +41,7 @@ from .class_names import (
     list_labels,
     stack_mixes,
 )
+from .cuda_graphs import CudaGraphs
 from .image_inputs import GivenImages, place_image, repeat_images
 from .lora_loading import PISDMLoraLoaderMixin
 from .number_checks import check_number
@@ -113,6 +114,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
     _lora_loadable_modules = list(TRANSFORMERS)
     _callback_tensor_inputs = ["latents", "low_res", "class_labels", "stage"]
     _guidance_slicing = False
+    _cuda_graphs: CudaGraphs | None = None
 
     def __init__(
         self,
@@ -276,6 +278,39 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
     def disable_guidance_slicing(self) -> None:
         """Disable sliced guidance: a guided step runs the model once, on a batch of twice the size."""
         self._guidance_slicing = False
+
+    def enable_cuda_graphs(self, max_graphs: int = 8) -> None:
+        """
+        Run the models as CUDA graphs, which launch all kernels of a pass at once: several times as fast for small
+        images and batches, whose kernels take a GPU less time than launching them one by one takes the host. The
+        images are the same.
+
+        A graph is recorded at the second step with the same stage, size, batch and precision, and kept for later
+        calls. It costs memory for all that a pass computes; graphs share it. Where there are hooks (offloading,
+        layerwise casting), compiled models or no CUDA device, models run as without. It is not saved with the
+        pipeline.
+
+        Args:
+            max_graphs (`int`, defaults to 8):
+                How many graphs are kept, the most recently used ones. A stage takes one, or two if only some of its
+                steps are guided; so does each further size or batch.
+
+        Raises:
+            ValueError: `max_graphs` is not a positive integer.
+        """
+        if not isinstance(max_graphs, int) or isinstance(max_graphs, bool) or max_graphs < 1:
+            raise ValueError(f"`max_graphs` must be a positive integer, got {max_graphs!r}.")
+        self._cuda_graphs = CudaGraphs(max_graphs)
+
+    def disable_cuda_graphs(self) -> None:
+        """Run the models without CUDA graphs, and free the memory of those that were recorded."""
+        self._cuda_graphs = None
+
+    def to(self, *args, **kwargs) -> Self:
+        r"""Like [`DiffusionPipeline.to`]; CUDA graphs are recorded anew."""
+        if self._cuda_graphs is not None:
+            self._cuda_graphs.check([])
+        return super().to(*args, **kwargs)
 
     @property
     def stages(self) -> list[PISDMTransformer2DModel]:

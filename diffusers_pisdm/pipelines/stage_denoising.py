@@ -14,6 +14,7 @@ from ..models.latents import encode_moments, vae_scale_factor
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
 from .call_checks import check_callback_outputs
+from .cuda_graphs import run_model
 from .image_inputs import KnownPart, repeat_images
 from .stage_plan import StagePlan
 
@@ -133,9 +134,10 @@ class StageDenoisingMixin:
             inputs = [(model_input, dict(zip(condition, half))) for half in halves]
         elif guided:
             inputs = [(torch.cat([model_input, model_input]), condition)]  # (2B, C, H, W)
+        run = run_model if self._cuda_graphs is None else self._cuda_graphs
         outputs = [
             # The timestep is never in half precision: as the scheduler made it.
-            transformer(sample, timestep=timestep.expand(len(sample)), **kwargs, return_dict=False)[0].float()
+            run(transformer, {"hidden_states": sample, "timestep": timestep.expand(len(sample)), **kwargs}).float()
             for sample, kwargs in inputs
         ]
         if not guided:
@@ -160,6 +162,8 @@ class StageDenoisingMixin:
         # float32 at most, as not every device has float64
         dtype = torch.float32 if stage.timesteps.is_floating_point() else None
         timesteps = stage.timesteps.to(self._execution_device, dtype)
+        if self._cuda_graphs is not None:
+            self._cuda_graphs.check(self.stages)
         with self.progress_bar(total=num_steps) as progress_bar:
             self._describe(progress_bar, stage)
             # Nothing in this loop may wait for the device: the next steps are queued while it works.
@@ -194,6 +198,8 @@ class StageDenoisingMixin:
                     low_res = callback_outputs.pop("low_res", low_res)
                     class_labels = callback_outputs.pop("class_labels", class_labels)
                     conditions.clear()  # a callback may also change them in place
+                    if self._cuda_graphs is not None:
+                        self._cuda_graphs.check(self.stages)  # or the adapters
 
                 progress_bar.update()
         return latents, class_labels

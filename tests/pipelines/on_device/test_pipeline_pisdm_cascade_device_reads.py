@@ -12,7 +12,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.import_utils import DummyObject
 
 from diffusers_pisdm.schedulers import UNSUITABLE
-from tests.pipelines.device_reads import count_copies
+from tests.pipelines.on_device.device_reads import count_copies
 from tests.pipelines.tiny_cascade import make_cascade
 
 

@@ -1,5 +1,6 @@
 """PISDMCascadePipeline on a GPU: it waits for the GPU nowhere in its loops, and its images are those of the CPU."""
 
+import copy
 from contextlib import contextmanager
 
 import numpy as np
@@ -43,3 +44,19 @@ def test_the_loops_never_wait(guidance):
     pipe.progress_bar = strict
     assert pipe(**arguments).images.isfinite().all()
     assert len(loops) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_give_the_same_images(dtype):
+    pipe = make_cascade(2).to("cuda", dtype)
+    for labels in ([1, 2], [3]):
+        arguments = {"class_labels": labels, "num_inference_steps": 4, "output_type": "latent", "guidance_start": 0.5}
+        seeds = generators(*range(len(labels)))
+        wanted = pipe(**arguments, generator=copy.deepcopy(seeds)).images
+        pipe.enable_cuda_graphs()
+        for _ in range(2):
+            images = pipe(**arguments, generator=copy.deepcopy(seeds)).images
+            torch.testing.assert_close(images, wanted, rtol=1e-4, atol=1e-4)
+        assert len(pipe._cuda_graphs.recordings) == 4
+        assert all(recording.replay is not None for recording in pipe._cuda_graphs.recordings.values())
+        pipe.disable_cuda_graphs()
