@@ -86,6 +86,21 @@ def test_a_pass_is_replayed_from_its_second_time_on(monkeypatch):
     assert passes == [0, 1, 1, 1]  # as ever; recorded, and replayed at once; replayed
 
 
+def test_outputs_are_kept_apart():
+    """Some schedulers hold on to the model's outputs of earlier steps."""
+    model = make_cascade(1).transformer
+    graphs = CudaGraphs(8, Rerun())
+    graphs.check([model])
+    inputs = [
+        {"hidden_states": torch.randn(1, 3, 8, 8), "timestep": torch.tensor([t]), "class_labels": torch.tensor([t])}
+        for t in range(4)
+    ]
+    with torch.no_grad():
+        outputs = [graphs(model, one) for one in inputs]
+        for one, output in zip(inputs, outputs):
+            assert torch.equal(output, model(**one).sample)
+
+
 def test_sizes_batches_and_precisions_are_recorded_apart_and_the_oldest_dropped():
     pipe = make_cascade(1)
     recorder = record(pipe, max_graphs=2)
