@@ -15,6 +15,7 @@ from ..models.latents import decode_latents
 from ..ops.conditioning_augmentation import residual_to_image
 from ..pipelines import PISDMCascadePipeline
 from ..pipelines.pipeline_pisdm_cascade import SCHEDULERS
+from ..utils.png_recipe import dtype_name
 from .models import Model
 
 
@@ -42,6 +43,7 @@ class Drawing:
             "guidance_scale": self.guidance_scale,
             "noise_level": model.default("noise_level")[: model.pipe.num_stages - 1],
             "scheduler": type(model.pipe.scheduler).__name__,
+            "dtype": dtype_name(model.pipe.transformer.dtype),
         }
         if self.image is not None:
             shared["image"] = f"a picture of {self.image.width}x{self.image.height} pixels"

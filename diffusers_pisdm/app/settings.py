@@ -40,6 +40,7 @@ def read_settings(path: str | Path, model: Model) -> Settings:
     wanted = {
         "model": recipe.get("model", ours["model"]),
         "scheduler": recipe.get("scheduler", ours["scheduler"]),
+        "dtype": recipe.get("dtype", ours["dtype"]),
         "noise_level": _per_stage(recipe.get("noise_level"), ours["noise_level"], num_stages - 1),
     }
     unmatched = [f"{key}={_show(value)}" for key, value in wanted.items() if value != ours[key]]

@@ -123,11 +123,12 @@ def test_what_the_page_cannot_set_is_told(model, tmp_path):
     """Whatever a recipe holds beyond the page's own settings, known to the page or not."""
     path = tmp_path / "drawn.png"
     (recipe,) = plan_drawing(model, ["0"], 1, 5, [2, 1], [2.0, 1.0]).recipes(model)
-    others = {"guidance_start": 0.5, "relay_strength": [0.9], "later_option": "x"}
+    assert recipe["dtype"] == "float32"
+    others = {"dtype": "bfloat16", "guidance_start": 0.5, "relay_strength": [0.9], "later_option": "x"}
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(recipe | others))
     settings = read_settings(path, model)
     assert settings.drawing.seed == 5
-    assert settings.unmatched == ["guidance_start=0.5", "relay_strength=[0.9]", "later_option=x"]
+    assert settings.unmatched == ["dtype=bfloat16", "guidance_start=0.5", "relay_strength=[0.9]", "later_option=x"]
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(recipe))
     assert read_settings(path, model).unmatched == []
 
