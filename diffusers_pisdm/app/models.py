@@ -11,7 +11,7 @@ import torch
 
 from ..models.latents import vae_scale_factor
 from ..pipelines import PISDMCascadePipeline
-from ..pipelines.class_names import ids_by_name
+from ..pipelines.class_names import get_class_id, ids_by_name
 from ..utils.messages import one_line
 from ..utils.shipped_files import find_model, model_name
 from .class_sheet import find_sheet
@@ -44,7 +44,8 @@ class Model:
         """The id of a class, by name or by number; raises a TypeError or ValueError if there is none."""
         known = self.labels.index(label) if label in self.labels else None
         is_number = isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10
-        return known if known is not None else self.pipe.get_label_ids([int(label) if is_number else label])[0]
+        label = int(label) if is_number else label
+        return known if known is not None else get_class_id(label, self.pipe.config.id2label, len(self.labels))
 
 
 class Models:

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from ..utils.shipped_files import CHECKPOINT
-from .drawing import GUIDANCE_RANGE, LARGEST_SEED, MOST_STEPS, Drawing, Progress, draw, plan_drawing
+from .drawing import Drawing, Progress, draw, plan_drawing
 from .models import Model, Models
 from .own_picture import read_picture
 from .parts import STATIC, class_picker, classes_of, head_of, scan_view, stage_viewer
@@ -201,7 +201,6 @@ def build_app(model: str) -> gr.Blocks:
     first = studio.first
     first_label = FIRST_CLASS if FIRST_CLASS in first.labels else first.labels[0]
     of_steps, of_scales = _stage_inputs(first)
-    least, most = GUIDANCE_RANGE
 
     with gr.Blocks(
         title="PIS-DM: pictures that grow", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FILES)
@@ -221,9 +220,7 @@ def build_app(model: str) -> gr.Blocks:
                             1, MOST_IMAGES_PER_CLASS, 4, step=1, label="Pictures per class", elem_id="per-class"
                         )
                         with gr.Column(min_width=150):
-                            seed = gr.Number(
-                                0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed"
-                            )
+                            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
                             keep = gr.Checkbox(label="The same seed again", container=False, elem_id="keep")
                     with gr.Column(elem_id="recipe"):
                         recipe_file = gr.UploadButton(
@@ -235,18 +232,12 @@ def build_app(model: str) -> gr.Blocks:
                     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                         gr.HTML("<p class='hint'>Denoising steps per stage</p>")
                         with gr.Row(elem_classes="per-stage"):
-                            steps = [
-                                gr.Number(precision=0, minimum=1, maximum=MOST_STEPS, min_width=64, **arguments)
-                                for arguments in of_steps
-                            ]
+                            steps = [gr.Number(precision=0, min_width=64, **arguments) for arguments in of_steps]
                         gr.HTML(
                             "<p class='hint'>Guidance per stage: how strictly to follow the class; 1 turns it off</p>"
                         )
                         with gr.Row(elem_classes="per-stage"):
-                            scales = [
-                                gr.Number(minimum=least, maximum=most, step=0.5, min_width=64, **arguments)
-                                for arguments in of_scales
-                            ]
+                            scales = [gr.Number(step=0.5, min_width=64, **arguments) for arguments in of_scales]
                         with gr.Row():
                             model_box = gr.Textbox(
                                 model, label="Model (folder or Hub repository)", max_length=300, elem_id="model"
@@ -286,7 +277,7 @@ def build_app(model: str) -> gr.Blocks:
                             first.labels, value=first_label, label="What it shows", elem_id="own-class"
                         )
                         size = gr.Radio(_size_choices(first), value="Auto", label="Start from", elem_id="own-size")
-                        own_seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
+                        own_seed = gr.Number(0, label="Seed", precision=0, elem_id="own-seed")
                         enlarge_button = gr.Button("Enlarge", variant="primary", elem_id="enlarge")
                         own_stop = gr.Button("Stop", visible=False, elem_id="own-stop")
                     with gr.Column(scale=6, min_width=300, elem_classes="stage-area"):
