@@ -115,7 +115,8 @@ def _per_stage(model: Model, name: str, values: Any) -> list:
             raise ValueError(f"`{name}` of stage {stage} has to be {words} but is {_quote(value)}.")
         if not least <= value <= most:
             raise ValueError(
-                f"`{name}` of stage {stage} is {_quote(value)}, but this page draws with {least} to {most}. {ELSEWHERE}"
+                f"`{name}` of stage {stage} is {_quote(value)}, but this page draws with {least} to {most}."
+                f" {ELSEWHERE}"
             )
     return values
 

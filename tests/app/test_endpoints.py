@@ -28,7 +28,10 @@ def test_endpoints_are_named_and_typed(client):
     parameters = {item["parameter_name"]: item for item in endpoints["/generate"]["parameters"]}
     assert parameters["class_labels"]["type"] == {"type": "array", "items": {"type": "string"}}
     assert parameters["seed"]["type"] == {"type": "integer"}
-    assert endpoints["/generate"]["returns"][0]["type"] == {"type": "array", "items": {"type": "string"}}
+    names = [item["parameter_name"] for item in endpoints["/upscale"]["parameters"]]
+    assert names == ["image", "class_label", "size", "seed"]
+    returned = {name: endpoint["returns"][0]["python_type"]["type"] for name, endpoint in endpoints.items()}
+    assert returned == dict.fromkeys(("/generate", "/classes", "/upscale"), "list[str]") | {"/stages": "list[int]"}
 
 
 def test_generate_draws_what_the_pipeline_draws(client, model):
@@ -70,10 +73,38 @@ def test_bad_input_is_a_sentence(client, arguments, words):
 
 
 def test_upscale_keeps_the_picture(client, real_image_files):
-    (file,) = client.predict(handle_file(real_image_files[0]), "noto/heart", "8 px", 3, api_name="/upscale")
+    (file,) = client.predict(handle_file(real_image_files[0]), "noto/heart", 8, 3, api_name="/upscale")
     with Image.open(file) as image:
         assert image.size == (16, 16)
     assert "8x8" in read_recipe(file)["image"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"class_label": "heart"}, "'heart'.*Did you mean 'noto/heart'"),
+        ({"class_label": None}, "None"),
+        ({"size": 16}, "has to be 8 pixels but is 16"),
+        ({"size": "8 px"}, "8 pixels but is '8 px'"),
+        ({"seed": "abc"}, "seed .*whole.*'abc'"),
+        ({"image": None}, "no picture"),
+        ({"image": "text.png"}, "not a picture .*PNG"),
+    ],
+)
+def test_upscale_refuses_in_a_sentence(client, real_image_files, tmp_path, arguments, words):
+    (tmp_path / "text.png").write_text("text")
+    arguments = {"image": str(real_image_files[0]), "class_label": "noto/heart"} | arguments
+    if arguments["image"] is not None:
+        arguments["image"] = handle_file(tmp_path / arguments["image"])
+    with pytest.raises(Exception, match=words):
+        client.predict(**arguments, api_name="/upscale")
+
+
+def test_classes_are_found_by_a_word(client):
+    assert client.predict("HEART", api_name="/classes") == ["noto/heart", "twemoji/heart"]
+    for wrong in (None, 5):
+        with pytest.raises(Exception, match=f"`contains` .*text but is {wrong}"):
+            client.predict(wrong, api_name="/classes")
 
 
 def test_a_cancelled_job_stops_the_pipeline(client, model):
@@ -112,10 +143,10 @@ def test_own_pictures_are_cropped_and_shrunk(tmp_path):
     picture = read_picture(path, [8, 16, 64])
     assert (picture.size, picture.mode) == ((16, 16), "RGB")
     assert picture.getpixel((0, 0)) == (255, 255, 255) and picture.getpixel((8, 8)) == (255, 0, 0)
-    for size, words in ((64, "cannot be enlarged"), (48, "cannot be enlarged")):
-        with pytest.raises(ValueError, match=words):
+    for size in (64, 48):
+        with pytest.raises(ValueError, match=f"8 or 16 pixels but is {size}"):
             read_picture(path, [8, 16, 64], size)
-    with pytest.raises(ValueError, match="48 are needed"):
+    with pytest.raises(ValueError, match="60x40 pixels, but at least 48x48"):
         read_picture(path, [8, 48, 64], 48)
 
 

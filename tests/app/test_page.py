@@ -222,11 +222,17 @@ def test_a_surprise_chooses_and_draws(open_page):
     assert len(chosen(page)) == 1
 
 
-def test_a_picture_of_ones_own_is_enlarged(open_page, real_image_files):
+def test_a_picture_of_ones_own_is_enlarged(open_page, real_image_files, tmp_path):
     page = open_page()
     page.get_by_role("tab", name="Upscale").click()
     page.click("#enlarge")
     page.wait_for_selector(".toast-body >> text=/no picture/")
+    (tmp_path / "text.png").write_text("text")
+    page.set_input_files("#own-picture input[type=file]", tmp_path / "text.png")
+    page.wait_for_selector("#own-picture img", state="attached")
+    page.click("#enlarge")
+    page.wait_for_selector(".toast-body >> text=/not a picture/")
+    page.click("#own-picture [aria-label='Remove Image']")
     page.set_input_files("#own-picture input[type=file]", real_image_files[0])
     page.wait_for_selector("#own-picture img")
     page.click("#enlarge")
