@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ MOST_STAGES = 4
 MOST_WAITING = 64  # requests in the queue
 MOST_IMAGES_PER_CLASS = 8
 FIRST_CLASS = "fluent3d/face-smiling"
+OWN_HOSTS = ("127.0.0.1", "localhost", "::1")  # that only this machine reaches
 CLEAN_EVERY, KEEP_FILES = 600, 3600  # seconds
 DRAWING = {"concurrency_id": "drawing", "concurrency_limit": 1}  # the pipeline draws for one at a time
 AT_ONCE = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
@@ -168,12 +170,14 @@ def _size_choices(model: Model) -> list[tuple[str, int]]:
     return [("Auto", 0), *((f"{size} px", size) for size in model.sizes[:-1])]
 
 
-def build_app(model: str) -> gr.Blocks:
+def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
     r"""
     Builds the page.
 
     Args:
         model (`str`): A saved pipeline's folder or Hub repository, or `"pisdm-emoji128"`.
+        takes_models (`bool`, defaults to `True`):
+            Whether visitors may load others: folders of this machine, or what this machine downloads from the Hub.
 
     Returns:
         `gr.Blocks`: To launch with [`launch_options`].
@@ -222,11 +226,12 @@ def build_app(model: str) -> gr.Blocks:
                         )
                         with gr.Row(elem_classes="per-stage"):
                             scales = [gr.Number(step=0.5, min_width=64, **arguments) for arguments in of_scales]
-                        with gr.Row():
-                            model_box = gr.Textbox(
-                                model, label="Model (folder or Hub repository)", max_length=300, elem_id="model"
-                            )
-                            load_button = gr.Button("Load", scale=0, min_width=90, size="sm", elem_id="load")
+                        if takes_models:
+                            with gr.Row():
+                                model_box = gr.Textbox(
+                                    model, label="Model (folder or Hub repository)", max_length=300, elem_id="model"
+                                )
+                                load_button = gr.Button("Load", scale=0, min_width=90, size="sm", elem_id="load")
                 with gr.Column(scale=6, min_width=300, elem_classes="stage-area"):
                     growing = gr.HTML(empty_canvas(), elem_id="growing")
                     gallery = gr.Gallery(
@@ -341,14 +346,15 @@ def build_app(model: str) -> gr.Blocks:
                 scans_of(loaded),
             ]
 
-        gr.on(
-            [load_button.click, model_box.submit],
-            load,
-            model_box,
-            [name, head, picker, *steps, *scales, label, size, scans],
-            api_visibility="private",
-            show_progress_on=[model_box],
-        )
+        if takes_models:
+            gr.on(
+                [load_button.click, model_box.submit],
+                load,
+                model_box,
+                [name, head, picker, *steps, *scales, label, size, scans],
+                api_visibility="private",
+                show_progress_on=[model_box],
+            )
         _add_endpoints(studio)
 
         app.load(None, None, None, js=(STATIC / "page.js").read_text(encoding="utf-8"))
@@ -450,6 +456,14 @@ def launch_options() -> dict[str, Any]:
     }
 
 
+def _check_free(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"Cannot serve at port {port} of {host}: {reason}. Choose another with --port.") from error
+
+
 def launch(model: str | None = None, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> None:
     r"""
     Serves the page until it is interrupted.
@@ -463,8 +477,11 @@ def launch(model: str | None = None, host: str = "127.0.0.1", port: int | None =
         share (`bool`, defaults to `False`): Whether to make a public link through Gradio's servers.
 
     Raises:
-        OSError: The port is taken.
+        OSError: The port is taken, or the address is not this machine's.
         ValueError: The model cannot be loaded.
     """
-    app = build_app(model or os.environ.get("PISDM_MODEL") or CHECKPOINT.name)
+    if port is not None:
+        _check_free(host, port)
+    is_own = host in OWN_HOSTS and not share and not os.environ.get("SPACE_ID")
+    app = build_app(model or os.environ.get("PISDM_MODEL") or CHECKPOINT.name, takes_models=is_own)
     app.launch(server_name=host, server_port=port, share=share, **launch_options())

@@ -1,9 +1,11 @@
 """What programs call, with gradio_client, and what the page does without a browser."""
 
+import socket
 import sys
 import time
 from types import SimpleNamespace
 
+import gradio
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from benchmarks import app_load
+from diffusers_pisdm.app import page
 from diffusers_pisdm.app.drawing import draw, plan_drawing
 from diffusers_pisdm.app.own_picture import read_picture
 from diffusers_pisdm.app.settings import read_settings
@@ -183,6 +186,30 @@ def test_zero_gpu_lends_a_gpu_to_each_drawing(monkeypatch):
     lent = []
     monkeypatch.setitem(sys.modules, "spaces", SimpleNamespace(GPU=lambda f: lent.append(f) or f))
     assert _on_gpu(function) is function and lent == [function]
+
+
+@pytest.mark.parametrize(
+    "options, space, takes_models",
+    [
+        ({}, "", True),
+        ({"share": True}, "", False),
+        ({"host": "0.0.0.0"}, "", False),
+        ({}, "someone/pisdm", False),
+    ],
+)
+def test_only_the_machines_own_user_loads_other_models(model_folder, monkeypatch, options, space, takes_models):
+    built = []
+    monkeypatch.setenv("SPACE_ID", space)
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda app, **_: built.append(app))
+    page.launch(str(model_folder), **options)
+    config = built[0].get_config_file()
+    assert any(part["props"].get("elem_id") == "model" for part in config["components"]) == takes_models
+    assert any(function.name == "load" for function in built[0].fns.values()) == takes_models
+
+
+def test_a_taken_port_is_told_before_a_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match=r"port \d+ .*in use.*--port"):
+        page.launch("no/such/model", port=taken.getsockname()[1])
 
 
 def test_many_clients_at_once_see_no_errors(model_folder):
