@@ -281,7 +281,7 @@ def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
                             columns=1,
                             height="auto",
                         )
-                        own_lines = gr.HTML()
+                        own_lines = gr.HTML(message("Choose a picture and press Enlarge."), elem_id="own-lines")
 
             with gr.Tab("Stages"):
                 gr.HTML(
@@ -453,6 +453,7 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": "8mb",
         "run_history": False,
         "ssr_mode": False,
+        "i18n": gr.I18n(en={"common.complete": "Complete"}),  # Gradio reads it to the blind, but has no text for it
     }
 
 

@@ -177,7 +177,7 @@ def test_nothing_chosen_is_a_sentence_and_the_page_goes_on(open_page):
     draw(page)
 
 
-def test_stop_ends_a_drawing_and_frees_the_worker(open_page, monkeypatch):
+def test_stop_ends_a_drawing_and_frees_the_worker(open_page, monkeypatch, real_image_files):
     forward = PISDMTransformer2DModel.forward
 
     def slow_forward(*args, **kwargs):  # the drawing would take 10 seconds
@@ -192,6 +192,15 @@ def test_stop_ends_a_drawing_and_frees_the_worker(open_page, monkeypatch):
     set_number(page, "#per-class", 8)
     page.click("#draw")
     page.wait_for_selector("#growing img")
+    waiting = open_page()
+    waiting.click("#draw")
+    waiting.wait_for_selector("#lines .progress-text >> text=/queue: 1.1/")
+    waiting.get_by_role("tab", name="Upscale").click()
+    waiting.set_input_files("#own-picture input[type=file]", real_image_files[0])
+    waiting.wait_for_selector("#own-picture img")
+    waiting.click("#enlarge")
+    waiting.wait_for_selector("#own-lines .progress-text >> text=/queue: 2.2/")
+    assert waiting.evaluate("document.querySelector('#own-lines .minimal').clientHeight") > 9  # it has room
     page.click("#stop")
     page.wait_for_selector("#lines >> text=Stopped")
     assert page.locator("#gallery img").count() == 0
@@ -213,6 +222,8 @@ def test_two_visitors_at_once_get_their_own(open_page, url, tmp_path):
         page.wait_for_selector("#gallery img")
         recipes.append(read_recipe(save(page, url, tmp_path / "picture.png")))
     assert [(recipe["class_label"], recipe["seed"]) for recipe in recipes] == [("noto/heart", 5), ("twemoji/heart", 6)]
+    read_aloud = "[...document.querySelectorAll('[aria-live]')].some((part) => part.textContent === 'Complete')"
+    pages[0].wait_for_function(read_aloud)
 
 
 def test_a_surprise_chooses_and_draws(open_page):
