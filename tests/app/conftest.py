@@ -46,7 +46,7 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "other"
-    make_pipe(["a", "b"], default_num_inference_steps=[2, 4]).save_pretrained(folder)
+    make_pipe(["🐶👩‍🚀🐱", "b"], default_num_inference_steps=[2, 4]).save_pretrained(folder)
     return folder
 
 

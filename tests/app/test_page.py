@@ -260,7 +260,8 @@ def test_another_model_changes_the_page(open_page, other_folder):
     page.fill("#model input, #model textarea", str(other_folder))
     page.click("#load")
     page.wait_for_function("document.querySelectorAll('.picker-tile').length === 2")
-    assert visible_tiles(page) == ["a", "b"]
+    assert visible_tiles(page) == ["🐶👩‍🚀🐱", "b"]
+    assert page.locator(".picker-tile .picker-picture").all_inner_texts() == ["🐶👩‍🚀", "b"]
     assert page.input_value(".per-stage input >> nth=1") == "4"
     draw(page)
 
