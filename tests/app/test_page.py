@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.utils.png_recipe import read_recipe, recipe_chunk
+from tests.app.conftest import TAKES_DROPS
 
 
 DROP = """([selector, name, data]) => {
@@ -18,14 +19,6 @@ DROP = """([selector, name, data]) => {
   transfer.items.add(new File([bytes], name, { type: "image/png" }));
   const options = { dataTransfer: transfer, bubbles: true, cancelable: true };
   document.querySelector(selector).dispatchEvent(new DragEvent("drop", options));
-}"""
-
-
-TAKES_DROPS = """(selector) => {
-  const dataTransfer = new DataTransfer();
-  dataTransfer.items.add(new File([""], "any.png", { type: "image/png" }));
-  const over = new DragEvent("dragover", { dataTransfer, bubbles: true, cancelable: true });
-  return !document.querySelector(selector).dispatchEvent(over);
 }"""
 
 
