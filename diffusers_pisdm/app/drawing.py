@@ -14,14 +14,20 @@ from PIL import Image
 from ..models.latents import decode_latents
 from ..ops.conditioning_augmentation import residual_to_image
 from ..pipelines import PISDMCascadePipeline
+from ..pipelines.number_checks import NUMBERS
 from ..pipelines.pipeline_pisdm_cascade import SCHEDULERS
+from ..utils.arguments import SEEDS
+from ..utils.messages import count_of
+from ..utils.names import show_name
+from ..utils.png_recipe import dtype_name
 from .models import Model
 
 
 MOST_IMAGES = 16
-MOST_STEPS = 100  # in a stage
-LARGEST_SEED = 2**32 - 1
-GUIDANCE_RANGE = (1.0, 10.0)
+LARGEST_SEED = 2**53 - 1  # larger whole numbers are rounded by browsers
+# What one visitor may ask of a server that draws for many: less than the pipeline takes.
+LIMITS = {"num_inference_steps": (1, 100), "guidance_scale": (1, 10)}
+ELSEWHERE = "`pisdm generate` goes beyond that."
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Drawing:
             "guidance_scale": self.guidance_scale,
             "noise_level": model.default("noise_level")[: model.pipe.num_stages - 1],
             "scheduler": type(model.pipe.scheduler).__name__,
+            "dtype": dtype_name(model.pipe.transformer.dtype),
         }
         if self.image is not None:
             shared["image"] = f"a picture of {self.image.width}x{self.image.height} pixels"
@@ -65,42 +72,69 @@ def plan_drawing(
     model: Model,
     class_labels: list[str | int],
     images_per_class: int,
-    seed: int | None,
-    num_inference_steps: list[int],
-    guidance_scale: list[float],
+    seed: int,
+    num_inference_steps: int | list[int],
+    guidance_scale: float | list[float],
     image: Image.Image | None = None,
 ) -> Drawing:
     """Checks what is asked for; raises a TypeError or ValueError that says what is wrong."""
-    if not isinstance(class_labels, list) or not class_labels:
+    if not isinstance(class_labels, list):
+        raise TypeError(
+            f"`class_labels` has to be a list of class names or ids but is {_quote(class_labels)}."
+            f" Pass {[model.labels[0]]}, for example."
+        )
+    if not class_labels:
         raise ValueError("No class is chosen. Pick at least one.")
-    if not _is_whole(images_per_class, 1, MOST_IMAGES):
-        raise ValueError(f"The number of pictures has to be 1 to {MOST_IMAGES}, but is {images_per_class}.")
+    _check_whole("The number of pictures per class", images_per_class, 1, MOST_IMAGES)
     num_images = len(class_labels) * int(images_per_class)
     if num_images > MOST_IMAGES:
         raise ValueError(
             f"{len(class_labels)} classes with {images_per_class} pictures each are {num_images}, but at most"
             f" {MOST_IMAGES} are drawn at once. Choose fewer."
         )
-    if not _is_whole(seed, 0, LARGEST_SEED):
-        raise ValueError(f"The seed has to be a whole number from 0 to {LARGEST_SEED}, but is {seed}.")
-    for stage, steps in enumerate(num_inference_steps, start=1):
-        if not _is_whole(steps, 1, MOST_STEPS):
-            raise ValueError(f"Stage {stage} has {steps} steps, but 1 to {MOST_STEPS} are possible.")
-    least, most = GUIDANCE_RANGE
-    for stage, scale in enumerate(guidance_scale, start=1):
-        if not isinstance(scale, (int, float)) or not least <= scale <= most:
-            raise ValueError(f"Stage {stage} has a guidance of {scale}, but {least:g} to {most:g} is possible.")
-    for name, values in (("steps", num_inference_steps), ("guidance", guidance_scale)):
-        if len(values) != model.pipe.num_stages:
-            raise ValueError(f"There are {len(values)} values for {name}, but {model.pipe.num_stages} stages.")
+    _check_whole("The seed", seed, 0, LARGEST_SEED, is_valid=_is_whole(seed) and SEEDS.fault(seed) is None)
+    steps = _per_stage(model, "num_inference_steps", num_inference_steps)
+    scales = _per_stage(model, "guidance_scale", guidance_scale)
     class_ids = [model.find_class(label) for label in class_labels for _ in range(int(images_per_class))]
-    steps, scales = [int(value) for value in num_inference_steps], [float(value) for value in guidance_scale]
-    return Drawing(class_ids, int(seed), steps, scales, image)
+    return Drawing(class_ids, int(seed), [int(value) for value in steps], [float(value) for value in scales], image)
 
 
-def _is_whole(value: Any, least: int, most: int) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and least <= value <= most and value == int(value)
+def _per_stage(model: Model, name: str, values: Any) -> list:
+    """One value for each stage, within what the pipeline takes and what this page allows."""
+    num_stages = model.pipe.num_stages
+    values = values if isinstance(values, list) else [values] * num_stages
+    if len(values) != num_stages:
+        raise ValueError(
+            f"`{name}` has {count_of(len(values), 'value')}, but this model has {count_of(num_stages, 'stage')}."
+            " Pass one value per stage."
+        )
+    words, is_valid = NUMBERS[name]
+    least, most = LIMITS[name]
+    for stage, value in enumerate(values, start=1):
+        if not is_valid(value):
+            raise ValueError(f"`{name}` of stage {stage} has to be {words} but is {_quote(value)}.")
+        if not least <= value <= most:
+            raise ValueError(
+                f"`{name}` of stage {stage} is {_quote(value)}, but this page draws with {least} to {most}."
+                f" {ELSEWHERE}"
+            )
+    return values
+
+
+def _check_whole(what: str, value: Any, least: int, most: int, is_valid: bool = False) -> None:
+    """Raises a ValueError unless a number is whole and in a range; if `is_valid`, the range is this page's own."""
+    if not _is_whole(value) or not least <= value <= most:
+        elsewhere = f" {ELSEWHERE}" if is_valid else ""
+        raise ValueError(f"{what} has to be a whole number from {least} to {most} but is {_quote(value)}.{elsewhere}")
+
+
+def _is_whole(value: Any) -> bool:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer or (isinstance(value, float) and value.is_integer())
+
+
+def _quote(value: Any) -> str:
+    return show_name(repr(value)) if value is not None else "empty"
 
 
 def draw(pipe: PISDMCascadePipeline, drawing: Drawing) -> Iterator[Progress]:

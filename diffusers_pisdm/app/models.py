@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import torch
 
 from ..models.latents import vae_scale_factor
 from ..pipelines import PISDMCascadePipeline
-from ..pipelines.class_names import ids_by_name
-from ..utils.messages import one_line
+from ..pipelines.class_names import get_class_id, ids_by_name
+from ..utils.files import is_path
+from ..utils.messages import cause_of
+from ..utils.names import show_name
 from ..utils.shipped_files import find_model, model_name
 from .class_sheet import find_sheet
 
@@ -44,7 +47,8 @@ class Model:
         """The id of a class, by name or by number; raises a TypeError or ValueError if there is none."""
         known = self.labels.index(label) if label in self.labels else None
         is_number = isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10
-        return known if known is not None else self.pipe.get_label_ids([int(label) if is_number else label])[0]
+        label = int(label) if is_number else label
+        return known if known is not None else get_class_id(label, self.pipe.config.id2label, len(self.labels))
 
 
 class Models:
@@ -71,11 +75,12 @@ def _load(name: str) -> Model:
         pipe = PISDMCascadePipeline.from_pretrained(path, use_safetensors=True)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     except LOADING_ERRORS as error:
-        reason = one_line(str(error).strip().split("\n")[0])[:300]
-        raise ValueError(
-            f"The model '{one_line(name)[:200]}' cannot be loaded: {reason} Pass the folder of a saved"
-            " PISDMCascadePipeline, or its repository on the Hub."
-        ) from error
+        if not os.path.exists(path) and not is_path(path):
+            raise ValueError(
+                f"There is no folder '{show_name(name)}', and no repository of that name could be read from the Hub"
+                f" ({cause_of(error)}). Pass the folder of a saved PISDMCascadePipeline, or its repository."
+            ) from error
+        raise ValueError(f"The model '{show_name(name)}' cannot be loaded: {cause_of(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     pipe(class_labels=0, num_inference_steps=2)  # compiles the kernels: nobody should wait for that
     names, ids = pipe.config.id2label or {}, ids_by_name(pipe.config.id2label)

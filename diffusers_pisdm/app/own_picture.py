@@ -7,9 +7,11 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ..data.image_transform import decode_image
+from ..utils.names import show_name
 
 
 MOST_PIXELS = 40_000_000
+NOT_READABLE = "The file is not a picture that can be read, or damaged. Choose a PNG, JPEG or WebP."
 
 
 def read_picture(path: str | Path, sizes: list[int], size: int | None = None) -> Image.Image:
@@ -32,8 +34,8 @@ def read_picture(path: str | Path, sizes: list[int], size: int | None = None) ->
         picture = decode_image(Path(path).read_bytes(), MOST_PIXELS)
     except ValueError as error:
         raise ValueError(f"This picture cannot be used: {error}.") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError("The file is not a picture that can be read. Pass a PNG, JPEG or WebP.") from error
+    except Exception as error:  # Pillow's, of a damaged file
+        raise ValueError(NOT_READABLE) from error
     lower = sizes[:-1]
     if not lower:
         raise ValueError("This model has one stage: there is none that enlarges.")
@@ -41,11 +43,11 @@ def read_picture(path: str | Path, sizes: list[int], size: int | None = None) ->
     if size is None:
         size = max((s for s in lower if s <= shortest), default=lower[0])
     if size not in lower:
-        raise ValueError(f"A picture of {size} pixels cannot be enlarged: the stages take {_list(lower)}.")
+        words = " or ".join(map(str, lower))
+        raise ValueError(f"The size to start from has to be {words} pixels but is {show_name(repr(size))}.")
     if shortest < size:
-        raise ValueError(f"The picture is {shortest} pixels wide, but {size} are needed. Choose a larger one.")
+        raise ValueError(
+            f"The picture is {picture.width}x{picture.height} pixels, but at least {size}x{size} are needed. Choose a"
+            " larger one."
+        )
     return ImageOps.fit(picture, (size, size), Image.Resampling.BOX)
-
-
-def _list(sizes: list[int]) -> str:
-    return " or ".join(map(str, sizes))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
+from gradio.components.api_component import Api
 
+from ..utils.names import names_with, show_name
 from ..utils.shipped_files import CHECKPOINT
-from .drawing import GUIDANCE_RANGE, LARGEST_SEED, MOST_STEPS, Drawing, Progress, draw, plan_drawing
+from .drawing import Drawing, Progress, draw, plan_drawing
 from .models import Model, Models
 from .own_picture import read_picture
-from .parts import STATIC, class_picker, classes_of, head_of, scan_view, stage_viewer
+from .parts import STATIC, class_picker, classes_of, head_of, own_picture, scan_view, sentences, stage_viewer
 from .results import Record, columns, empty_canvas, message
 from .scans import scans_of
 from .settings import read_settings
@@ -25,19 +27,11 @@ MOST_STAGES = 4
 MOST_WAITING = 64  # requests in the queue
 MOST_IMAGES_PER_CLASS = 8
 FIRST_CLASS = "fluent3d/face-smiling"
+OWN_HOSTS = ("127.0.0.1", "localhost", "::1")  # that only this machine reaches
 CLEAN_EVERY, KEEP_FILES = 600, 3600  # seconds
 DRAWING = {"concurrency_id": "drawing", "concurrency_limit": 1}  # the pipeline draws for one at a time
 AT_ONCE = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 WATCHED = {"api_visibility": "private", "show_progress": "minimal", **DRAWING}  # shows the place in the queue
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """Shows the visitor what was wrong with the input, instead of "Error"."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise gr.Error(str(error), title="That did not work", duration=12, print_exception=False) from error
 
 
 def _on_gpu(function: Callable) -> Callable:
@@ -66,14 +60,14 @@ class _Studio:
         """Yields the record of a drawing before its first step and after each."""
         record = Record(self.models.get(name), drawing)
         yield record
-        with _sentences():
+        with sentences():
             for progress in self._draw_with(name, drawing):
                 record.add(progress)
                 yield record
 
     def draw(self, name: str, labels: list[str], per_class: int, seed: int, keep: bool, *per_stage: float) -> Iterator:
         """Yields what the page shows: seed, growing pictures, lines of progress, gallery, stages."""
-        with _sentences():
+        with sentences():
             model = self.models.get(name)
             num_stages = model.pipe.num_stages
             steps, scales = per_stage[:num_stages], per_stage[MOST_STAGES : MOST_STAGES + num_stages]
@@ -90,28 +84,20 @@ class _Studio:
         with record.files() as files:
             yield drawing.seed, gr.HTML(visible=False), record.lines("done"), _finished(files), record.film()
 
-    def enlarge(self, name: str, path: str | None, label: str, size: str, seed: int) -> Iterator:
+    def enlarge(self, name: str, path: str | None, label: str, size: int, seed: int) -> Iterator:
         """Yields what the Upscale tab shows: the picture it starts from, growing pictures, lines, gallery."""
-        drawing = self._plan_enlarging(name, path, label, size, seed)
+        drawing = self.plan_enlarging(name, path, label, size or None, seed)
         for record in self.watch(name, drawing):
             yield _growing(record), record.lines(), gr.skip() if record.images else _no_files()
         with record.files() as files:
             yield gr.HTML(visible=False), record.lines("done"), _finished(files)
 
-    def enlarge_to_files(self, name: str, path: str, label: str, size: str, seed: int) -> Iterator[list[str]]:
-        drawing = self._plan_enlarging(name, path, label, size, seed)
-        for record in self.watch(name, drawing):  # noqa: B007 - its last value is used
-            yield []
-        with record.files() as files:
-            yield [file for file, _ in files]
-
-    def _plan_enlarging(self, name: str, path: str | None, label: str, size: str, seed: int) -> Drawing:
-        with _sentences():
+    def plan_enlarging(self, name: str, path: str | None, label: str | int, size: int | None, seed: int) -> Drawing:
+        with sentences():
             model = self.models.get(name)
             if path is None:
                 raise ValueError("There is no picture to enlarge. Choose one first.")
-            wanted = None if size == "Auto" else int(str(size).removesuffix(" px"))
-            image = read_picture(path, model.sizes, wanted)
+            image = read_picture(path, model.sizes, size)
             steps, scales = model.default("num_inference_steps"), model.default("guidance_scale")
             return plan_drawing(model, [label], 1, seed, steps, scales, image)
 
@@ -120,7 +106,7 @@ class _Studio:
 
     def apply_recipe(self, name: str, path: str | None) -> list:
         """What a dropped picture sets: picker, pictures per class, seed, whether to keep it, steps and guidance."""
-        with _sentences():
+        with sentences():
             settings = read_settings(path, self.models.get(name))
         if settings.unmatched:
             gr.Warning(
@@ -180,16 +166,18 @@ def _stage_inputs(model: Model) -> tuple[list[dict], list[dict]]:
     )
 
 
-def _size_choices(model: Model) -> list[str]:
-    return ["Auto", *(f"{size} px" for size in model.sizes[:-1])]
+def _size_choices(model: Model) -> list[tuple[str, int]]:
+    return [("Auto", 0), *((f"{size} px", size) for size in model.sizes[:-1])]
 
 
-def build_app(model: str) -> gr.Blocks:
+def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
     r"""
     Builds the page.
 
     Args:
         model (`str`): A saved pipeline's folder or Hub repository, or `"pisdm-emoji128"`.
+        takes_models (`bool`, defaults to `True`):
+            Whether visitors may load others: folders of this machine, or what this machine downloads from the Hub.
 
     Returns:
         `gr.Blocks`: To launch with [`launch_options`].
@@ -201,7 +189,6 @@ def build_app(model: str) -> gr.Blocks:
     first = studio.first
     first_label = FIRST_CLASS if FIRST_CLASS in first.labels else first.labels[0]
     of_steps, of_scales = _stage_inputs(first)
-    least, most = GUIDANCE_RANGE
 
     with gr.Blocks(
         title="PIS-DM: pictures that grow", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FILES)
@@ -221,9 +208,7 @@ def build_app(model: str) -> gr.Blocks:
                             1, MOST_IMAGES_PER_CLASS, 4, step=1, label="Pictures per class", elem_id="per-class"
                         )
                         with gr.Column(min_width=150):
-                            seed = gr.Number(
-                                0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed"
-                            )
+                            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
                             keep = gr.Checkbox(label="The same seed again", container=False, elem_id="keep")
                     with gr.Column(elem_id="recipe"):
                         recipe_file = gr.UploadButton(
@@ -235,23 +220,18 @@ def build_app(model: str) -> gr.Blocks:
                     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                         gr.HTML("<p class='hint'>Denoising steps per stage</p>")
                         with gr.Row(elem_classes="per-stage"):
-                            steps = [
-                                gr.Number(precision=0, minimum=1, maximum=MOST_STEPS, min_width=64, **arguments)
-                                for arguments in of_steps
-                            ]
+                            steps = [gr.Number(precision=0, min_width=64, **arguments) for arguments in of_steps]
                         gr.HTML(
                             "<p class='hint'>Guidance per stage: how strictly to follow the class; 1 turns it off</p>"
                         )
                         with gr.Row(elem_classes="per-stage"):
-                            scales = [
-                                gr.Number(minimum=least, maximum=most, step=0.5, min_width=64, **arguments)
-                                for arguments in of_scales
-                            ]
-                        with gr.Row():
-                            model_box = gr.Textbox(
-                                model, label="Model (folder or Hub repository)", max_length=300, elem_id="model"
-                            )
-                            load_button = gr.Button("Load", scale=0, min_width=90, size="sm", elem_id="load")
+                            scales = [gr.Number(step=0.5, min_width=64, **arguments) for arguments in of_scales]
+                        if takes_models:
+                            with gr.Row():
+                                model_box = gr.Textbox(
+                                    model, label="Model (folder or Hub repository)", max_length=300, elem_id="model"
+                                )
+                                load_button = gr.Button("Load", scale=0, min_width=90, size="sm", elem_id="load")
                 with gr.Column(scale=6, min_width=300, elem_classes="stage-area"):
                     growing = gr.HTML(empty_canvas(), elem_id="growing")
                     gallery = gr.Gallery(
@@ -274,8 +254,7 @@ def build_app(model: str) -> gr.Blocks:
                 )
                 with gr.Row(elem_classes="workbench"):
                     with gr.Column(scale=5, min_width=300, elem_classes="tools"):
-                        own = gr.Image(
-                            type="filepath",
+                        own = own_picture(
                             sources=["upload", "clipboard"],
                             show_label=False,
                             height=300,
@@ -285,8 +264,8 @@ def build_app(model: str) -> gr.Blocks:
                         label = gr.Dropdown(
                             first.labels, value=first_label, label="What it shows", elem_id="own-class"
                         )
-                        size = gr.Radio(_size_choices(first), value="Auto", label="Start from", elem_id="own-size")
-                        own_seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
+                        size = gr.Radio(_size_choices(first), value=0, label="Start from", elem_id="own-size")
+                        own_seed = gr.Number(0, label="Seed", precision=0, elem_id="own-seed")
                         enlarge_button = gr.Button("Enlarge", variant="primary", elem_id="enlarge")
                         own_stop = gr.Button("Stop", visible=False, elem_id="own-stop")
                     with gr.Column(scale=6, min_width=300, elem_classes="stage-area"):
@@ -302,7 +281,7 @@ def build_app(model: str) -> gr.Blocks:
                             columns=1,
                             height="auto",
                         )
-                        own_lines = gr.HTML()
+                        own_lines = gr.HTML(message("Choose a picture and press Enlarge."), elem_id="own-lines")
 
             with gr.Tab("Stages"):
                 gr.HTML(
@@ -353,7 +332,7 @@ def build_app(model: str) -> gr.Blocks:
         own_stop.click(None, cancels=[enlarging]).then(_stopped, None, [*own_buttons, own_lines], **AT_ONCE)
 
         def load(wanted: str) -> list:
-            with _sentences():
+            with sentences():
                 loaded = studio.models.get(wanted.strip())
             of_steps, of_scales = _stage_inputs(loaded)
             gr.Info(f"Drawing with {loaded.name} from now on.")
@@ -363,26 +342,33 @@ def build_app(model: str) -> gr.Blocks:
                 gr.HTML(value=[loaded.labels[0]], **classes_of(loaded)),
                 *(gr.Number(**arguments) for arguments in (*of_steps, *of_scales)),
                 gr.Dropdown(choices=loaded.labels, value=loaded.labels[0]),
-                gr.Radio(choices=_size_choices(loaded), value="Auto"),
+                gr.Radio(choices=_size_choices(loaded), value=0),
                 scans_of(loaded),
             ]
 
-        gr.on(
-            [load_button.click, model_box.submit],
-            load,
-            model_box,
-            [name, head, picker, *steps, *scales, label, size, scans],
-            api_visibility="private",
-            show_progress_on=[model_box],
-        )
-        _add_endpoints(studio, own_inputs)
+        if takes_models:
+            gr.on(
+                [load_button.click, model_box.submit],
+                load,
+                model_box,
+                [name, head, picker, *steps, *scales, label, size, scans],
+                api_visibility="private",
+                show_progress_on=[model_box],
+            )
+        _add_endpoints(studio)
 
         app.load(None, None, None, js=(STATIC / "page.js").read_text(encoding="utf-8"))
     return app.queue(max_size=MOST_WAITING)
 
 
-def _add_endpoints(studio: _Studio, own_inputs: list) -> None:
+def _add_endpoints(studio: _Studio) -> None:
     """What programs call with gradio_client: the first model, whatever visitors load."""
+
+    def draw(drawing: Drawing) -> Iterator[list[dict[str, Any]]]:
+        for record in studio.watch(studio.name, drawing):  # noqa: B007 - its last value is used
+            yield []
+        with record.files() as files:
+            yield [gr.FileData(path=path).model_dump() for path, _ in files]
 
     def generate(
         class_labels: list[str],
@@ -397,18 +383,28 @@ def _add_endpoints(studio: _Studio, own_inputs: list) -> None:
             class_labels: Names of classes, or their numbers as text.
             images_per_class: From 1; at most 16 pictures in all.
             seed: Of the first picture; the next has the next number.
-            num_inference_steps: A number per stage; by default, the model's.
-            guidance_scale: A number per stage; by default, the model's.
+            num_inference_steps: A number per stage, or one for all; by default, the model's.
+            guidance_scale: A number per stage, or one for all; by default, the model's.
         """
-        with _sentences():
+        with sentences():
             model = studio.first
-            steps = num_inference_steps or model.default("num_inference_steps")
-            scales = guidance_scale or model.default("guidance_scale")
+            steps = model.default("num_inference_steps") if num_inference_steps is None else num_inference_steps
+            scales = model.default("guidance_scale") if guidance_scale is None else guidance_scale
             drawing = plan_drawing(model, class_labels, images_per_class, seed, steps, scales)
-        for record in studio.watch(studio.name, drawing):  # noqa: B007 - its last value is used
-            yield []
-        with record.files() as files:
-            yield [gr.FileData(path=path).model_dump() for path, _ in files]
+        yield from draw(drawing)
+
+    def upscale(
+        image: str | None, class_label: str, size: int | None = None, seed: int = 0
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Enlarges a picture by the stages above its size; returns the file.
+
+        Parameters:
+            image: A picture of your own.
+            class_label: What it shows: the name of a class, or its number as text.
+            size: The stage to start from, by its pixels; by default, the highest that the picture fills.
+            seed: Of the noise.
+        """
+        yield from draw(studio.plan_enlarging(studio.name, image, class_label, size, seed))
 
     def classes(contains: str = "") -> list[str]:
         """Lists the model's classes, in order of their numbers.
@@ -416,24 +412,36 @@ def _add_endpoints(studio: _Studio, own_inputs: list) -> None:
         Parameters:
             contains: Only those that contain this word.
         """
-        return [label for label in studio.first.labels if contains.lower() in label.lower()]
+        with sentences():
+            if not isinstance(contains, str):
+                raise TypeError(f"`contains` has to be text but is {show_name(repr(contains))}. Pass a word, or ''.")
+            return names_with(contains, studio.first.labels)
 
     def stages() -> list[int]:
         """Lists the width in pixels of each stage's pictures."""
         return studio.first.sizes
 
-    generate.__annotations__["return"] = list[str]  # what callers get: Gradio describes the endpoint by it
+    # What callers get: Gradio reads types from here, and files' paths are text to its clients.
+    for function, returned in ((generate, list[str]), (classes, list[str]), (stages, list[int])):
+        function.__annotations__["return"] = returned
     gr.api(generate, api_name="generate", **DRAWING)
     gr.api(classes, api_name="classes", concurrency_limit=None)
     gr.api(stages, api_name="stages", concurrency_limit=None)
-    gr.Button(visible=False).click(
-        studio.enlarge_to_files,
-        own_inputs,
-        gr.File(visible=False, file_count="multiple", label="Files"),
-        api_name="upscale",
-        api_description="Enlarges a picture by the stages above its size; returns the file.",
-        **DRAWING,
-    )
+    # Not by `gr.api`: it would read any file of this machine that a caller names.
+    text, number = {"type": "string"}, {"type": "integer"}
+    inputs = [
+        own_picture(visible=False, label="Image"),
+        *(
+            Api(value, schema, label)
+            for value, schema, label in (
+                (None, text, "Class"),
+                (None, {"oneOf": [{"type": "null"}, number]}, "Size"),
+                (0, number, "Seed"),
+            )
+        ),
+    ]
+    output = Api(None, {"type": "array", "items": text}, "Files")
+    gr.Button(visible=False).click(upscale, inputs, output, api_name="upscale", **DRAWING)
 
 
 def launch_options() -> dict[str, Any]:
@@ -445,7 +453,16 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": "8mb",
         "run_history": False,
         "ssr_mode": False,
+        "i18n": gr.I18n(en={"common.complete": "Complete"}),  # Gradio reads it to the blind, but has no text for it
     }
+
+
+def _check_free(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"Cannot serve at port {port} of {host}: {reason}. Choose another with --port.") from error
 
 
 def launch(model: str | None = None, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> None:
@@ -461,8 +478,11 @@ def launch(model: str | None = None, host: str = "127.0.0.1", port: int | None =
         share (`bool`, defaults to `False`): Whether to make a public link through Gradio's servers.
 
     Raises:
-        OSError: The port is taken.
+        OSError: The port is taken, or the address is not this machine's.
         ValueError: The model cannot be loaded.
     """
-    app = build_app(model or os.environ.get("PISDM_MODEL") or CHECKPOINT.name)
+    if port is not None:
+        _check_free(host, port)
+    is_own = host in OWN_HOSTS and not share and not os.environ.get("SPACE_ID")
+    app = build_app(model or os.environ.get("PISDM_MODEL") or CHECKPOINT.name, takes_models=is_own)
     app.launch(server_name=host, server_port=port, share=share, **launch_options())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,6 +12,7 @@ import gradio as gr
 
 from .class_sheet import COLUMNS
 from .models import Model
+from .own_picture import NOT_READABLE
 from .scans import scans_of
 
 
@@ -70,6 +73,31 @@ SCANS = """
   <div class="scans-grid"></div>
 </div>
 """
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Shows the visitor what was wrong with the input, instead of "Error"."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise gr.Error(str(error), title="That did not work", duration=12, print_exception=False) from error
+
+
+def own_picture(**arguments: Any) -> gr.Image:
+    """Takes a visitor's picture, by its path: a file that is none ends in a sentence, not in Gradio's bare "Error"."""
+    image = gr.Image(type="filepath", image_mode=None, **arguments)
+    read = image.preprocess
+
+    def preprocess(payload: Any) -> str | None:
+        try:
+            return read(payload)
+        except Exception as error:  # Pillow's, of any file
+            with sentences():
+                raise ValueError(NOT_READABLE) from error
+
+    image.preprocess = preprocess  # a subclass would make Gradio write a .pyi file into the package
+    return image
 
 
 def class_picker(model: Model, value: list[str]) -> gr.HTML:

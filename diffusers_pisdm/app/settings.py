@@ -27,31 +27,23 @@ def read_settings(path: str | Path, model: Model) -> Settings:
     absent = [key for key in ("class_label", "seed") if key not in recipe]
     if absent:
         raise ValueError(f"The picture's recipe has no `{absent[0]}`.")
-    num_stages = model.pipe.num_stages
-    steps, scales = (
-        _per_stage(recipe.get(name), model.default(name), num_stages)
-        for name in ("num_inference_steps", "guidance_scale")
-    )
+    steps, scales = (recipe.get(name, model.default(name)) for name in ("num_inference_steps", "guidance_scale"))
     try:
         drawing = plan_drawing(model, [recipe["class_label"]], 1, recipe["seed"], steps, scales)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"The picture's recipe does not fit this model: {error}") from error
+        raise ValueError(f"The page cannot be set as this picture was drawn: {error}") from error
     (ours,) = drawing.recipes(model)
+    noise_level = recipe.get("noise_level", ours["noise_level"])
     wanted = {
         "model": recipe.get("model", ours["model"]),
         "scheduler": recipe.get("scheduler", ours["scheduler"]),
-        "noise_level": _per_stage(recipe.get("noise_level"), ours["noise_level"], num_stages - 1),
+        "dtype": recipe.get("dtype", ours["dtype"]),
+        "noise_level": noise_level if isinstance(noise_level, list) else [noise_level] * len(ours["noise_level"]),
     }
     unmatched = [f"{key}={_show(value)}" for key, value in wanted.items() if value != ours[key]]
     # Whatever else drew the picture has no place on the page.
     unmatched += [f"{key}={_show(value)}" for key, value in recipe.items() if key not in {*ours, "versions"}]
     return Settings(model.labels[drawing.class_ids[0]], drawing, unmatched)
-
-
-def _per_stage(value: Any, default: list, num_values: int) -> list:
-    if value is None:
-        return default
-    return value if isinstance(value, list) else [value] * num_values
 
 
 def _show(value: Any) -> str:

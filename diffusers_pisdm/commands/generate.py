@@ -27,7 +27,7 @@ from ..utils.files import check_writable
 from ..utils.image_grid import make_image_grid
 from ..utils.messages import show_duration
 from ..utils.names import did_you_mean, names_with, show_name
-from ..utils.png_recipe import save_image
+from ..utils.png_recipe import dtype_name, save_image
 from ..utils.shipped_files import CHECKPOINT, find_model, model_name
 from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids
 
@@ -123,6 +123,7 @@ def make_recipes(
     names, ids = pipe.config.id2label or {}, ids_by_name(pipe.config.id2label)
     names = {class_id: name for class_id, name in names.items() if ids[name] == [class_id]}  # of one class only
     shared = {"model": model_name(args.model), "scheduler": type(pipe.scheduler).__name__}
+    shared["dtype"] = dtype_name(pipe.transformer.dtype)
     shared |= {name: pipe.config[f"default_{name}"] for name in RECIPE_DEFAULTS} | call
     if args.lora:
         shared |= {"lora": args.lora, "lora_scale": 1.0 if args.lora_scale is None else args.lora_scale}

@@ -14,6 +14,10 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_finite(value: Any) -> bool:
+    return _is_real(value) and abs(value) < math.inf  # math.isfinite raises for huge integers
+
+
 def is_positive_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
 
@@ -26,11 +30,11 @@ NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"a positive integer up to {MAX_TIMESTEPS}",
         lambda value: is_positive_integer(value) and value <= MAX_TIMESTEPS,
     ),
-    "guidance_scale": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
+    "guidance_scale": ("a finite number", _is_finite),
     "guidance_start": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "guidance_stop": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "noise_level": ("in [0, 1)", lambda value: _is_real(value) and 0 <= value < 1),
-    "attention_kwargs['scale']": ("a finite number", lambda value: _is_real(value) and math.isfinite(value)),
+    "attention_kwargs['scale']": ("a finite number", _is_finite),
     "eta": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "strength": ("in [0, 1]", lambda value: _is_real(value) and 0 <= value <= 1),
     "relay_strength": ("None or in (0, 1]", lambda value: value is None or (_is_real(value) and 0 < value <= 1)),

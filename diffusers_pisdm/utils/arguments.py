@@ -72,7 +72,8 @@ def picture_path(text: str) -> Path:
 
 COUNT = bounded(int, Bounds(minimum=1))
 COUNT_OR_ZERO = bounded(int, Bounds(minimum=0))
-SEED = bounded(int, Bounds(minimum=0, maximum=2**63 - 1))  # of torch's generators
+SEEDS = Bounds(minimum=0, maximum=2**63 - 1)  # of torch's generators
+SEED = bounded(int, SEEDS)
 NOT_NEGATIVE = bounded(float, Bounds(minimum=0))
 SHARE = bounded(float, Bounds(minimum=0, maximum=1))
 PERCENT = bounded(float, Bounds(minimum=0, maximum=100))

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 MISSING = "\U0010ffff"  # a code point that no font may have
+SEPARATORS = set(" /-_,.…")  # that keep words apart
+MOST_FONTS = 100  # of the system that are read, as each takes hundredths of a second
 BITMAP_SIZES = (109, 136, 160, 96, 64)  # of colour emoji: such fonts have one size each
 
 
@@ -19,7 +21,7 @@ class LabelFont:
     """
     A font of a given size that falls back to others: Pillow's own, then those that Python packages bring (matplotlib's
     DejaVu Sans; matplotlib-fontja's for Japanese and Chinese), then the system's. What none of them has is written as
-    its Unicode name or code, never as a box.
+    its Unicode name or code, set apart by spaces, never as a box.
 
     Args:
         size (`float`): In pixels.
@@ -48,12 +50,14 @@ class LabelFont:
         return font.getlength(run) * self.size / font.size
 
     def _runs(self, text: str) -> list[tuple[ImageFont.FreeTypeFont, str]]:
-        pieces = []
+        pieces, before, was_words = [], " ", False
         for char in text:
             font = find_font(char, self.size)
-            if font is None:
-                font, char = _default(self.size), describe(char)
-            pieces.append((font, char))
+            is_words = font is None
+            if (is_words or was_words) and not {before, char} & SEPARATORS:
+                pieces.append((_default(self.size), " "))
+            pieces.append((_default(self.size), describe(char)) if is_words else (font, char))
+            before, was_words = char, is_words
         return [(font, "".join(char for _, char in run)) for font, run in groupby(pieces, key=lambda piece: piece[0])]
 
 
@@ -96,9 +100,13 @@ def _font_files() -> list[Path]:
     japanese = find_spec("matplotlib_fontja")
     if japanese is not None and japanese.origin is not None:
         files += sorted(Path(japanese.origin).parent.rglob("*.ttf"))
-    # Regular faces first: bold or italic ones only if there is no other.
+    # Emoji and regular faces first: bold or italic ones only if there is no other.
     slanted = ("Bold", "Italic", "Oblique")
-    return files + sorted(map(Path, findSystemFonts()), key=lambda path: (any(w in path.stem for w in slanted), path))
+    found = sorted(
+        map(Path, findSystemFonts()),
+        key=lambda path: ("Emoji" not in path.stem, any(word in path.stem for word in slanted), path),
+    )
+    return files + found[:MOST_FONTS]
 
 
 @lru_cache(maxsize=512)

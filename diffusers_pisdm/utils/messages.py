@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
+
 
 def one_line(text: object) -> str:
     """Writes what would break the line, garble a terminal or is not UTF-8 as an escape, such as `\\n`."""
@@ -12,6 +14,13 @@ def one_line(text: object) -> str:
         return character.encode("unicode_escape").decode("ascii")
 
     return "".join(c if c.isprintable() else escape(c) for c in str(text))
+
+
+def cause_of(error: BaseException, width: int = 500) -> str:
+    """What a library's error says, on one line, cut between words; the error itself where it points to a traceback."""
+    if "stacktrace above" in str(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return shorten(one_line(" ".join(str(error).split())), width, placeholder=" …")
 
 
 def show_duration(seconds: float) -> str:

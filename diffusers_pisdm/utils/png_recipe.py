@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -27,7 +28,7 @@ def recipe_chunk(recipe: dict[str, Any]) -> PngInfo:
     Args:
         recipe (`dict`):
             What drew the picture, as JSON holds it: `model` (a name or path), `class_label` (a name or id), `seed`,
-            `stage` and the arguments of the pipeline's call. Package versions are added.
+            `stage`, `dtype` and the arguments of the pipeline's call. Package versions are added.
     """
     package = __name__.partition(".")[0]
     versions = {package: sys.modules[package].__version__}  # a clone need not be installed
@@ -35,6 +36,11 @@ def recipe_chunk(recipe: dict[str, Any]) -> PngInfo:
     chunk = PngInfo()
     chunk.add_itxt(KEY, json.dumps({**recipe, "versions": versions}))
     return chunk
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A precision as recipes and commands have it: `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def save_image(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> None:

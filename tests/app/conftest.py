@@ -13,6 +13,14 @@ gradio = pytest.importorskip("gradio")
 LABELS = ["noto/cat-face", "noto/heart", "twemoji/cat-face", "twemoji/heart", "fxemoji/sun"]
 
 
+TAKES_DROPS = """(selector) => {
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([""], "any.png", { type: "image/png" }));
+  const over = new DragEvent("dragover", { dataTransfer, bubbles: true, cancelable: true });
+  return !document.querySelector(selector).dispatchEvent(over);
+}"""
+
+
 def make_pipe(labels: list[str] = LABELS, **defaults) -> PISDMCascadePipeline:
     torch.manual_seed(0)
     transformers = [
@@ -46,7 +54,7 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "other"
-    make_pipe(["a", "b"], default_num_inference_steps=[2, 4]).save_pretrained(folder)
+    make_pipe(["🐶👩‍🚀🐱", "b"], default_num_inference_steps=[2, 4]).save_pretrained(folder)
     return folder
 
 
@@ -88,6 +96,7 @@ def open_page(browser, url):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url, wait_until="domcontentloaded")
         page.wait_for_selector(".picker-tile")
+        page.wait_for_function(TAKES_DROPS, arg="#head")  # its events are bound
         return page
 
     yield open_page

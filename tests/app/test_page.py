@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.utils.png_recipe import read_recipe, recipe_chunk
+from tests.app.conftest import TAKES_DROPS
 
 
 DROP = """([selector, name, data]) => {
@@ -18,14 +19,6 @@ DROP = """([selector, name, data]) => {
   transfer.items.add(new File([bytes], name, { type: "image/png" }));
   const options = { dataTransfer: transfer, bubbles: true, cancelable: true };
   document.querySelector(selector).dispatchEvent(new DragEvent("drop", options));
-}"""
-
-
-TAKES_DROPS = """(selector) => {
-  const dataTransfer = new DataTransfer();
-  dataTransfer.items.add(new File([""], "any.png", { type: "image/png" }));
-  const over = new DragEvent("dragover", { dataTransfer, bubbles: true, cancelable: true });
-  return !document.querySelector(selector).dispatchEvent(over);
 }"""
 
 
@@ -196,7 +189,7 @@ def test_nothing_chosen_is_a_sentence_and_the_page_goes_on(open_page):
     draw(page)
 
 
-def test_stop_ends_a_drawing_and_frees_the_worker(open_page, slow_down):
+def test_stop_ends_a_drawing_and_frees_the_worker(open_page, slow_down, real_image_files):
     slow_down(0.05)  # the drawing would take 10 seconds
     page = open_page()
     page.click("#advanced button")
@@ -205,6 +198,15 @@ def test_stop_ends_a_drawing_and_frees_the_worker(open_page, slow_down):
     set_number(page, "#per-class", 8)
     page.click("#draw")
     page.wait_for_selector("#growing img")
+    waiting = open_page()
+    waiting.click("#draw")
+    waiting.wait_for_selector("#lines .progress-text >> text=/queue: 1.1/")
+    waiting.get_by_role("tab", name="Upscale").click()
+    waiting.set_input_files("#own-picture input[type=file]", real_image_files[0])
+    waiting.wait_for_selector("#own-picture img")
+    waiting.click("#enlarge")
+    waiting.wait_for_selector("#own-lines .progress-text >> text=/queue: 2.2/")
+    assert waiting.evaluate("document.querySelector('#own-lines .minimal').clientHeight") > 9  # it has room
     page.click("#stop")
     page.wait_for_selector("#lines >> text=Stopped")
     assert page.locator("#gallery img").count() == 0
@@ -226,6 +228,8 @@ def test_two_visitors_at_once_get_their_own(open_page, url, tmp_path):
         page.wait_for_selector("#gallery img")
         recipes.append(read_recipe(save(page, url, tmp_path / "picture.png")))
     assert [(recipe["class_label"], recipe["seed"]) for recipe in recipes] == [("noto/heart", 5), ("twemoji/heart", 6)]
+    read_aloud = "[...document.querySelectorAll('[aria-live]')].some((part) => part.textContent === 'Complete')"
+    pages[0].wait_for_function(read_aloud)
 
 
 def test_a_surprise_chooses_and_draws(open_page):
@@ -235,11 +239,17 @@ def test_a_surprise_chooses_and_draws(open_page):
     assert len(chosen(page)) == 1
 
 
-def test_a_picture_of_ones_own_is_enlarged(open_page, real_image_files):
+def test_a_picture_of_ones_own_is_enlarged(open_page, real_image_files, tmp_path):
     page = open_page()
     page.get_by_role("tab", name="Upscale").click()
     page.click("#enlarge")
     page.wait_for_selector(".toast-body >> text=/no picture/")
+    (tmp_path / "text.png").write_text("text")
+    page.set_input_files("#own-picture input[type=file]", tmp_path / "text.png")
+    page.wait_for_selector("#own-picture img", state="attached")
+    page.click("#enlarge")
+    page.wait_for_selector(".toast-body >> text=/not a picture/")
+    page.click("#own-picture [aria-label='Remove Image']")
     page.set_input_files("#own-picture input[type=file]", real_image_files[0])
     page.wait_for_selector("#own-picture img")
     page.click("#enlarge")
@@ -252,11 +262,12 @@ def test_another_model_changes_the_page(open_page, other_folder):
     page.click("#advanced button")
     page.fill("#model input, #model textarea", "no/such folder")
     page.click("#load")
-    page.wait_for_selector(".toast-body >> text=/cannot be loaded/")
+    page.wait_for_selector(".toast-body >> text=/no folder 'no.such folder'/")
     page.fill("#model input, #model textarea", str(other_folder))
     page.click("#load")
     page.wait_for_function("document.querySelectorAll('.picker-tile').length === 2")
-    assert visible_tiles(page) == ["a", "b"]
+    assert visible_tiles(page) == ["🐶👩‍🚀🐱", "b"]
+    assert page.locator(".picker-tile .picker-picture").all_inner_texts() == ["🐶👩‍🚀", "b"]
     assert page.input_value(".per-stage input >> nth=1") == "4"
     draw(page)
 

@@ -159,13 +159,14 @@ def test_what_cannot_be_written_is_told_before_a_model_is_read(tmp_path, monkeyp
 def test_single_files_keep_recipes_that_draw_them_again(model_dir, tmp_path, capsys):
     arguments = ["--model", str(model_dir), "--classes", "tench", "1", "--images_per_class", "2", "--seed", "5"]
     arguments += ["--steps", "2", "1", "--noise_level", "0.3", "--scheduler", "DDIMScheduler"]
+    arguments += ["--dtype", "bfloat16"]
     generate.main([*arguments, "--output_dir", str(tmp_path / "new" / "images")])
     files = sorted((tmp_path / "new" / "images").iterdir())
     assert [file.name for file in files] == [
         *("0005_tench-Tinca-tinca.png", "0006_tench-Tinca-tinca.png", "0007_noto-flag.png", "0008_noto-flag.png")
     ]
     assert "images: 4 images of 2 classes" in capsys.readouterr().out.replace(str(tmp_path / "new"), "")
-    pipe = PISDMCascadePipeline.from_pretrained(model_dir)
+    pipe = PISDMCascadePipeline.from_pretrained(model_dir, dtype=torch.bfloat16)
     swap_scheduler(pipe, "DDIMScheduler")
     for number, file in enumerate(files):
         recipe = read_recipe(file)
@@ -173,6 +174,7 @@ def test_single_files_keep_recipes_that_draw_them_again(model_dir, tmp_path, cap
         label, seed = recipe.pop("class_label"), recipe.pop("seed")
         assert (label, seed) == (["tench, Tinca tinca", "noto/flag"][number // 2], 5 + number)
         assert (recipe.pop("model"), recipe.pop("scheduler")) == (str(model_dir), "DDIMScheduler")
+        assert recipe.pop("dtype") == "bfloat16"
         assert recipe == {
             "num_inference_steps": [2, 1],
             "guidance_scale": pipe.config.default_guidance_scale,

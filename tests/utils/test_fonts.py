@@ -40,7 +40,19 @@ def test_what_no_font_has_is_named():
     assert find_font("\U0001f34e", 12) is None
     assert describe("\U0001f34e") == "red apple" and describe("\u0939") == "U+0939"
     assert np.array_equal(drawn("a \U0001f34e"), drawn("a red apple"))
+    assert np.array_equal(drawn("noto/\U0001f34ea\U0001f34e\U0001f34e"), drawn("noto/red apple a red apple red apple"))
     assert LabelFont(12).getlength("\U0001f34e") == ImageFont.load_default(12).getlength("red apple")
+
+
+@pytest.mark.usefixtures("system_fonts")
+def test_only_so_many_fonts_are_read(monkeypatch):
+    pytest.importorskip("matplotlib")
+    many = [f"/fonts/{name}.ttf" for name in (*range(1000), "NotoColorEmoji")]
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: many)
+    read = []
+    monkeypatch.setattr(fonts, "_code_points", lambda path: read.append(str(path)) or frozenset())
+    assert find_font("\U0001f34e", 12) is None
+    assert many[-1] in read and len([path for path in read if path in many]) == fonts.MOST_FONTS
 
 
 def test_ascii_is_drawn_as_pillow_draws_it():

@@ -1,6 +1,6 @@
 import pytest
 
-from diffusers_pisdm.utils.messages import count_of, show_duration
+from diffusers_pisdm.utils.messages import cause_of, count_of, show_duration
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,11 @@ def test_times_have_the_unit_that_people_use(seconds, shown):
 )
 def test_counts_agree_with_what_they_count(count, thing, shown):
     assert count_of(count, thing) == shown
+
+
+def test_a_librarys_error_is_told_in_whole_words_with_its_cause():
+    error = OSError("Cannot load it. Please check out the root cause in the stacktrace above.")
+    assert cause_of(error) == str(error)
+    error.__cause__ = OSError("No route\n to host")
+    assert cause_of(error) == "No route to host"
+    assert cause_of(ValueError("one two three"), width=10) == "one two …"

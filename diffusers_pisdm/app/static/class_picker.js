@@ -24,7 +24,8 @@ const thumbnail = (index, label) => {
     picture.style.backgroundPosition =
       `${share(index % props.columns, props.columns)}% ${share(Math.floor(index / props.columns), rows)}%`;
   } else {
-    picture.textContent = parts(label)[1].slice(0, 2);
+    const characters = [...new Intl.Segmenter().segment(parts(label)[1])]; // as read: an emoji is many code units
+    picture.textContent = characters.slice(0, 2).map(({ segment }) => segment).join("");
   }
   return picture;
 };

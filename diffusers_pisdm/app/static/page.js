@@ -14,8 +14,10 @@
   });
   // On a phone, the pictures are below what starts them.
   document.addEventListener("click", (event) => {
-    if (innerWidth < 780 && event.target.closest?.("#draw, #surprise")) {
-      document.querySelector("#lines").scrollIntoView({ behavior: "smooth", block: "end" });
+    const start = innerWidth < 780 && event.target.closest?.("#draw, #surprise, #enlarge");
+    if (start) {
+      const lines = document.querySelector(start.id === "enlarge" ? "#own-lines" : "#lines");
+      lines.scrollIntoView({ behavior: "smooth", block: "end" });
     }
   });
 }
