@@ -318,7 +318,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return batch, channels, length
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--shapes", type=parse_shape, nargs="+", default=[(2, 1024, 1024), (1, 3072, 4096)], help="BxDxL"
@@ -351,6 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
     report = {"machine": machine, "state_size": args.state_size, "repeats": args.repeats, "rows": rows}
     write_report(args.output_dir, "scan", report, lambda path: draw(rows, path))
     print(f"Wrote {args.output_dir / 'scan.json'} and {args.output_dir / 'scan.png'}.")
+    return rows
 
 
 def cpu_name() -> str:

@@ -1,0 +1,42 @@
+import json
+
+import pytest
+
+from benchmarks import gpu_report
+
+
+def read(folder):
+    return json.loads((folder / "gpu_report.json").read_text())
+
+
+def test_a_rehearsal_measures_every_part_and_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    def fail(args):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(gpu_report, "matrix_product_peak", fail)
+    gpu_report.main(["--rehearse", "--output-dir", str(tmp_path)])
+    report = read(tmp_path)
+    assert report["left_out"] == {"peak: matrix product": "RuntimeError: out of luck"}
+    (sampling,) = report["sampling"]
+    assert sampling["graphs_difference"] == 0 and sampling["eager_ms_per_step"] > 0
+    (kernels,) = report["kernels"]
+    assert kernels["kernels_per_layer"] == kernels["kernels"] / 4
+    pisdm, dit, _ = report["training"]
+    assert abs(dit["parameters"] / pisdm["parameters"] - 1) < 0.05
+    for row in report["training"]:
+        assert row["images_per_second"] > 0 and row["skipped_steps"] == 0
+    (scan,) = report["scan"]
+    assert {"numba", "torch"} <= {row["candidate"] for row in scan["rows"]}
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path):
+    gpu_report.main(["--rehearse", "--minutes", "0", "--output-dir", str(tmp_path)])
+    left_out = read(tmp_path)["left_out"]
+    assert set(left_out.values()) == {"no time left"} and "sampling: 64 px" in left_out
+
+
+def test_a_gpu_is_needed_but_for_a_rehearsal(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_report.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu_report.main([])
+    assert "--rehearse" in capsys.readouterr().err
