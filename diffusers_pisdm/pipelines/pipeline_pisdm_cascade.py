@@ -256,6 +256,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         pipe._copy_schedulers()
         pipe._guidance_slicing = getattr(pipeline, "_guidance_slicing", False)
+        pipe._cuda_graphs = copy.copy(getattr(pipeline, "_cuda_graphs", None))  # records its own
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

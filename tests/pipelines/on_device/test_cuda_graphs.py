@@ -237,6 +237,8 @@ def test_recordings_end_with_their_pipeline_device_or_model():
     draw(pipe)
     assert len(pipe._cuda_graphs.recordings) == 2
     assert not copy.deepcopy(pipe._cuda_graphs).recordings
+    other = type(pipe).from_pipe(pipe)
+    assert other._cuda_graphs.max_graphs == 8 and not other._cuda_graphs.recordings
     pipe.transformer_2 = make_cascade(2).transformer_2
     draw(pipe)
     assert len(pipe._cuda_graphs.recordings) == 2  # the old model's is gone
