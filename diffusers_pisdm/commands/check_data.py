@@ -24,7 +24,7 @@ from ..data.image_rows import ImageReport, inspect_images, read_image
 from ..utils.arguments import COUNT, picture_path
 from ..utils.files import check_writable
 from ..utils.image_grid import make_image_grid
-from ..utils.messages import count_of, one_line
+from ..utils.messages import count_of, one_line, show_range
 from ..utils.names import show_name
 from ..utils.png_recipe import save_image
 from .data_sources import add_data_arguments, add_folder_argument, check_source, load_data, source_options
@@ -111,12 +111,12 @@ def describe_sizes(reports: list[ImageReport], size: int) -> list[str]:
     sides = sorted(min(report.size) for report in reports)
     ratios = {report.place: max(report.size) / min(report.size) for report in reports}
     lines = [
-        f"Shorter side: {sides[0]} to {sides[-1]} pixels, median {statistics.median_low(sides)}",
+        f"Shorter side: {show_range(sides[0], sides[-1])} px, median {statistics.median_low(sides)}",
         f"Aspect ratio: up to {max(ratios.values()):.2g}:1, median {statistics.median(ratios.values()):.2g}:1",
     ]
     small = [report.place for report in reports if min(report.size) < size]
     long = [place for place, ratio in ratios.items() if ratio >= LONG_ASPECT_RATIO]
-    lines += list_paths(f"Smaller than {size} pixels, which would be enlarged", small)
+    lines += list_paths(f"Smaller than {size} px, which would be enlarged", small)
     return lines + list_paths(f"Longer than {LONG_ASPECT_RATIO}:1, of which the square crop takes the middle", long)
 
 

@@ -25,7 +25,7 @@ from ..schedulers import swap_scheduler
 from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, output_path, picture_path
 from ..utils.files import check_writable
 from ..utils.image_grid import make_image_grid
-from ..utils.messages import show_duration
+from ..utils.messages import count_of, show_duration, show_size
 from ..utils.names import did_you_mean, names_with, show_name
 from ..utils.png_recipe import save_image
 from ..utils.shipped_files import CHECKPOINT, find_model, model_name
@@ -194,10 +194,10 @@ def generate(args: argparse.Namespace) -> str:
     if args.stages_output is not None:
         save_image(draw_stages(output.stage_images, names), args.stages_output)
         written.append(args.stages_output)
-    width, height = output.images[0].size
     return (
-        f"Wrote {' and '.join(map(str, written))}: {len(names)} images of {len(set(names))} classes at"
-        f" {width}x{height} pixels in {show_duration(time.perf_counter() - start)}."
+        f"Wrote {' and '.join(map(str, written))}: {count_of(len(names), 'image')} of"
+        f" {count_of(len(set(names)), 'class')} at {show_size(*output.images[0].size)} pixels in"
+        f" {show_duration(time.perf_counter() - start)}."
     )
 
 

@@ -146,13 +146,14 @@ class Plan:
             lines.append(
                 f"Stage {number}: {stage['sample_size']} px, patches of {stage['patch_size']},"
                 f" {stage['num_layers']} layers of width {stage['hidden_size']},"
-                f" {cost.parameters / 1e6:.1f}M parameters; {show_duration(seconds * self.steps)} of"
-                f" {cost.batch_size} images a step"
+                f" {cost.parameters / 1e6:.1f}M parameters;"
+                f" {count_of(cost.batch_size, 'image')} a step, {show_duration(seconds * self.steps)} in all"
             )
         passes = self.images_seen / self.num_images
         lines.append(
-            f"Training: {count_of(self.steps, 'step')} of {self.batch_size} images, {self.images_seen:,} in all:"
-            f" {passes:.0f} passes over {count_of(self.num_images, 'image')}"
+            f"Training: {count_of(self.steps, 'step')} of {count_of(self.batch_size, 'image')},"
+            f" {self.images_seen:,} in all: {count_of(round(passes), 'pass')} over"
+            f" {count_of(self.num_images, 'image')}"
         )
         lines.append(
             f"Time: about {show_duration(sum(self.seconds) * self.steps / SHARE_OF_TRAINING)}, sample grids included,"

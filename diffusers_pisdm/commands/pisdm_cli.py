@@ -48,14 +48,18 @@ def make_parser() -> argparse.ArgumentParser:
         + "\n\n`pisdm COMMAND --help` describes a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"pisdm {__version__}")
+    parser.add_argument("--version", action="version", help="Print the version.", version=f"pisdm {__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parsed = make_parser().parse_args(arguments)
+    parser = make_parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        sys.exit(2)
+    parsed = parser.parse_args(arguments)
     command = parsed.command
     sys.argv = [f"pisdm {command}", *parsed.arguments]  # argparse takes a command's name from here
     try:

@@ -71,7 +71,7 @@ from ..training.sample_sheets import draw_samples, save_sample_sheets
 from ..training.trainer import Trainer
 from ..utils.files import lock_folder, save_in_place
 from ..utils.machine import describe_machine
-from ..utils.messages import count_of, show_duration
+from ..utils.messages import count_of, show_duration, show_range
 from ..utils.names import show_name
 from ..utils.shipped_files import find_model
 
@@ -417,7 +417,7 @@ def summarize(trainer: Trainer, rows: ImageRows | LatentCache, class_names: list
     if num_images is not None and isinstance(rows, ImageRows):
         counts = rows.data.class_counts()
         empty = [show_name(name) for name, count in zip(class_names, counts) if count == 0]
-        lines[0] += f", {min(counts):,} to {max(counts):,} of each"
+        lines[0] += f", {show_range(min(counts), max(counts))} of each"
         if empty:
             names = ", ".join(empty[:MOST_FAULTS_SHOWN]) + (", ..." if len(empty) > MOST_FAULTS_SHOWN else "")
             lines.append(f"Warning: {count_of(len(empty), 'class')} without images, which it will not draw: {names}")

@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetsError
 
 from ..utils.files import is_path
 from ..utils.folder_scan import ReportLeftOut, read_regular_file, size_and_end, warn_of_left_out
-from ..utils.messages import one_line
+from ..utils.messages import count_of, one_line
 from .image_folders import load_folder, sort_class_names
 from .rows import DataError
 
@@ -283,16 +283,16 @@ def _classes(
     if len(feature.names) == len(class_names):
         return class_names, {i: i for i in range(len(class_names))}
     raise DataError(
-        f"The data set has {len(feature.names)} classes ({_first(feature.names)}), but you named {len(class_names)}"
-        f" others ({_first(class_names)}): name as many, or use the data set's own names."
+        f"The data set has {count_of(len(feature.names), 'class')} ({_first(feature.names)}), but you"
+        f" named {len(class_names)} others ({_first(class_names)}): name as many, or use the data set's own names."
     )
 
 
 def _unknown_labels(labels: list, class_names: list[str], place: str) -> str:
     return (
-        f"Unknown labels in {place}: {_first(map(repr, labels))}. There are {len(class_names)} classes"
-        f" ({_first(class_names)}). Negative labels and None usually mean a test split with hidden labels: use another"
-        " split. To name other classes, see --class_names_file."
+        f"Unknown labels in {place}: {_first(map(repr, labels))}. The data set has"
+        f" {count_of(len(class_names), 'class')} ({_first(class_names)}). Negative labels and None usually mean a test"
+        " split with hidden labels: use another split. To name other classes, see --class_names_file."
     )
 
 

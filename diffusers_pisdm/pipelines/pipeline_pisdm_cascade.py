@@ -30,6 +30,7 @@ from ..models.stage_models import StageModel
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..schedulers import check_steps, relay_start, set_timesteps
+from ..utils.messages import count_of, show_size
 from .call_checks import check_attention_kwargs, check_callback, check_generator, check_latents
 from .call_lock import CallLock, one_call_at_a_time
 from .class_names import (
@@ -178,8 +179,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             raise ValueError(f"`transformers` has {len(transformers)} stages, but a cascade has 1 to 4.")
         if len(schedulers) not in (1, len(transformers)):
             raise ValueError(
-                f"`schedulers` has {len(schedulers)} schedulers for {len(transformers)} `transformers`. Pass one for"
-                " all stages, or one per stage."
+                f"`schedulers` has {count_of(len(schedulers), 'scheduler')} for {len(transformers)} `transformers`."
+                " Pass one for all stages, or one per stage."
             )
         first = schedulers[0]
         if all(type(scheduler) is type(first) and scheduler.config == first.config for scheduler in schedulers):
@@ -761,7 +762,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
                     height, width = (length * vae_scale_factor(self.vae) for length in stage.shape[2:])
                     logger.warning(
                         f"The run was interrupted in stage {stage.number} of {self.num_stages}: its images are that"
-                        f" stage's, of {height}x{width} pixels."
+                        f" stage's, of {show_size(width, height)} pixels."
                     )
                 break
 

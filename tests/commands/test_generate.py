@@ -289,5 +289,5 @@ def test_runs_as_a_script(model_dir, tmp_path):
     command += ["--num_inference_steps", "1", "1", "--dtype", "bfloat16", "--output", tmp_path / "grid.png"]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stderr
-    assert "1 images of 1 classes" in finished.stdout
+    assert "1 image of 1 class at" in finished.stdout
     assert (tmp_path / "grid.png").exists()

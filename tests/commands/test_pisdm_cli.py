@@ -41,11 +41,24 @@ def test_every_command_is_listed_with_what_it_does(capsys):
         assert line == pisdm_cli.summary(command) and len(line) < 100 and line.endswith(".")
 
 
-@pytest.mark.parametrize("arguments", [[], ["drow"], ["--verbose"]])
+@pytest.mark.parametrize("arguments", [["drow"], ["--verbose"]])
 def test_what_is_no_command_is_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         pisdm_cli.main(arguments)
     assert re.search("invalid choice: 'drow'.*'generate'|required|--verbose", capsys.readouterr().err)
+
+
+def test_without_a_command_all_are_listed(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pisdm_cli.main([])
+    assert re.search(r"^  new-recipe +Writes", capsys.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", pisdm_cli.COMMANDS)
+def test_the_examples_in_the_help_of_a_command_are_indented(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        pisdm_cli.main([command, "--help"])
+    assert not re.search("^(pisdm|hf) ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_options_go_to_the_command_under_its_name(capsys):

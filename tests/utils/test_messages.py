@@ -1,6 +1,7 @@
 import pytest
+from PIL import Image
 
-from diffusers_pisdm.utils.messages import count_of, show_duration
+from diffusers_pisdm.utils.messages import count_of, show_duration, show_range, show_size
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,8 @@ def test_times_have_the_unit_that_people_use(seconds, shown):
 )
 def test_counts_agree_with_what_they_count(count, thing, shown):
     assert count_of(count, thing) == shown
+
+
+def test_sizes_are_width_by_height_and_a_range_of_one_number_is_that_number():
+    assert show_size(*Image.new("L", (64, 32)).size) == "64x32"
+    assert (show_range(3, 2000), show_range(4, 4)) == ("3 to 2,000", "4")
