@@ -163,7 +163,8 @@ def read_mask(mask_image: PipelineImageInput, size: Size, num_labels: int) -> to
     masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
     # As in diffusers, only the grey values count: transparent strokes on black would all be white by `read_image`.
     masks = [
-        _to_8_bits("mask_image", mask).convert("L") if isinstance(mask, PIL.Image.Image) else mask for mask in masks
+        _to_8_bits("mask_image", mask).convert("L") if isinstance(mask, PIL.Image.Image) else _with_channel(mask)
+        for mask in masks
     ]
     mask = read_image("mask_image", masks, 1, num_labels)  # (N, 1, H, W) in [0, 1]
     if tuple(mask.shape[2:]) != size:
@@ -212,6 +213,13 @@ def _to_8_bits(name: str, image: PIL.Image.Image) -> PIL.Image.Image:
     if problem is not None:
         raise ValueError(f"The pixels of `{name}` are {problem}. Convert it to 8-bit RGB.")
     return to_8_bits(image)
+
+
+def _with_channel(mask: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """A mask of shape `(H, W)` as an array `(H, W, 1)` or a tensor `(1, H, W)`."""
+    if getattr(mask, "ndim", None) != 2:
+        return mask
+    return mask[None] if isinstance(mask, torch.Tensor) else mask[..., None]
 
 
 def _to_channels(image: PIL.Image.Image, num_channels: int) -> PIL.Image.Image:

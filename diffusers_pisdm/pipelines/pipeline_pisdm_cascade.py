@@ -655,6 +655,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
                 output: only the stages above run, and enlarge it.
             mask_image (the types of `image`, *optional*):
                 What to repaint of `image`, of its size: white pixels are repainted, black ones kept, as in diffusers.
+                Arrays and tensors may be `(H, W)`.
                 All stages run. Up to the image's stage, the known pixels are noised to the level of each step, and
                 returned as they were; the stages above enlarge the result.
             strength (`float`, *optional*):

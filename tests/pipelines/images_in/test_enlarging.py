@@ -226,6 +226,22 @@ def test_16_bit_grey_keeps_its_upper_8_bits(channels, value):
     assert read_mask(image, (8, 8), 1).unique().item() == (value >> 8 >= 128)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda white: PIL.Image.fromarray(white),
+        lambda white: PIL.Image.fromarray(np.uint8(255 * white)),
+        lambda white: white.astype(np.float32),
+        lambda white: torch.from_numpy(white).float(),
+        lambda white: [torch.from_numpy(white).float()],
+    ],
+    ids=["1", "L", "array", "tensor", "list"],
+)
+def test_a_mask_needs_no_channels(form):
+    white = np.arange(8 * 12).reshape(8, 12) % 5 == 0
+    assert np.array_equal(read_mask(form(white), (8, 12), 1)[0, 0].numpy(), white)
+
+
 @pytest.mark.parametrize(("mode", "what"), [("F", "floats"), ("I", "32-bit integers"), ("LAB", "CIELAB")])
 def test_pixels_without_a_defined_range_are_refused(mode, what):
     image = PIL.Image.new(mode, (8, 8))
