@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import DiffusionPipeline
 
+from .. import PISDMCascadePipeline
 from ..evaluation import SampleSettings, write_sample_set
 from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_classes, sample_classes
 from ..utils.arguments import COUNT, SHARE, Bounds, bounded
@@ -133,6 +134,8 @@ def find_class_ids(pipe: DiffusionPipeline, words: list[str]) -> list[int]:
     for label in (pipe.config.get("id2label") or {}).values():
         names |= {label, *map(str.strip, label.split(","))}
     classes = parse_classes(words, names)
+    if isinstance(pipe, PISDMCascadePipeline):
+        return pipe.get_label_ids(classes)
     unknown = [name for name in classes if isinstance(name, str)]
     if unknown and not hasattr(pipe, "get_label_ids"):
         raise ValueError(f"{type(pipe).__name__} has no class names: pass class ids to --classes, not {unknown[0]!r}.")

@@ -110,7 +110,8 @@ def list_classes(pipe: PISDMCascadePipeline, word: str) -> None:
         )
     found = set(names_with(word, names.values()))
     if not found:
-        raise ValueError(f"No class name contains '{show_name(word)}'. {did_you_mean(word, names.values())}")
+        hint = did_you_mean(word, names.values()) or "Without a word, all are listed."
+        raise ValueError(f"No class name contains '{show_name(word)}'. {hint}")
     for class_id, name in names.items():
         if name in found:
             print(f"{class_id:>6}  {show_name(name)}")
@@ -169,7 +170,7 @@ def generate(args: argparse.Namespace) -> str:
     pipe = load_pipeline(args)
     num_classes = pipe.transformer.config.num_classes
     if args.classes:
-        classes = pipe.get_label_ids(find_class_ids(pipe, args.classes))
+        classes = find_class_ids(pipe, args.classes)
     else:
         classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     pipe.to(args.device)

@@ -36,10 +36,10 @@ from .call_lock import CallLock, one_call_at_a_time
 from .class_names import (
     ClassLabels,
     check_id2label,
+    for_each_label,
     get_class_id,
     get_class_mix,
     ids_by_name,
-    list_labels,
     stack_mixes,
 )
 from .image_inputs import GivenImages, place_image, repeat_images
@@ -336,7 +336,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             ValueError: There are no labels, an id is out of range, or a name is unknown or that of several classes.
         """
         num_classes = self.transformer.config.num_classes
-        return [get_class_id(label, self.config.id2label, num_classes) for label in list_labels(class_labels)]
+        return for_each_label(get_class_id, class_labels, self.config.id2label, num_classes)
 
     def get_class_mixes(self, class_labels: ClassLabels) -> list[dict[int, float]]:
         """
@@ -354,7 +354,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             ValueError: A class is none of the pipeline's, a weight is not in [0, 1], or weights do not sum to 1.
         """
         num_classes = self.transformer.config.num_classes
-        return [get_class_mix(label, self.config.id2label, num_classes) for label in list_labels(class_labels)]
+        return for_each_label(get_class_mix, class_labels, self.config.id2label, num_classes)
 
     def check_stages(self) -> None:
         """Raises a `ValueError` if a stage is missing or does not fit the one before, or a scheduler its stage."""

@@ -205,6 +205,13 @@ def test_a_class_that_shares_its_name_is_its_id_in_a_recipe(tmp_path):
     assert [recipe["class_label"] for recipe in recipes] == ["cat, puss", 1]  # "puss" is a name of both
 
 
+def test_all_unknown_classes_are_told_and_only_near_names_suggested(model_dir, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        run(model_dir, tmp_path, "--classes", "noto/flagg", "0", "zzz", "7")
+    assert re.search("'noto/flagg'.*'noto/flag'.*'zzz'.*lists them.*contains 7, but", error.value.code)
+    assert error.value.code.count("Did you mean") == 1
+
+
 def test_classes_are_listed(model_dir, tmp_path, capsys):
     generate.main(["--model", str(model_dir), "--list_classes"])
     assert capsys.readouterr().out.splitlines() == [f"{number:>6}  {name}" for number, name in enumerate(NAMES)]
