@@ -20,7 +20,7 @@ from .. import PISDMCascadePipeline
 from ..evaluation import SampleSettings, write_sample_set
 from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_classes, sample_classes
 from ..utils.arguments import COUNT, SHARE, Bounds, bounded
-from ..utils.files import check_exists
+from ..utils.hub_names import hub_or_cache
 from ..utils.shipped_files import CHECKPOINT
 
 
@@ -150,8 +150,8 @@ def _read_settings(args: argparse.Namespace, pipe: DiffusionPipeline) -> SampleS
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     """Loads a pipeline by its own class, whose checks `DiffusionPipeline.from_pretrained` would leave out."""
-    check_exists(model)
-    name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
+    with hub_or_cache(model):
+        name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # a published repository also names its code
     pipeline_class = getattr(diffusers, name or "", None)
     if pipeline_class is None:

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from ..utils.files import is_path
 from ..utils.folder_scan import ReportLeftOut, read_regular_file, size_and_end, warn_of_left_out
+from ..utils.hub_names import hub_or_cache
 from ..utils.messages import count_of, one_line
 from .image_folders import load_folder, sort_class_names
 from .rows import DataError
@@ -224,20 +224,20 @@ def _load(
     name = os.path.expanduser(name_or_path)
     is_folder = os.path.isdir(name)
     is_format = name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None  # such as "csv"
-    if not is_folder and (is_path(name) or is_format):
+    if is_format and not is_folder:
         raise FileNotFoundError(f"There is no folder {name}: check the path.")
     try:
         if is_folder:
             options = (streaming, label_column, cache_dir, config_name, report_left_out)
             return load_folder(os.path.abspath(name), split, *options)
-        return load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
+        with hub_or_cache(name, "dataset"):
+            return load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
     except (DataError, PermissionError):
         raise
     except (FileNotFoundError, ConnectionError) as error:
-        if is_folder:
-            remedy = "put images (one subfolder per class), parquet files or webdataset tars into it"
-        else:
-            remedy = "there is no such local folder, and no such data set could be reached on the Hub"
+        if not is_folder:
+            raise FileNotFoundError(one_line(error)) from error
+        remedy = "put images (one subfolder per class), parquet files or webdataset tars into it"
         raise FileNotFoundError(f"No data found in {name}: {remedy}. ({error})") from error
     except ValueError as error:  # it lists the splits or configurations that there are
         raise DataError(

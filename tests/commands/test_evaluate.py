@@ -139,7 +139,7 @@ def test_a_model_is_sampled_and_judged(model, folders, tmp_path):
     )
     assert scores(again) == scores(report) and again["generation"] == report["generation"]
     (folder / "000" / "000002.png").unlink()
-    with pytest.raises(SystemExit, match=r"error: 1 samples are missing in .*rerun"):
+    with pytest.raises(SystemExit, match=r"error: lacks 1 sample: rerun"):
         run(tmp_path, "--features", "pixels", "--samples", str(folder))
 
 

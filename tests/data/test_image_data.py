@@ -195,7 +195,10 @@ def test_nothing_to_load_is_an_error(tmp_path, cache, monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(image_data, "load_dataset", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"no such local folder.* no such data set .*Couldn't reach"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no folder .*no dataset of this name in the cache; .*be reached",
+    ):
         load_image_data("someone/something", "train", cache_dir=cache)
 
 
