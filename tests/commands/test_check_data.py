@@ -44,6 +44,7 @@ def test_what_is_wrong_is_named_by_path_and_ends_with_1(images, capsys):
     (images / "heart" / "torn.png").write_bytes(damaged_images(second.read_bytes())["truncated"])
     (images / "stray.png").write_bytes(first.read_bytes())
     (images / "heart" / "drawing.svg").write_text("<svg/>")
+    (images / "heart" / "notes.txt").write_text("mine")
     (images / "hollow").mkdir()
     (images / "single").mkdir()
     Image.new("RGB", (64, 64), "red").save(images / "single" / "red.png")
@@ -60,6 +61,7 @@ def test_what_is_wrong_is_named_by_path_and_ends_with_1(images, capsys):
     assert re.search(r"^Left out: not in a class folder: 1\n  stray\.png$", out, re.MULTILINE)
     assert re.search(r"^Left out: class folders without images: 1\n  hollow$", out, re.MULTILINE)
     assert re.search(r"formats that we do not read: 1\n  heart/drawing\.svg$", out, re.MULTILINE)
+    assert re.search(r"^Left out: not images: 1\n  heart/notes\.txt$", out, re.MULTILINE)
     assert re.search(r"^  single +1  few$", out, re.MULTILINE)
     assert re.search(r"^Next: fix or remove 1 unreadable image$", out, re.MULTILINE)
 
