@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from .. import __version__
+from ..utils.shipped_files import install_command
 
 
 # By name, with the extra that installs what a command needs beyond the package's own requirements.
@@ -68,9 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         extra, module = COMMANDS[command], error.name or ""
         if extra is None or module.startswith(__package__.partition(".")[0]):
             raise
-        sys.exit(
-            f'error: `pisdm {command}` needs {module}, which is not installed: pip install "diffusers-pisdm[{extra}]"'
-        )
+        sys.exit(f"error: `pisdm {command}` needs {module}, which is not installed: {install_command(extra)}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports it
 

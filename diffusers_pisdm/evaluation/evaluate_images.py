@@ -22,7 +22,7 @@ PUBLISHED_NUM_SAMPLES = 50_000
 class Score:
     """
     Args:
-        name (`str`): The score's name, such as "FID" or "Frechet distance (efficientnet-lite0)".
+        name (`str`): The score's name, such as "FID" or "Fréchet distance (efficientnet-lite0)".
         value (`float` or `None`): `None` if it cannot be computed.
         spread (`float`, *optional*): The inception score's standard deviation over its splits.
         missing (`str`, *optional*): Why there is no value.
@@ -154,7 +154,7 @@ def evaluate_images(
     )
     scores = {
         "frechet_distance": Score(extractor.distance_name),
-        "spatial_frechet_distance": Score(extractor.score_name("sFID", "spatial Frechet distance")),
+        "spatial_frechet_distance": Score(extractor.score_name("sFID", "spatial Fréchet distance")),
         "inception_score": Score(extractor.score_name("IS", "classifier score")),
         "precision": Score(extractor.score_name("precision", "precision")),
         "recall": Score(extractor.score_name("recall", "recall")),

@@ -78,7 +78,7 @@ def test_folders_of_real_images(folders, tmp_path, capsys):
     assert "6 images" not in report["notes"] and len(report["notes"]) == 2
 
     out = capsys.readouterr().out
-    value = re.search(r"^Frechet distance \(efficientnet-lite0\) +([\d.]+)$", out, re.MULTILINE)[1]
+    value = re.search(r"^Fréchet distance \(efficientnet-lite0\) +([\d.]+)$", out, re.MULTILINE)[1]
     assert float(value) == pytest.approx(found["frechet_distance"], abs=1e-4)
     assert "note: Published scores" in out and f"Wrote {tmp_path / 'evaluation.json'}" in out
     with Image.open(tmp_path / "evaluation.png") as picture:
