@@ -99,11 +99,16 @@ def exit_with(error: Exception, state: PartialState) -> NoReturn:
 
 def load_pipeline(args: argparse.Namespace, state: PartialState) -> tuple[DiffusionPipeline, SampleSettings]:
     """The pipeline to draw with, and how, both checked as far as that is possible without drawing."""
-    pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype)).to(state.device)
+    pipe = place(_load_pipeline(args.model, args.revision, getattr(torch, args.dtype)), state.device)
     settings = _read_settings(args, pipe)
     settings.resolve(pipe)
     sample_classes(settings, count_classes(pipe))
     return pipe, settings
+
+
+def place(pipe: DiffusionPipeline, device: torch.device) -> DiffusionPipeline:
+    """Moves a loaded pipeline; on the CPU, it is there: `to` would warn for each model that float16 cannot run."""
+    return pipe if device.type == "cpu" else pipe.to(device)
 
 
 def draw_sample_set(

@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import PISDMCascadePipeline
-from ..pipelines.class_names import ids_by_name
+from .. import PISDMCascadePipeline, PISDMTransformer2DModel
+from ..pipelines.class_names import check_id2label, ids_by_name
 from ..schedulers import swap_scheduler
 from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, output_path, picture_path
 from ..utils.files import check_writable
+from ..utils.hub_names import hub_or_cache
 from ..utils.image_grid import make_image_grid
 from ..utils.messages import count_of, show_duration, show_size
 from ..utils.names import did_you_mean, names_with, show_name
 from ..utils.png_recipe import save_image
 from ..utils.shipped_files import CHECKPOINT, find_model, model_name
-from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids
+from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids, place
 
 
 NUM_DEFAULT_CLASSES = 8
@@ -101,13 +102,14 @@ def load_pipeline(args: argparse.Namespace) -> PISDMCascadePipeline:
     return pipe
 
 
-def list_classes(pipe: PISDMCascadePipeline, word: str) -> None:
-    """Prints the ids and names of the classes whose name contains a word."""
-    names = pipe.config.id2label
+def list_classes(model: str, word: str) -> None:
+    """Prints the ids and names of the classes whose name contains a word, without loading weights."""
+    with hub_or_cache(model):
+        names = PISDMCascadePipeline.load_config(model).get("id2label")
+        num_classes = PISDMTransformer2DModel.load_config(model, subfolder="transformer")["num_classes"]
+    names = check_id2label(names, num_classes)
     if not names:
-        raise ValueError(
-            f"This model's classes have no names: they are 0 to {pipe.transformer.config.num_classes - 1}."
-        )
+        raise ValueError(f"This model's classes have no names: they are 0 to {num_classes - 1}.")
     found = set(names_with(word, names.values()))
     if not found:
         hint = did_you_mean(word, names.values()) or "Without a word, all are listed."
@@ -173,7 +175,7 @@ def generate(args: argparse.Namespace) -> str:
         classes = find_class_ids(pipe, args.classes)
     else:
         classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
-    pipe.to(args.device)
+    pipe = place(pipe, args.device)
 
     class_ids = [class_id for class_id in classes for _ in range(args.images_per_class)]
     call = {name: value for name, value in call_arguments(args).items() if value is not None}
@@ -206,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
         if args.list_classes is not None:
-            list_classes(load_pipeline(args), args.list_classes)
+            list_classes(args.model, args.list_classes)
         else:
             print(generate(args))
     except (ImportError, OSError, ValueError, NotImplementedError) as error:  # the last: a scheduler that cannot

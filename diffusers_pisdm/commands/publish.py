@@ -16,11 +16,12 @@ from pathlib import Path
 
 from ..publishing.hub import VARIANTS, prepare_upload, upload
 from ..utils.messages import count_of
+from ..utils.shipped_files import find_model
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="The training script's output folder, or a saved pipeline.")
+    parser.add_argument("folder", type=find_model, help="The training script's output folder, or a saved pipeline.")
     parser.add_argument("repo_id", metavar="owner/name", help="The Hub repository; created if needed.")
     parser.add_argument("--license", help="The weights' licence, as the Hub names it, e.g. apache-2.0.")
     parser.add_argument("--dataset", nargs="+", help="Data sets on the Hub that the cascade was trained on.")
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as work_dir:
         try:
             files = prepare_upload(
-                args.folder,
+                Path(args.folder),
                 work_dir,
                 args.repo_id,
                 model_card=args.model_card,

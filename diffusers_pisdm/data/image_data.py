@@ -173,11 +173,16 @@ def load_image_data(
         )
     columns = {"image": image_column, "label": label_column, "flip": flip_column}
     for name, column in columns.items():
+        if name == "label" and column not in features and (folders := _folders_of_images(dataset, name_or_path)):
+            found = "one folder" if len(folders) == 1 else "folders that are splits"
+            raise DataError(
+                f"{name_or_path} holds {count_of(len(dataset), 'image')} in {found}, {_first(folders)}, so there are"
+                " no classes to learn: make one subfolder per class, and at least two."
+            )
         if column is not None and column not in features:
-            hint = " An image folder has labels if it has one subfolder per class, and at least two."
             raise DataError(
                 f"{name_or_path} has no column {column!r}, only {', '.join(features)}: set the right one with"
-                f" --{name}_column.{hint if name == 'label' else ''}"
+                f" --{name}_column."
             )
     kind = features[image_column]
     if not (isinstance(kind, Image) or (isinstance(kind, Value) and kind.dtype.endswith(("string", "binary")))):
@@ -248,6 +253,14 @@ def _load(
             f"Cannot read split {split!r} of {name}: {one_line(error.__cause__ or error)}. A file may be damaged, or"
             " not hold images and labels as rows."
         ) from error
+
+
+def _folders_of_images(dataset: Dataset | IterableDataset, top: str | Path) -> list[str]:
+    """The folders of images that came without labels or other columns, below `top`; none if they came otherwise."""
+    if isinstance(dataset, IterableDataset) or list(dataset.features) != ["image"] or not os.path.isdir(top):
+        return []
+    paths = [image["path"] for image in dataset.cast_column("image", Image(decode=False))["image"]]
+    return sorted({os.path.relpath(os.path.dirname(path), top) for path in paths if path})
 
 
 def _classes(

@@ -20,6 +20,7 @@ from ..utils.hub_names import is_path
 from ..utils.messages import one_line
 from ..utils.metrics_file import read_metrics
 from ..utils.shipped_files import CHECKPOINT, install_command
+from .licenses import check_license
 
 
 SKELETON = Path(__file__).with_name("model_card.md")
@@ -103,10 +104,11 @@ def make_model_card(
         [`~huggingface_hub.ModelCard`]: The card; `str(card)` is the content of README.md.
 
     Raises:
-        ValueError: There is no card at `model_card`, its markers are not paired, LoRA adapters have no public base, or
-            a file of the run is not JSON or not an evaluation.
+        ValueError: The Hub knows no such licence, there is no card at `model_card`, its markers are not paired, LoRA
+            adapters have no public base, or a file of the run is not JSON or not an evaluation.
     """
     run_dir = Path(run_dir)
+    check_license(license)
     check_links(run_dir, [file for pattern in RUN_FILES for file in run_dir.glob(pattern)])
     try:
         card = ModelCard.load(Path(model_card or SKELETON))

@@ -1,5 +1,7 @@
+import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,16 +214,18 @@ def test_all_unknown_classes_are_told_and_only_near_names_suggested(model_dir, t
     assert error.value.code.count("Did you mean") == 1
 
 
-def test_classes_are_listed(model_dir, tmp_path, capsys):
+def test_classes_are_listed_without_weights(model_dir, tmp_path, capsys):
+    bare = shutil.ignore_patterns("*.safetensors")
+    model_dir = shutil.copytree(model_dir, tmp_path / "bare", ignore=bare)
     generate.main(["--model", str(model_dir), "--list_classes"])
     assert capsys.readouterr().out.splitlines() == [f"{number:>6}  {name}" for number, name in enumerate(NAMES)]
     generate.main(["--model", str(model_dir), "--list_classes", "FLU"])
     assert capsys.readouterr().out == "     0  fluent3d/animal-mammal\n"
     with pytest.raises(SystemExit, match=r"No class name contains 'retreiver'\. Did you mean 'golden retriever'"):
         generate.main(["--model", str(model_dir), "--list_classes", "retreiver"])
-    make_cascade(1).save_pretrained(tmp_path)
+    make_cascade(1).save_pretrained(tmp_path / "nameless")
     with pytest.raises(SystemExit, match="no names: they are 0 to 9"):
-        generate.main(["--model", str(tmp_path), "--list_classes", "cat"])
+        generate.main(["--model", str(tmp_path / "nameless"), "--list_classes", "cat"])
 
 
 def test_an_adapter_draws_at_its_scale(model_dir, tmp_path):
@@ -248,6 +252,12 @@ def test_an_adapter_draws_at_its_scale(model_dir, tmp_path):
             drawn[name] = image.convert("RGB")
     assert ImageChops.difference(drawn["plain"], drawn["off"]).getbbox() is None
     assert ImageChops.difference(drawn["plain"], drawn["full"]).getbbox() is not None
+
+
+def test_float16_runs_on_a_cpu_without_warnings(model_dir, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    run(model_dir, tmp_path, "--classes", "1", "--images_per_class", "1", "--dtype", "float16")
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):

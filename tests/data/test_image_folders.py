@@ -182,10 +182,10 @@ def test_rows_are_in_the_order_of_their_paths(tmp_path, cache, put):
     assert data.class_names == ["Cat", "cat", "cat 3", "cat-2", "ä"]
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("data/train", "data/val"), ("cat",), (".",)])
+@pytest.mark.parametrize("names", [("train", "test"), ("data/train", "data/val"), ("cat",), ("three/only",), (".",)])
 def test_splits_or_one_folder_are_no_classes(tmp_path, cache, put, names):
     put(*(tmp_path / "d" / name / "1.png" for name in names))
-    with pytest.raises(DataError, match=r"no column 'label', only image: .*one subfolder per class"):
+    with pytest.raises(DataError, match=rf"holds 1 image in one folder, {names[0]}, .*one subfolder per class"):
         load(tmp_path / "d", cache)
     (tmp_path / "d" / names[0] / "metadata.csv").write_text("file_name,caption\n1.png,x\n")
     with pytest.raises(DataError, match=r"no column 'label', only image, caption: .*--label_column"):

@@ -241,6 +241,13 @@ def test_the_card_installs_the_package_from_where_it_came(run_dir, monkeypatch):
         assert f"pip install {command}" in text and "/home" not in text
 
 
+def test_a_licence_is_one_of_the_hubs(run_dir):
+    with pytest.raises(ValueError, match=r"no licence 'apache2'\. Did you mean 'apache-2\.0'"):
+        make_model_card(run_dir, "someone/name", license="apache2")
+    with pytest.raises(ValueError, match=r"no licence 'foo'.*such as apache-2\.0"):
+        make_model_card(run_dir, "someone/name", license="foo")
+
+
 def test_what_is_not_finite_is_no_result(run_dir):
     (run_dir / "evaluation.json").write_text('{"fid": NaN, "recall": 0.5}')
     card = reread(make_model_card(run_dir, "someone/name", datasets=["someone/images"]))
