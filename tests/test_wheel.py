@@ -21,6 +21,7 @@ from tests.test_readme import python_blocks
 ROOT = Path(__file__).parents[1]
 SOURCES = (
     "setup.py",
+    "pisdm_command.py",
     "pyproject.toml",
     "MANIFEST.in",
     "README.md",

@@ -24,6 +24,15 @@ for command in ("train", "evaluate", "cache-latents", "sample"):
         print("END", command, end.code)
 """
 
+LIGHT = """
+import sys
+from pisdm_command import main
+try:
+    main()
+finally:
+    print("IMPORTED", [name for name in ("torch", "diffusers", "diffusers_pisdm") if name in sys.modules])
+"""
+
 
 @pytest.fixture(autouse=True)
 def own_arguments(monkeypatch):
@@ -59,6 +68,15 @@ def test_the_examples_in_the_help_of_a_command_are_indented(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         pisdm_cli.main([command, "--help"])
     assert not re.search("^(pisdm|hf) ", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("--version", 0), ("drow", 2), ("", 2)])
+def test_what_runs_no_command_imports_nothing_that_takes_seconds(arguments, code):
+    ran = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments.split()], capture_output=True, text=True, timeout=250
+    )
+    assert (ran.returncode, ran.stdout.splitlines()[-1]) == (code, "IMPORTED []"), ran.stderr
+    assert f"pisdm {diffusers_pisdm.__version__}" in ran.stdout or arguments != "--version"
 
 
 def test_options_go_to_the_command_under_its_name(capsys):
