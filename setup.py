@@ -68,6 +68,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=[*find_packages(include=["diffusers_pisdm", "diffusers_pisdm.*"]), *SHIPPED],
+    py_modules=["pisdm_command"],
     package_dir=SHIPPED,
     package_data={
         "diffusers_pisdm.app": ["static/*"],
@@ -76,7 +77,7 @@ setup(
         "diffusers_pisdm.checkpoints": ["pisdm-emoji128/**"],
         "diffusers_pisdm.recipes": ["*.json"],
     },
-    entry_points={"console_scripts": ["pisdm = diffusers_pisdm.commands.pisdm_cli:main"]},
+    entry_points={"console_scripts": ["pisdm = pisdm_command:main"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.0",

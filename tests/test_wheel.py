@@ -21,6 +21,7 @@ from tests.test_readme import python_blocks
 ROOT = Path(__file__).parents[1]
 SOURCES = (
     "setup.py",
+    "pisdm_command.py",
     "pyproject.toml",
     "MANIFEST.in",
     "README.md",
@@ -105,6 +106,6 @@ def test_readme_and_commands_run_anywhere(python, tmp_path):
     few = ["--classes", "noto/animal-bird", "--images_per_class", "1", "--num_inference_steps", "1"]
     drawn = run(python.with_name("pisdm"), "generate", *few, "--output_dir", "birds", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
-    assert "Wrote birds: 1 images of 1 classes at 128x128 pixels" in drawn.stdout
+    assert "Wrote birds: 1 image of 1 class at 128x128 pixels" in drawn.stdout
     (bird,) = (tmp_path / "birds").iterdir()
     assert read_recipe(bird)["model"] == "pisdm-emoji128"

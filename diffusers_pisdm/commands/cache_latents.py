@@ -24,6 +24,7 @@ from ..data.latent_cache_writer import vae_fingerprint, write_latent_cache
 from ..models.latents import load_vae, vae_scale_factor
 from ..training.recipes import Recipe, read_recipe
 from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty
+from ..utils.messages import count_of
 from .data_sources import add_data_arguments, check_source, load_data
 
 
@@ -96,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    accelerator.print(f"{len(rows)} images of {len(data.class_names)} classes in {args.output_dir}")
+    accelerator.print(
+        f"{count_of(len(rows), 'image')} of {count_of(len(data.class_names), 'class')} in {args.output_dir}"
+    )
     accelerator.end_training()
 
 

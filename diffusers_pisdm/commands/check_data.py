@@ -20,11 +20,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.image_data import ImageData
+from ..data.image_folders import METADATA_FILES
 from ..data.image_rows import ImageReport, inspect_images, read_image
+from ..data.image_transform import image_endings
 from ..utils.arguments import COUNT, picture_path
 from ..utils.files import check_writable
+from ..utils.folder_scan import join_parts, scan_folder
 from ..utils.image_grid import make_image_grid
-from ..utils.messages import count_of, one_line
+from ..utils.messages import count_of, one_line, show_range
 from ..utils.names import show_name
 from ..utils.png_recipe import save_image
 from .data_sources import add_data_arguments, add_folder_argument, check_source, load_data, source_options
@@ -76,7 +79,7 @@ def check_data(args: argparse.Namespace) -> int:
     good = [report for report in reports if report.fault is None]
     faults = [report.fault for report in reports if report.fault is not None]
     lines = describe_classes(args, data) + describe_sizes(good, args.size) + describe_duplicates(good)
-    for reason, paths in left_out.items():
+    for reason, paths in [*left_out.items(), ("not images", stray_files(args, left_out))]:
         lines += list_paths(f"Left out: {reason}", paths)
     if faults:
         lines += [f"Unreadable: {count_of(len(faults), 'image')}", *(f"  {fault}" for fault in faults)]
@@ -111,12 +114,12 @@ def describe_sizes(reports: list[ImageReport], size: int) -> list[str]:
     sides = sorted(min(report.size) for report in reports)
     ratios = {report.place: max(report.size) / min(report.size) for report in reports}
     lines = [
-        f"Shorter side: {sides[0]} to {sides[-1]} pixels, median {statistics.median_low(sides)}",
+        f"Shorter side: {show_range(sides[0], sides[-1])} px, median {statistics.median_low(sides)}",
         f"Aspect ratio: up to {max(ratios.values()):.2g}:1, median {statistics.median(ratios.values()):.2g}:1",
     ]
     small = [report.place for report in reports if min(report.size) < size]
     long = [place for place, ratio in ratios.items() if ratio >= LONG_ASPECT_RATIO]
-    lines += list_paths(f"Smaller than {size} pixels, which would be enlarged", small)
+    lines += list_paths(f"Smaller than {size} px, which would be enlarged", small)
     return lines + list_paths(f"Longer than {LONG_ASPECT_RATIO}:1, of which the square crop takes the middle", long)
 
 
@@ -127,6 +130,16 @@ def describe_duplicates(reports: list[ImageReport]) -> list[str]:
         places[report.digest].append(report.place)
     copies = [f"{copy} = {first}" for first, *others in places.values() for copy in others]
     return list_paths("Duplicates, pixel by pixel", copies)
+
+
+def stray_files(args: argparse.Namespace, left_out: Mapping[str, list[str]]) -> list[str]:
+    """Files among a folder's images that are none, do not describe them, and are not told of otherwise."""
+    if args.train_data_dir is None or not os.path.isdir(args.train_data_dir):
+        return []
+    content = scan_folder(args.train_data_dir, image_endings())
+    beside = {parts: names for parts, names in content.others.items() if parts in content.images}
+    told = {path for paths in left_out.values() for path in paths}
+    return [path for path in join_parts(beside) if os.path.basename(path) not in METADATA_FILES and path not in told]
 
 
 def list_paths(remark: str, paths: list[str]) -> list[str]:

@@ -16,10 +16,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import DiffusionPipeline
 
+from .. import PISDMCascadePipeline
 from ..evaluation import SampleSettings, write_sample_set
 from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_classes, sample_classes
 from ..utils.arguments import COUNT, SHARE, Bounds, bounded
-from ..utils.files import check_exists
+from ..utils.hub_names import hub_or_cache
 from ..utils.shipped_files import CHECKPOINT
 
 
@@ -98,11 +99,16 @@ def exit_with(error: Exception, state: PartialState) -> NoReturn:
 
 def load_pipeline(args: argparse.Namespace, state: PartialState) -> tuple[DiffusionPipeline, SampleSettings]:
     """The pipeline to draw with, and how, both checked as far as that is possible without drawing."""
-    pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype)).to(state.device)
+    pipe = place(_load_pipeline(args.model, args.revision, getattr(torch, args.dtype)), state.device)
     settings = _read_settings(args, pipe)
     settings.resolve(pipe)
     sample_classes(settings, count_classes(pipe))
     return pipe, settings
+
+
+def place(pipe: DiffusionPipeline, device: torch.device) -> DiffusionPipeline:
+    """Moves a loaded pipeline; on the CPU, it is there: `to` would warn for each model that float16 cannot run."""
+    return pipe if device.type == "cpu" else pipe.to(device)
 
 
 def draw_sample_set(
@@ -133,6 +139,8 @@ def find_class_ids(pipe: DiffusionPipeline, words: list[str]) -> list[int]:
     for label in (pipe.config.get("id2label") or {}).values():
         names |= {label, *map(str.strip, label.split(","))}
     classes = parse_classes(words, names)
+    if isinstance(pipe, PISDMCascadePipeline):
+        return pipe.get_label_ids(classes)
     unknown = [name for name in classes if isinstance(name, str)]
     if unknown and not hasattr(pipe, "get_label_ids"):
         raise ValueError(f"{type(pipe).__name__} has no class names: pass class ids to --classes, not {unknown[0]!r}.")
@@ -147,8 +155,8 @@ def _read_settings(args: argparse.Namespace, pipe: DiffusionPipeline) -> SampleS
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     """Loads a pipeline by its own class, whose checks `DiffusionPipeline.from_pretrained` would leave out."""
-    check_exists(model)
-    name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
+    with hub_or_cache(model):
+        name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
     name = name[-1] if isinstance(name, list) else name  # a published repository also names its code
     pipeline_class = getattr(diffusers, name or "", None)
     if pipeline_class is None:

@@ -52,6 +52,7 @@ from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty, output_path
 from ..utils.files import write_whole
 from ..utils.image_grid import make_image_grid
 from ..utils.machine import describe_machine
+from ..utils.messages import count_of
 from ..utils.shipped_files import find_model
 from .drawing import (
     ERRORS,
@@ -185,7 +186,7 @@ def read_generation(folder: str) -> tuple[dict | None, float | str]:
     if not Path(folder, RECORD_FILE).is_file():
         return None, "unknown"
     if missing := missing_samples(folder):
-        raise ValueError(f"{len(missing)} samples are missing in {folder}: rerun the command that draws them.")
+        raise ValueError(f"{folder} lacks {count_of(len(missing), 'sample')}: rerun the command that draws them.")
     record = read_sample_set(folder)
     try:
         config = json.loads(Path(record["model"]["path"], "training_config.json").read_text(encoding="utf-8"))

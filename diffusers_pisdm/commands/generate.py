@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import PISDMCascadePipeline
-from ..pipelines.class_names import ids_by_name
+from .. import PISDMCascadePipeline, PISDMTransformer2DModel
+from ..pipelines.class_names import check_id2label, ids_by_name
 from ..schedulers import swap_scheduler
 from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, output_path, picture_path
 from ..utils.files import check_writable
+from ..utils.hub_names import hub_or_cache
 from ..utils.image_grid import make_image_grid
-from ..utils.messages import show_duration
+from ..utils.messages import count_of, show_duration, show_size
 from ..utils.names import did_you_mean, names_with, show_name
 from ..utils.png_recipe import dtype_name, save_image
 from ..utils.shipped_files import CHECKPOINT, find_model, model_name
-from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids
+from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids, place
 
 
 NUM_DEFAULT_CLASSES = 8
@@ -101,16 +102,18 @@ def load_pipeline(args: argparse.Namespace) -> PISDMCascadePipeline:
     return pipe
 
 
-def list_classes(pipe: PISDMCascadePipeline, word: str) -> None:
-    """Prints the ids and names of the classes whose name contains a word."""
-    names = pipe.config.id2label
+def list_classes(model: str, word: str) -> None:
+    """Prints the ids and names of the classes whose name contains a word, without loading weights."""
+    with hub_or_cache(model):
+        names = PISDMCascadePipeline.load_config(model).get("id2label")
+        num_classes = PISDMTransformer2DModel.load_config(model, subfolder="transformer")["num_classes"]
+    names = check_id2label(names, num_classes)
     if not names:
-        raise ValueError(
-            f"This model's classes have no names: they are 0 to {pipe.transformer.config.num_classes - 1}."
-        )
+        raise ValueError(f"This model's classes have no names: they are 0 to {num_classes - 1}.")
     found = set(names_with(word, names.values()))
     if not found:
-        raise ValueError(f"No class name contains '{show_name(word)}'. {did_you_mean(word, names.values())}")
+        hint = did_you_mean(word, names.values()) or "Without a word, all are listed."
+        raise ValueError(f"No class name contains '{show_name(word)}'. {hint}")
     for class_id, name in names.items():
         if name in found:
             print(f"{class_id:>6}  {show_name(name)}")
@@ -170,10 +173,10 @@ def generate(args: argparse.Namespace) -> str:
     pipe = load_pipeline(args)
     num_classes = pipe.transformer.config.num_classes
     if args.classes:
-        classes = pipe.get_label_ids(find_class_ids(pipe, args.classes))
+        classes = find_class_ids(pipe, args.classes)
     else:
         classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
-    pipe.to(args.device)
+    pipe = place(pipe, args.device)
 
     class_ids = [class_id for class_id in classes for _ in range(args.images_per_class)]
     call = {name: value for name, value in call_arguments(args).items() if value is not None}
@@ -195,10 +198,10 @@ def generate(args: argparse.Namespace) -> str:
     if args.stages_output is not None:
         save_image(draw_stages(output.stage_images, names), args.stages_output)
         written.append(args.stages_output)
-    width, height = output.images[0].size
     return (
-        f"Wrote {' and '.join(map(str, written))}: {len(names)} images of {len(set(names))} classes at"
-        f" {width}x{height} pixels in {show_duration(time.perf_counter() - start)}."
+        f"Wrote {' and '.join(map(str, written))}: {count_of(len(names), 'image')} of"
+        f" {count_of(len(set(names)), 'class')} at {show_size(*output.images[0].size)} pixels in"
+        f" {show_duration(time.perf_counter() - start)}."
     )
 
 
@@ -206,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
         if args.list_classes is not None:
-            list_classes(load_pipeline(args), args.list_classes)
+            list_classes(args.model, args.list_classes)
         else:
             print(generate(args))
     except (ImportError, OSError, ValueError, NotImplementedError) as error:  # the last: a scheduler that cannot

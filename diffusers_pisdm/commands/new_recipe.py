@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ SECONDS_PER_MEASUREMENT = 10.0  # of each stage: with fewer images than a batch,
 SMALLEST_FIRST_STAGE = 16  # pixels: from 8 px, small cascades drew worse
 LARGEST_PATCHES_OF_2 = 32  # pixels: from 64 on, patches of 4 keep the sequence short
 IMAGES_FOR_SCALE = 256
+SHORT_RUN = 5.0  # minutes: what a run takes besides training counts
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -93,6 +94,7 @@ class Plan:
         costs (`list[StageCost]`), seconds (`list[float]`): Of each stage, and its time per step, measured here.
         num_images (`int`): In the data.
         minutes (`float`): That were asked for.
+        unreadable (`list[str]`): Of the images that were looked at, those that cannot be read, and why.
     """
 
     stages: list[dict[str, Any]]
@@ -102,6 +104,7 @@ class Plan:
     seconds: list[float]
     num_images: int
     minutes: float
+    unreadable: list[str] = field(default_factory=list)
 
     @property
     def images_seen(self) -> int:
@@ -146,13 +149,14 @@ class Plan:
             lines.append(
                 f"Stage {number}: {stage['sample_size']} px, patches of {stage['patch_size']},"
                 f" {stage['num_layers']} layers of width {stage['hidden_size']},"
-                f" {cost.parameters / 1e6:.1f}M parameters; {show_duration(seconds * self.steps)} of"
-                f" {cost.batch_size} images a step"
+                f" {cost.parameters / 1e6:.1f}M parameters;"
+                f" {count_of(cost.batch_size, 'image')} a step, {show_duration(seconds * self.steps)} in all"
             )
         passes = self.images_seen / self.num_images
         lines.append(
-            f"Training: {count_of(self.steps, 'step')} of {self.batch_size} images, {self.images_seen:,} in all:"
-            f" {passes:.0f} passes over {count_of(self.num_images, 'image')}"
+            f"Training: {count_of(self.steps, 'step')} of {count_of(self.batch_size, 'image')},"
+            f" {self.images_seen:,} in all: {count_of(round(passes), 'pass')} over"
+            f" {count_of(self.num_images, 'image')}"
         )
         lines.append(
             f"Time: about {show_duration(sum(self.seconds) * self.steps / SHARE_OF_TRAINING)}, sample grids included,"
@@ -166,6 +170,14 @@ class Plan:
             lines.append(
                 "Warning: that is very little, and the pictures will be rough: allow more --minutes, or start from"
                 " pisdm-emoji128 (--pretrained_model_name_or_path)"
+            )
+        if self.minutes < SHORT_RUN:
+            lines.append("Note: starting, compiling and saving take up to a minute more, which --minutes leaves out")
+        if self.unreadable:
+            more = f" and {len(self.unreadable) - 1:,} more" if len(self.unreadable) > 1 else ""
+            lines.append(
+                f"Warning: {self.unreadable[0]}{more}. `pisdm check-data` names all; training stops at them, unless"
+                " you pass --on_bad_image skip"
             )
         return lines
 
@@ -201,17 +213,21 @@ def stage_configs(sizes: list[int], scales: list[float], shape: tuple[tuple[int,
     return configs
 
 
-def residual_scales(data: ImageData, sizes: list[int]) -> list[float]:
-    """The standard deviation of what each stage adds to the upsampled image below, over some of the data."""
+def residual_scales(data: ImageData, sizes: list[int]) -> tuple[list[float], list[str]]:
+    """
+    The standard deviation of what each stage adds to the upsampled image below, over some of the data; and which of
+    these images cannot be read, and why.
+    """
     rows = ImageRows(data, ImageTransform(sizes[-1]), on_bad_image="skip")
     count = min(IMAGES_FOR_SCALE, len(rows))
-    images = torch.stack([rows.read(i * len(rows) // count, epoch=0, seed=0).images for i in range(count)])
+    read = [rows.read(i * len(rows) // count, epoch=0, seed=0) for i in range(count)]
+    images = torch.stack([row.images for row in read])  # (N, 3, H, W)
     pyramid = image_pyramid(images.float() / 127.5 - 1.0, sizes)  # (N, 3, H_s, W_s) each
     scales = []
     for low, image in zip(pyramid, pyramid[1:]):
         upsampled = upsample_low_res(low, image.shape[-2:], residual_scale=1.0)
         scales.append(max(0.01, round((image - upsampled).std().item(), 3)))  # 0 for plain colours
-    return scales
+    return scales, list(dict.fromkeys(fault for row in read for fault in row.bad_images))
 
 
 def choose_plan(size: int, minutes: float, data: ImageData) -> Plan:
@@ -220,13 +236,14 @@ def choose_plan(size: int, minutes: float, data: ImageData) -> Plan:
     time for anything.
     """
     sizes, num_images = stage_sizes(size), len(data.dataset)
-    scales, plan = residual_scales(data, sizes), None
+    (scales, unreadable), plan = residual_scales(data, sizes), None
     for shape in SHAPES:
         larger = plan_for(stage_configs(sizes, scales, shape), minutes, len(data.class_names), num_images)
         if plan is None or larger.images_seen >= ENOUGH_IMAGES:
             plan = larger
         if larger.images_seen < 2 * ENOUGH_IMAGES:  # the next one costs at least twice as much
             break
+    plan.unreadable = unreadable
     return plan
 
 

@@ -1,16 +1,16 @@
-"""The `pisdm` command."""
+"""The `pisdm` command; `pisdm_command.py` runs this file alone, so it imports the package only to run a command."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
-from .. import __version__
 
-
+PACKAGE = Path(__file__).resolve().parents[1]
 # By name, with the extra that installs what a command needs beyond the package's own requirements.
 COMMANDS = {
     "generate": None,
@@ -48,25 +48,29 @@ def make_parser() -> argparse.ArgumentParser:
         + "\n\n`pisdm COMMAND --help` describes a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"pisdm {__version__}")
+    version = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"))[1]
+    parser.add_argument("--version", action="version", help="Print the version.", version=f"pisdm {version}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parsed = make_parser().parse_args(arguments)
+    parser = make_parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        sys.exit(2)
+    parsed = parser.parse_args(arguments)
     command = parsed.command
     sys.argv = [f"pisdm {command}", *parsed.arguments]  # argparse takes a command's name from here
     try:
-        importlib.import_module(f".{module_name(command)}", __package__).main()
+        importlib.import_module(f"{PACKAGE.name}.commands.{module_name(command)}").main()
     except ModuleNotFoundError as error:
         extra, module = COMMANDS[command], error.name or ""
-        if extra is None or module.startswith(__package__.partition(".")[0]):
+        if extra is None or module.startswith(PACKAGE.name):
             raise
-        sys.exit(
-            f'error: `pisdm {command}` needs {module}, which is not installed: pip install "diffusers-pisdm[{extra}]"'
-        )
+        install_command = importlib.import_module(f"{PACKAGE.name}.utils.shipped_files").install_command
+        sys.exit(f"error: `pisdm {command}` needs {module}, which is not installed: {install_command(extra)}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports it
 

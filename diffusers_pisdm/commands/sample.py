@@ -15,7 +15,7 @@ import time
 
 from ..evaluation import missing_samples, write_sample_archive
 from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty
-from ..utils.messages import show_duration
+from ..utils.messages import count_of, show_duration
 from ..utils.shipped_files import CHECKPOINT, find_model
 from .drawing import (
     ERRORS,
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         draw_sample_set(pipe, settings, args.batch_size, args.output_dir, state)
         if state.is_main_process:
             finish(args)
-            print(f"{args.num_samples} samples in {args.output_dir}, {show_duration(time.perf_counter() - start)}")
+            seconds = time.perf_counter() - start
+            print(f"{count_of(args.num_samples, 'sample')} in {args.output_dir}, {show_duration(seconds)}")
     except ERRORS as error:
         exit_with(error, state)
     state.destroy_process_group()
@@ -68,7 +69,7 @@ def finish(args: argparse.Namespace) -> None:
         print(f"Wrote {args.save_npz}")
     elif missing := missing_samples(args.output_dir):
         raise ValueError(
-            f"{len(missing)} samples are missing in {args.output_dir}, the first is number {missing[0]}. Check that"
+            f"{args.output_dir} lacks {count_of(len(missing), 'sample')}, the first is number {missing[0]}. Check that"
             " all processes see the same folder, then rerun the command to draw the rest."
         )
 

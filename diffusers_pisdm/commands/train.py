@@ -39,6 +39,7 @@ from ..data.rows import DataError
 from ..models.latents import load_vae, vae_scale_factor
 from ..models.stage_models import StageModel, stage_config
 from ..publishing.hub import RIGHTS_KEY, check_login, publish_cascade
+from ..publishing.model_card import public_base
 from ..schedulers import sampling_schedulers, stage_noise_schedules
 from ..training import LOSS_WEIGHTINGS, CascadeObjective
 from ..training.cascade_objective import warn_of_narrow_stage
@@ -71,7 +72,7 @@ from ..training.sample_sheets import draw_samples, save_sample_sheets
 from ..training.trainer import Trainer
 from ..utils.files import lock_folder, save_in_place
 from ..utils.machine import describe_machine
-from ..utils.messages import count_of, show_duration
+from ..utils.messages import count_of, show_duration, show_range
 from ..utils.names import show_name
 from ..utils.shipped_files import find_model
 
@@ -417,7 +418,7 @@ def summarize(trainer: Trainer, rows: ImageRows | LatentCache, class_names: list
     if num_images is not None and isinstance(rows, ImageRows):
         counts = rows.data.class_counts()
         empty = [show_name(name) for name, count in zip(class_names, counts) if count == 0]
-        lines[0] += f", {min(counts):,} to {max(counts):,} of each"
+        lines[0] += f", {show_range(min(counts), max(counts))} of each"
         if empty:
             names = ", ".join(empty[:MOST_FAULTS_SHOWN]) + (", ..." if len(empty) > MOST_FAULTS_SHOWN else "")
             lines.append(f"Warning: {count_of(len(empty), 'class')} without images, which it will not draw: {names}")
@@ -467,7 +468,10 @@ def train(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return dry_run(args, recipe, accelerator)
     if args.push_to_hub and accelerator.is_main_process:
-        check_login(args.hub_model_id)  # a missing login should not show after days
+        # A missing login, or base of LoRA adapters, should not show after days.
+        check_login(args.hub_model_id)
+        if args.lora_rank is not None:
+            public_base(args.pretrained_model_name_or_path)
     with lock_folder(output_dir) if accelerator.is_main_process else nullcontext():
         stopped_by = run(args, recipe, accelerator)
         if stopped_by is None and args.push_to_hub and accelerator.is_main_process:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..utils.messages import count_of
 from .parallel_read import read_batches
 from .rows import DataError, TrainingBatch, stack_rows
 
@@ -161,8 +162,8 @@ class ShuffledBatches:
         self.num_workers = num_workers
         if len(rows) < self.global_batch_size:
             raise DataError(
-                f"The data set has {len(rows)} images, too few for one batch of {batch_size} on each of"
-                f" {num_processes} processes: lower --train_batch_size."
+                f"The data set has {count_of(len(rows), 'image')}, too few for one batch of {batch_size} on each of"
+                f" {count_of(num_processes, 'process')}: lower --train_batch_size."
             )
 
     @property

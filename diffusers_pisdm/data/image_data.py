@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from ..utils.files import is_path
 from ..utils.folder_scan import ReportLeftOut, read_regular_file, size_and_end, warn_of_left_out
-from ..utils.messages import one_line
+from ..utils.hub_names import hub_or_cache
+from ..utils.messages import count_of, one_line
 from .image_folders import load_folder, sort_class_names
 from .rows import DataError
 
@@ -173,11 +173,16 @@ def load_image_data(
         )
     columns = {"image": image_column, "label": label_column, "flip": flip_column}
     for name, column in columns.items():
+        if name == "label" and column not in features and (folders := _folders_of_images(dataset, name_or_path)):
+            found = "one folder" if len(folders) == 1 else "folders that are splits"
+            raise DataError(
+                f"{name_or_path} holds {count_of(len(dataset), 'image')} in {found}, {_first(folders)}, so there are"
+                " no classes to learn: make one subfolder per class, and at least two."
+            )
         if column is not None and column not in features:
-            hint = " An image folder has labels if it has one subfolder per class, and at least two."
             raise DataError(
                 f"{name_or_path} has no column {column!r}, only {', '.join(features)}: set the right one with"
-                f" --{name}_column.{hint if name == 'label' else ''}"
+                f" --{name}_column."
             )
     kind = features[image_column]
     if not (isinstance(kind, Image) or (isinstance(kind, Value) and kind.dtype.endswith(("string", "binary")))):
@@ -224,20 +229,20 @@ def _load(
     name = os.path.expanduser(name_or_path)
     is_folder = os.path.isdir(name)
     is_format = name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None  # such as "csv"
-    if not is_folder and (is_path(name) or is_format):
+    if is_format and not is_folder:
         raise FileNotFoundError(f"There is no folder {name}: check the path.")
     try:
         if is_folder:
             options = (streaming, label_column, cache_dir, config_name, report_left_out)
             return load_folder(os.path.abspath(name), split, *options)
-        return load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
+        with hub_or_cache(name, "dataset"):
+            return load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
     except (DataError, PermissionError):
         raise
     except (FileNotFoundError, ConnectionError) as error:
-        if is_folder:
-            remedy = "put images (one subfolder per class), parquet files or webdataset tars into it"
-        else:
-            remedy = "there is no such local folder, and no such data set could be reached on the Hub"
+        if not is_folder:
+            raise FileNotFoundError(one_line(error)) from error
+        remedy = "put images (one subfolder per class), parquet files or webdataset tars into it"
         raise FileNotFoundError(f"No data found in {name}: {remedy}. ({error})") from error
     except ValueError as error:  # it lists the splits or configurations that there are
         raise DataError(
@@ -248,6 +253,14 @@ def _load(
             f"Cannot read split {split!r} of {name}: {one_line(error.__cause__ or error)}. A file may be damaged, or"
             " not hold images and labels as rows."
         ) from error
+
+
+def _folders_of_images(dataset: Dataset | IterableDataset, top: str | Path) -> list[str]:
+    """The folders of images that came without labels or other columns, below `top`; none if they came otherwise."""
+    if isinstance(dataset, IterableDataset) or list(dataset.features) != ["image"] or not os.path.isdir(top):
+        return []
+    paths = [image["path"] for image in dataset.cast_column("image", Image(decode=False))["image"]]
+    return sorted({os.path.relpath(os.path.dirname(path), top) for path in paths if path})
 
 
 def _classes(
@@ -283,16 +296,16 @@ def _classes(
     if len(feature.names) == len(class_names):
         return class_names, {i: i for i in range(len(class_names))}
     raise DataError(
-        f"The data set has {len(feature.names)} classes ({_first(feature.names)}), but you named {len(class_names)}"
-        f" others ({_first(class_names)}): name as many, or use the data set's own names."
+        f"The data set has {count_of(len(feature.names), 'class')} ({_first(feature.names)}), but you"
+        f" named {len(class_names)} others ({_first(class_names)}): name as many, or use the data set's own names."
     )
 
 
 def _unknown_labels(labels: list, class_names: list[str], place: str) -> str:
     return (
-        f"Unknown labels in {place}: {_first(map(repr, labels))}. There are {len(class_names)} classes"
-        f" ({_first(class_names)}). Negative labels and None usually mean a test split with hidden labels: use another"
-        " split. To name other classes, see --class_names_file."
+        f"Unknown labels in {place}: {_first(map(repr, labels))}. The data set has"
+        f" {count_of(len(class_names), 'class')} ({_first(class_names)}). Negative labels and None usually mean a test"
+        " split with hidden labels: use another split. To name other classes, see --class_names_file."
     )
 
 

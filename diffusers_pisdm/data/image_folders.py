@@ -37,7 +37,7 @@ from ..utils.folder_scan import (
     warn_of_left_out,
     warn_once,
 )
-from ..utils.messages import one_line
+from ..utils.messages import count_of, one_line
 from .image_transform import image_endings
 from .rows import DataError
 
@@ -258,7 +258,7 @@ def _empty_classes(content: FolderContent, classes: Iterable[Parts]) -> list[str
     beside = {parts[:-1] for parts in classes}
     held = {parts: content.others.get(parts) for parts in content.empty if parts[:-1] in beside}
     return [
-        "/".join(parts) + (f" with {len(names)} files such as {names[0]}" if names else "")
+        "/".join(parts) + (f" with {count_of(len(names), 'file')} such as {names[0]}" if names else "")
         for parts, names in held.items()
     ]
 

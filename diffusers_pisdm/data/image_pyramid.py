@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops.conditioning_augmentation import downsample
+from ..utils.messages import show_size
 
 
 def image_pyramid(images: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
@@ -23,7 +24,6 @@ def image_pyramid(images: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
     """
     if max(sizes) > min(images.shape[-2:]):
         raise ValueError(
-            f"The images are {images.shape[-2]}x{images.shape[-1]} pixels, smaller than the largest stage"
-            f" ({max(sizes)})."
+            f"The images are {show_size(*images.shape[:-3:-1])} pixels, smaller than the largest stage ({max(sizes)})."
         )
     return [downsample(images, (size, size)) for size in sizes]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..utils.folder_scan import read_regular_file, scan_folder, warn_of_left_out
-from ..utils.messages import one_line
+from ..utils.messages import one_line, show_size
 from .image_transform import image_endings
 
 
@@ -72,8 +72,8 @@ class ImageSource(ABC):
                 first_place, shape = place, pixels.shape
             if pixels.shape != shape:
                 raise ImageSourceError(
-                    f"Images differ in size: {place} has {pixels.shape[2]}x{pixels.shape[1]} pixels, {first_place} has"
-                    f" {shape[2]}x{shape[1]}. Pass an image size to resize them to."
+                    f"Images differ in size: {place} has {show_size(*pixels.shape[:0:-1])} pixels, {first_place} has"
+                    f" {show_size(*shape[:0:-1])}. Pass an image size to resize them to."
                 )
             batch.append(pixels)
             if len(batch) == batch_size:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
+from ..utils.messages import show_size
 from ..utils.pixel_modes import mode_problem, on_white, to_8_bits
 
 
@@ -67,9 +68,9 @@ def decode_image(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             f"the file is no image, or damaged, or of another format than {', '.join(_formats())}"
         ) from None
     if image.width * image.height > max_pixels:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than {max_pixels:,}: scale the image down")
+        raise ValueError(f"{show_size(*image.size)} pixels are more than {max_pixels:,}: scale the image down")
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise ValueError(f"{image.width}x{image.height} pixels exceed an aspect ratio of {MAX_ASPECT_RATIO}:1")
+        raise ValueError(f"{show_size(*image.size)} pixels exceed an aspect ratio of {MAX_ASPECT_RATIO}:1")
     _check_values(image)
     _scale_transparent_colour(image)
     ImageOps.exif_transpose(image, in_place=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from ..data.image_sources import ImageSource
+from ..utils.messages import show_size
 from .metrics.feature_statistics import FeatureStatistics, collect_statistics
 from .metrics.frechet_distance import frechet_distance
 from .metrics.inception_score import count_splits, inception_score
@@ -21,7 +22,7 @@ PUBLISHED_NUM_SAMPLES = 50_000
 class Score:
     """
     Args:
-        name (`str`): The score's name, such as "FID" or "Frechet distance (efficientnet-lite0)".
+        name (`str`): The score's name, such as "FID" or "Fréchet distance (efficientnet-lite0)".
         value (`float` or `None`): `None` if it cannot be computed.
         spread (`float`, *optional*): The inception score's standard deviation over its splits.
         missing (`str`, *optional*): Why there is no value.
@@ -153,7 +154,7 @@ def evaluate_images(
     )
     scores = {
         "frechet_distance": Score(extractor.distance_name),
-        "spatial_frechet_distance": Score(extractor.score_name("sFID", "spatial Frechet distance")),
+        "spatial_frechet_distance": Score(extractor.score_name("sFID", "spatial Fréchet distance")),
         "inception_score": Score(extractor.score_name("IS", "classifier score")),
         "precision": Score(extractor.score_name("precision", "precision")),
         "recall": Score(extractor.score_name("recall", "recall")),
@@ -231,7 +232,7 @@ def _notes(samples: FeatureStatistics, reference: FeatureStatistics | None, extr
         sizes = samples.image_size, reference.image_size
         if None not in sizes and sizes[0] != sizes[1]:
             notes.append(
-                f"Samples have {sizes[0][1]}x{sizes[0][0]} pixels, the reference has {sizes[1][1]}x{sizes[1][0]}: the"
-                " difference in sharpness alone adds to the distance."
+                f"Samples have {show_size(*sizes[0][::-1])} pixels, the reference has {show_size(*sizes[1][::-1])}:"
+                " the difference in sharpness alone adds to the distance."
             )
     return notes

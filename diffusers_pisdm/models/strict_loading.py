@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from diffusers.utils import WEIGHTS_NAME
 from typing_extensions import Self
 
-from ..utils.files import check_exists
+from ..utils.hub_names import hub_or_cache
 
 
 # Keys that diffusers itself adds to a configuration: for quantized models, for remote code, and by `EMAModel`.
@@ -44,7 +45,6 @@ class StrictLoadingMixin:
         Raises OSError if weights are missing, incomplete, corrupt or not those of the configuration; ValueError for
         unknown configuration keys or weights that are not finite; TypeError for unknown arguments.
         """
-        check_exists(pretrained_model_name_or_path)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
         is_model = issubclass(cls, torch.nn.Module)
@@ -52,7 +52,12 @@ class StrictLoadingMixin:
         default_dtype = torch.get_default_dtype()
         try:
             options = {**kwargs, "output_loading_info": True} if is_model else kwargs
-            loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
+            with (
+                nullcontext()
+                if kwargs.get("local_files_only")
+                else hub_or_cache(pretrained_model_name_or_path, token=kwargs.get("token"))
+            ):
+                loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
         except OSError as error:
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             if not folder.is_dir() or "Remedy:" in str(error):  # from the Hub, or already complete

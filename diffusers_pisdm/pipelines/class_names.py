@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from ..utils.names import did_you_mean, show_name
 # Sequences may be nested, as in DiTPipeline; a mapping is a mix of classes, by their shares.
 ClassLabels = int | str | Mapping[int | str, float] | Sequence | np.ndarray | torch.Tensor
 
+T = TypeVar("T")
+MOST_FAULTS = 5  # labels that a message tells of
 MAX_WEIGHT_ERROR = 1e-3  # of the sum of a mix's weights: 0.333 three times will do
 
 
@@ -34,6 +36,22 @@ def _flatten(labels: ClassLabels) -> Iterator[Any]:
             yield from _flatten(label)
     else:
         yield labels
+
+
+def for_each_label(
+    convert: Callable[..., T], labels: ClassLabels, id2label: dict[int, str] | None, num_classes: int
+) -> list[T]:
+    """Converts each label; raises one ValueError for all wrong ones, or a TypeError for the first that is no label."""
+    converted, faults = [], {}
+    for label in list_labels(labels):
+        try:
+            converted.append(convert(label, id2label, num_classes))
+        except ValueError as error:
+            faults[str(error)] = None
+    if faults:
+        more = f" There are {len(faults) - MOST_FAULTS:,} more like this." if len(faults) > MOST_FAULTS else ""
+        raise ValueError(" ".join([*faults][:MOST_FAULTS]) + more)
+    return converted
 
 
 def get_class_mix(
@@ -108,7 +126,7 @@ def _find_class(name: str, id2label: dict[int, str] | None) -> int:
     if name not in known:
         raise ValueError(
             f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline."
-            f" {did_you_mean(name, known)}"
+            f" {did_you_mean(name, known) or 'Its `config.id2label` lists them.'}"
         )
     if len(known[name]) > 1:
         raise ValueError(

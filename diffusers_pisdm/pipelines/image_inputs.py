@@ -12,6 +12,7 @@ from diffusers import SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
 from ..ops.conditioning_augmentation import downsample
+from ..utils.messages import count_of, show_size
 from ..utils.pixel_modes import mode_problem, on_white, to_8_bits
 from .number_checks import check_number
 
@@ -138,10 +139,13 @@ def read_image(name: str, image: PipelineImageInput, num_channels: int, num_labe
     processor = VaeImageProcessor(do_resize=False, do_normalize=False, vae_latent_channels=None)
     pixels = processor.preprocess(images if len(images) > 1 else images[0]).float()  # (N, C, H, W)
     if pixels.shape[1] != num_channels:
-        raise ValueError(f"`{name}` has {pixels.shape[1]} channels, but this pipeline's images have {num_channels}.")
+        raise ValueError(
+            f"`{name}` has {count_of(pixels.shape[1], 'channel')}, but this pipeline's images have {num_channels}."
+        )
     if len(pixels) not in (1, num_labels):
         raise ValueError(
-            f"`{name}` holds {len(pixels)} images for {num_labels} labels. Pass one image for all, or one per label."
+            f"`{name}` holds {count_of(len(pixels), 'image')} for {count_of(num_labels, 'label')}. Pass one image"
+            " for all, or one per label."
         )
     if not pixels.is_meta and not ((pixels >= 0) & (pixels <= 1)).all():  # false for NaN, too
         raise ValueError(
@@ -159,7 +163,8 @@ def read_mask(mask_image: PipelineImageInput, size: Size, num_labels: int) -> to
     masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
     # As in diffusers, only the grey values count: transparent strokes on black would all be white by `read_image`.
     masks = [
-        _to_8_bits("mask_image", mask).convert("L") if isinstance(mask, PIL.Image.Image) else mask for mask in masks
+        _to_8_bits("mask_image", mask).convert("L") if isinstance(mask, PIL.Image.Image) else _with_channel(mask)
+        for mask in masks
     ]
     mask = read_image("mask_image", masks, 1, num_labels)  # (N, 1, H, W) in [0, 1]
     if tuple(mask.shape[2:]) != size:
@@ -200,7 +205,7 @@ def repeat_images(images: torch.Tensor, num_images: int) -> torch.Tensor:
 
 
 def _show(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
+    return show_size(width=size[1], height=size[0])
 
 
 def _to_8_bits(name: str, image: PIL.Image.Image) -> PIL.Image.Image:
@@ -208,6 +213,13 @@ def _to_8_bits(name: str, image: PIL.Image.Image) -> PIL.Image.Image:
     if problem is not None:
         raise ValueError(f"The pixels of `{name}` are {problem}. Convert it to 8-bit RGB.")
     return to_8_bits(image)
+
+
+def _with_channel(mask: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """A mask of shape `(H, W)` as an array `(H, W, 1)` or a tensor `(1, H, W)`."""
+    if getattr(mask, "ndim", None) != 2:
+        return mask
+    return mask[None] if isinstance(mask, torch.Tensor) else mask[..., None]
 
 
 def _to_channels(image: PIL.Image.Image, num_channels: int) -> PIL.Image.Image:

@@ -30,15 +30,16 @@ from ..models.stage_models import StageModel
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..schedulers import check_steps, relay_start, set_timesteps
+from ..utils.messages import count_of, show_size
 from .call_checks import check_attention_kwargs, check_callback, check_generator, check_latents
 from .call_lock import CallLock, one_call_at_a_time
 from .class_names import (
     ClassLabels,
     check_id2label,
+    for_each_label,
     get_class_id,
     get_class_mix,
     ids_by_name,
-    list_labels,
     stack_mixes,
 )
 from .cuda_graphs import CudaGraphs
@@ -180,8 +181,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             raise ValueError(f"`transformers` has {len(transformers)} stages, but a cascade has 1 to 4.")
         if len(schedulers) not in (1, len(transformers)):
             raise ValueError(
-                f"`schedulers` has {len(schedulers)} schedulers for {len(transformers)} `transformers`. Pass one for"
-                " all stages, or one per stage."
+                f"`schedulers` has {count_of(len(schedulers), 'scheduler')} for {len(transformers)} `transformers`."
+                " Pass one for all stages, or one per stage."
             )
         first = schedulers[0]
         if all(type(scheduler) is type(first) and scheduler.config == first.config for scheduler in schedulers):
@@ -371,7 +372,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             ValueError: There are no labels, an id is out of range, or a name is unknown or that of several classes.
         """
         num_classes = self.transformer.config.num_classes
-        return [get_class_id(label, self.config.id2label, num_classes) for label in list_labels(class_labels)]
+        return for_each_label(get_class_id, class_labels, self.config.id2label, num_classes)
 
     def get_class_mixes(self, class_labels: ClassLabels) -> list[dict[int, float]]:
         """
@@ -389,7 +390,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             ValueError: A class is none of the pipeline's, a weight is not in [0, 1], or weights do not sum to 1.
         """
         num_classes = self.transformer.config.num_classes
-        return [get_class_mix(label, self.config.id2label, num_classes) for label in list_labels(class_labels)]
+        return for_each_label(get_class_mix, class_labels, self.config.id2label, num_classes)
 
     def check_stages(self) -> None:
         """Raises a `ValueError` if a stage is missing or does not fit the one before, or a scheduler its stage."""
@@ -690,6 +691,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
                 output: only the stages above run, and enlarge it.
             mask_image (the types of `image`, *optional*):
                 What to repaint of `image`, of its size: white pixels are repainted, black ones kept, as in diffusers.
+                Arrays and tensors may be `(H, W)`.
                 All stages run. Up to the image's stage, the known pixels are noised to the level of each step, and
                 returned as they were; the stages above enlarge the result.
             strength (`float`, *optional*):
@@ -797,7 +799,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
                     height, width = (length * vae_scale_factor(self.vae) for length in stage.shape[2:])
                     logger.warning(
                         f"The run was interrupted in stage {stage.number} of {self.num_stages}: its images are that"
-                        f" stage's, of {height}x{width} pixels."
+                        f" stage's, of {show_size(width, height)} pixels."
                     )
                 break
 

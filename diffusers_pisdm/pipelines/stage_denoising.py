@@ -13,6 +13,7 @@ from typing_extensions import Self
 from ..models.latents import encode_moments, vae_scale_factor
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
+from ..utils.messages import show_size
 from .call_checks import check_callback_outputs
 from .cuda_graphs import run_model
 from .image_inputs import KnownPart, repeat_images
@@ -207,7 +208,7 @@ class StageDenoisingMixin:
     def _describe(self, progress_bar: Any, stage: StagePlan) -> None:
         if "desc" not in self._progress_bar_config:
             height, width = (length * vae_scale_factor(self.vae) for length in stage.shape[2:])
-            progress_bar.set_description(f"stage {stage.number}/{self.num_stages} ({height}x{width})")
+            progress_bar.set_description(f"stage {stage.number}/{self.num_stages} ({show_size(width, height)})")
 
     def _finish(
         self, stage: StagePlan, latents: torch.Tensor, upsampled: torch.Tensor | None, known: KnownPart | None

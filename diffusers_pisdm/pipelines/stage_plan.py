@@ -13,6 +13,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import image_to_residual, residual_to_image
+from ..utils.messages import count_of
 from .image_inputs import GivenImages
 from .number_checks import NUMBERS, check_number, is_positive_integer
 
@@ -102,7 +103,7 @@ def per_stage(name: str, value: Any, num_stages: int) -> list:
     values = list(value) if is_list else [value] * num_values
     if len(values) != num_values:
         raise ValueError(
-            f"`{name}` has {len(values)} values, but this pipeline has {num_values} {unit}{'s' * (num_values != 1)}."
+            f"`{name}` has {count_of(len(values), 'value')}, but this pipeline has {count_of(num_values, unit)}."
             f" Pass one value for all, or a list with one value per {unit}."
         )
     if name.removeprefix("default_") in NUMBERS:

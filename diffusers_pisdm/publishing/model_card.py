@@ -16,13 +16,17 @@ import yaml
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import EvalResult, ModelCard
 
+from ..utils.hub_names import is_path
 from ..utils.messages import one_line
 from ..utils.metrics_file import read_metrics
+from ..utils.shipped_files import CHECKPOINT, install_command
+from .licenses import check_license
 
 
 SKELETON = Path(__file__).with_name("model_card.md")
 DIM_CARD = Path(__file__).with_name("dim_model_card.md")  # `pisdm convert-dim` fills it
 PIPELINE_TAG = "unconditional-image-generation"  # the Hub has no task for class-conditional generation
+LOCAL_IMAGES = "imagefolder"  # the Hub's type for results on images that are no data set there
 TAGS = ("diffusers", "diffusers_pisdm", "class-conditional-image-generation", "mamba")
 
 # Entries of `training_config.json` other than arguments and versions, with their titles in the card.
@@ -94,16 +98,17 @@ def make_model_card(
             Data sets on the Hub that the cascade was trained on; defaults to the card's own.
         base_model (`str`, *optional*):
             The cascade on the Hub that this one was fine-tuned from, or that LoRA adapters adapt; defaults to the
-            card's own.
+            card's own, and for adapters to the run's unless that is a local folder.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card; `str(card)` is the content of README.md.
 
     Raises:
-        ValueError: There is no card at `model_card`, its markers are not paired, or a file of the run is not JSON or
-            not an evaluation.
+        ValueError: The Hub knows no such licence, there is no card at `model_card`, its markers are not paired, LoRA
+            adapters have no public base, or a file of the run is not JSON or not an evaluation.
     """
     run_dir = Path(run_dir)
+    check_license(license)
     check_links(run_dir, [file for pattern in RUN_FILES for file in run_dir.glob(pattern)])
     try:
         card = ModelCard.load(Path(model_card or SKELETON))
@@ -121,7 +126,14 @@ def make_model_card(
     named = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
     eval_results = [
         # The Hub requires a data set for each result.
-        EvalResult(PIPELINE_TAG, *[named[0] if named else reference] * 2, metric, value, metric_name=name)
+        EvalResult(
+            PIPELINE_TAG,
+            named[0] if named else LOCAL_IMAGES,
+            named[0] if named else reference,
+            metric,
+            value,
+            metric_name=name,
+        )
         for metric, name, value, reference in results
         # Whole numbers are counts and seeds.
         if isinstance(value, float) and math.isfinite(value) and (named or reference)
@@ -139,7 +151,7 @@ def make_model_card(
 
     sections = {
         "samples": _samples(run_dir),
-        "usage": _usage(repo_id, (data.base_model or _pretrained(run_dir)) if is_lora else None),
+        "usage": _usage(repo_id, public_base(data.base_model or _pretrained(run_dir)) if is_lora else None),
         "metrics": _metrics(run_dir, metrics, results),
         "training": _training(run_dir, metrics),
     }
@@ -222,8 +234,11 @@ def _samples(run_dir: Path) -> str | None:
 
 def _usage(repo_id: str, base_model: str | None) -> str:
     # `base_model`: what LoRA adapters adapt; None for a whole cascade.
-    load = f'pipe = PISDMCascadePipeline.from_pretrained("{base_model or repo_id}")'
-    install = "pip install diffusers-pisdm"
+    names, model = "PISDMCascadePipeline", f'"{base_model or repo_id}"'
+    if base_model == CHECKPOINT.name:  # everybody has it
+        names, model = f"PISDM_EMOJI128, {names}", "PISDM_EMOJI128"
+    load = f"pipe = PISDMCascadePipeline.from_pretrained({model})"
+    install = install_command()
     other = f"""
 Without the import, diffusers runs this repository's `pipeline.py`, once you say that you trust it:
 
@@ -234,7 +249,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
 ```"""
     if base_model is not None:
         load += f'\npipe.load_lora_weights("{repo_id}")'
-        install, other = 'pip install "diffusers-pisdm[train]"', ""
+        install, other = install_command("train"), ""
     return f"""## Usage
 
 ```bash
@@ -242,7 +257,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 
 ```python
-from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm import {names}
 
 {load}
 images = pipe(class_labels=[0]).images  # class ids, or names from pipe.config.id2label
@@ -250,19 +265,33 @@ images = pipe(class_labels=[0]).images  # class ids, or names from pipe.config.i
 {other}""".rstrip()
 
 
-def _pretrained(run_dir: Path) -> str:
+def public_base(name: object) -> str:
+    """The cascade that LoRA adapters adapt, by the name under which others load it; ValueError if it has none."""
+    if isinstance(name, list):  # as the Hub also takes it
+        name = name[0] if name else None
+    if isinstance(name, str) and (name == CHECKPOINT.name or Path(name).resolve() == CHECKPOINT.resolve()):
+        return CHECKPOINT.name
+    if not isinstance(name, str) or is_path(name) or Path(name).exists():
+        raise ValueError(
+            "LoRA adapters need the cascade that they adapt, and the one they were trained from is a folder of yours,"
+            " or unknown. Publish it, too, and pass its repository as `base_model`."
+        )
+    return name
+
+
+def _pretrained(run_dir: Path) -> str | None:
     # The cascade that a run's LoRA adapters adapt, as its arguments name it.
     path = run_dir / "training_config.json"
     arguments = _read_json(path).get("arguments", {}) if path.exists() else {}
-    name = isinstance(arguments, dict) and arguments.get("pretrained_model_name_or_path")
-    name = name or "the cascade that it was trained on"
-    return _plain(name).replace('"', "'")
+    return arguments.get("pretrained_model_name_or_path") if isinstance(arguments, dict) else None
 
 
 def _metrics(run_dir: Path, metrics: dict[str, list[dict]], results: list[tuple[str, str, Any, str]]) -> str | None:
     parts = []
     if results:
         parts.append(_table(["metric", "value"], [(name, value) for _, name, value, _ in results]))
+    if notes := _read_notes(run_dir):
+        parts.append("\n".join(f"- {note}" for note in notes))
     losses = []
     for stage, rows in metrics.items():
         last = {name: (row["step"], value) for row in rows for name, value in row.items()}
@@ -383,7 +412,10 @@ def _read_results(run_dir: Path) -> list[tuple[str, str, Any, str]]:
         report = _public(_read_json(path))
         if "scores" in report:  # of `pisdm evaluate`
             try:
-                scores = [(key, score["name"], score["value"]) for key, score in report["scores"].items()]
+                scores = [
+                    (_metric_type(key, score["name"]), score["name"], score["value"])
+                    for key, score in report["scores"].items()
+                ]
             except (AttributeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path} is not a report of `pisdm evaluate`: {error!r}. Fix or remove it."
@@ -401,6 +433,18 @@ def _read_results(run_dir: Path) -> list[tuple[str, str, Any, str]]:
             if isinstance(value, (int, float, str))
         ]
     return results
+
+
+def _metric_type(key: str, name: str) -> str:
+    """The metric's identifier on the Hub: only with Inception v3, whose score is "IS", is it the inception score."""
+    return "classifier_score" if key == "inception_score" and not name.startswith("IS") else key
+
+
+def _read_notes(run_dir: Path) -> list[str]:
+    # What has to be known to read the scores, as `pisdm evaluate` says it.
+    reports = [_read_json(path) for path in sorted(run_dir.glob("evaluation*.json"))]
+    notes = [report["notes"] for report in reports if isinstance(report.get("notes"), list)]
+    return list(dict.fromkeys(_plain(note) for found in notes for note in found))
 
 
 def _read_metrics(run_dir: Path) -> dict[str, list[dict]]:

@@ -9,7 +9,8 @@ try:
     from diffusers_pisdm import PISDMCascadePipeline
 except ImportError as error:
     raise ImportError(
-        f"This cascade needs the package diffusers-pisdm: run `pip install diffusers-pisdm` and try again ({error})."
+        "This cascade needs the package diffusers_pisdm, which is on no package index: install it as the model card"
+        f" (README.md) says and try again ({error})."
     ) from None
 
 __all__ = ["PISDMCascadePipeline"]

@@ -16,7 +16,7 @@ from diffusers.utils import logging
 from ..models.stage_models import CLASS_KEY, OF_THE_DATA, StageModel, make_stage, stage_class
 from ..models.transformer_pisdm import class_factors_from_names, get_class_embedding, set_class_embedding
 from ..pipelines.class_names import check_id2label
-from ..utils.messages import one_line
+from ..utils.messages import count_of, one_line
 
 
 logger = logging.get_logger(__name__)
@@ -52,8 +52,9 @@ def resize_class_embedding(
     old, new = list(old_class_names), list(new_class_names)
     if len(old) != transformer.config.num_classes:
         raise ValueError(
-            f"`old_class_names` has {len(old)} names, but the model has {transformer.config.num_classes} classes"
-            " (`num_classes`). Pass the name of each class, in the order of their ids."
+            f"`old_class_names` has {count_of(len(old), 'name')}, but the model has"
+            f" {count_of(transformer.config.num_classes, 'class')} (`num_classes`). Pass the name of each"
+            " class, in the order of their ids."
         )
     if new == old:
         return

@@ -22,6 +22,7 @@ from ..models.stage_models import CLASS_KEY, OF_THE_DATA, stage_class
 from ..pipelines.saved_files import MAX_TIMESTEPS
 from ..utils.arguments import Bounds, bounded, not_empty
 from ..utils.files import write_whole
+from ..utils.messages import count_of
 from ..utils.shipped_files import find_recipe, recipe_names
 from .checkpoints import CheckpointError
 
@@ -151,7 +152,7 @@ def fit_to_stages(arguments: Any, names: Iterable[str], num_stages: int) -> None
         setattr(arguments, name, per_stage(name, getattr(arguments, name), num_stages))
     missing = [number for number in arguments.train_stages or () if number > num_stages]
     if missing:
-        raise ValueError(f"--train_stages {missing[0]}: there are {num_stages} stages")
+        raise ValueError(f"--train_stages {missing[0]}: the cascade has {count_of(num_stages, 'stage')}")
 
 
 @dataclass(kw_only=True)

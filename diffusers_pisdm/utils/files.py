@@ -68,17 +68,6 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def is_path(name: str) -> bool:
-    """Whether a name can only be that of a folder or file: repositories on the Hub have at most one slash."""
-    return os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
-
-
-def check_exists(name: str | Path) -> None:
-    """Raises a FileNotFoundError if a name is a path and there is nothing, before it is taken for a repository."""
-    if is_path(os.fspath(name)) and not os.path.exists(os.path.expanduser(name)):
-        raise FileNotFoundError(f"There is no folder {name}: check the path.")
-
-
 def check_writable(path: Path, is_folder: bool) -> None:
     """Raises OSError if a file or folder cannot be written, before hours of drawing; makes nothing."""
     if path.exists() and path.is_dir() != is_folder:

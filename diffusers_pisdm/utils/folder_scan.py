@@ -152,7 +152,7 @@ def size_and_end(path: str | Path) -> tuple[int, bytes] | None:
 def warn_of_left_out(folder: str | Path, left_out: Mapping[str, list[str]]) -> None:
     """Logs which files of a folder are not read, for each reason."""
     reasons = [
-        f"{len(paths)} {reason} ({', '.join(map(one_line, paths[:5]))}{', ...' if len(paths) > 5 else ''})"
+        f"{reason}: {len(paths)} ({', '.join(map(one_line, paths[:5]))}{', ...' if len(paths) > 5 else ''})"
         for reason, paths in left_out.items()
         if paths
     ]

@@ -3,7 +3,7 @@
 from PIL import Image
 
 from .fonts import LabelFont
-from .messages import one_line
+from .messages import count_of, one_line
 from .pixel_modes import on_white
 
 
@@ -58,7 +58,10 @@ def make_image_grid(
     if cell_size < 1:
         raise ValueError(f"`cell_size` has to be at least 1 pixel but is {cell_size}.")
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"`labels` has {len(labels)} entries for {len(images)} images: pass one label per image.")
+        raise ValueError(
+            f"`labels` has {count_of(len(labels), 'text')} for {count_of(len(images), 'image')}: pass one label"
+            " per image."
+        )
 
     label_font = LabelFont(LABEL_FONT_SIZE)
     title_font = LabelFont(TITLE_FONT_SIZE)

@@ -35,7 +35,17 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
 
 
+def show_size(width: int, height: int) -> str:
+    """The size of a picture, as Pillow says it: 64x32 is wide."""
+    return f"{width}x{height}"
+
+
+def show_range(low: int, high: int) -> str:
+    """The smallest and largest of some numbers: 3 to 2,000, or 4 if all are."""
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def count_of(count: int, thing: str) -> str:
-    """A number and what there is of it: 1 image, 2,000 images; `thing` takes an s or, after an s, es."""
+    """A number and what there is of it: 1 image, 2,000 images; `thing` takes its regular plural."""
     plural = thing if count == 1 else f"{thing}es" if thing.endswith("s") else f"{thing}s"
     return f"{count:,} {plural}"

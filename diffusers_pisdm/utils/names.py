@@ -29,25 +29,28 @@ def names_with(word: str, known: Iterable[str]) -> list[str]:
 
 def similar_names(name: str, known: Iterable[str]) -> list[str]:
     """
-    The known names that contain this one, then those that are spelled like it, or have a word that is: at least one.
-    Only beginnings are compared: comparing takes the square of the length.
+    The known names that contain this one, then those that are spelled like it, or have a word that is, from the first
+    letter on. Only beginnings are compared: comparing takes the square of the length.
     """
     known, wanted = list(known), name.casefold()[:LONGEST]
     spellings: dict[str, list[str]] = {}
     for other in known:
         beginning = other.casefold()[:LONGEST]
         for piece in dict.fromkeys([beginning, *re.findall(r"\w+", beginning)]):
-            spellings.setdefault(piece, []).append(other)
+            if piece[:1] == wanted[:1]:
+                spellings.setdefault(piece, []).append(other)
     close = difflib.get_close_matches(wanted, spellings, n=MOST_SUGGESTIONS, cutoff=0.75)
     similar = names_with(name, known) + [other for spelling in close for other in spellings[spelling]]
     if not similar:
-        similar = [spellings[match][0] for match in difflib.get_close_matches(wanted, spellings, n=1, cutoff=0.0)]
+        similar = [spellings[match][0] for match in difflib.get_close_matches(wanted, spellings, n=1)]
     return list(dict.fromkeys(similar))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests known names for one that is not."""
+    """A sentence that suggests known names for one that is not; nothing if none is like it."""
     similar = similar_names(name, known)
+    if not similar:
+        return ""
     *others, last = [f"'{show_name(other)}'" for other in similar[:MOST_SUGGESTIONS]]
     left = len(similar) - MOST_SUGGESTIONS
     if left > 0:

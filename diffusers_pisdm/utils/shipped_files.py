@@ -1,7 +1,9 @@
-"""The checkpoint and the recipes that come with the package: inside it in a wheel, beside it in a clone."""
+"""Where the package comes from, and what comes with it: inside it in a wheel, beside it in a clone."""
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 
@@ -26,6 +28,25 @@ def find_model(name: str) -> str:
 def model_name(model: str) -> str:
     """What [`find_model`] finds on any machine: a path in the package would name a folder of this one."""
     return CHECKPOINT.name if model == str(CHECKPOINT) else model
+
+
+def install_command(extra: str | None = None) -> str:
+    """
+    How others install this package, which is on no package index: from the address that pip got it from (PEP 610), or
+    else, as we know of none, from a clone or a wheel of theirs.
+    """
+    extras = f"[{extra}]" if extra else ""
+    try:
+        source = json.loads(distribution("diffusers-pisdm").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        source = {}
+    address = source.get("url", "")
+    if address.startswith(("https://", "http://")):
+        vcs = f"{source['vcs_info']['vcs']}+" if "vcs_info" in source else ""
+        return f'pip install "diffusers-pisdm{extras} @ {vcs}{address}"'
+    return (
+        f'pip install ".{extras}"  # in a clone of diffusers_pisdm, or with the path of its wheel in place of the dot'
+    )
 
 
 def find_recipe(name: str | Path) -> Path:

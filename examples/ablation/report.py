@@ -23,7 +23,7 @@ def write_ablation_report(folder: AblationFolder, table: int) -> str:
     rows, conditions = TABLES[table], folder.conditions()
     results = folder.results(rows)
     summary = summarize_ablation(rows, results)
-    distance, notes = "Frechet distance", table_notes(table)
+    distance, notes = "Fréchet distance", table_notes(table)
     if results:
         distance = results[0]["score_names"]["frechet_distance"]
         notes += _common_settings(conditions, results[0], distance)

@@ -45,7 +45,7 @@ def test_it_compares_resumes_and_refuses_other_conditions(compare, tmp_path):
     report = json.loads((tmp_path / "quality.json").read_text())
     assert {row["contestant"] for row in report["summary"]} == {"DiT", "DiM", "PIS-DM, one stage"}
     assert all(run["scores"]["frechet_distance"] > 0 for run in report["runs"])
-    assert report["runs"][0]["score_names"]["frechet_distance"] == "Frechet distance (efficientnet-lite0)"
+    assert report["runs"][0]["score_names"]["frechet_distance"] == "Fréchet distance (efficientnet-lite0)"
 
     before = (tmp_path / "pisdm" / "seed-0" / "result.json").stat().st_mtime_ns
     compare("--seeds", "0", "1")

@@ -31,7 +31,7 @@ def test_good_images_are_counted_and_a_recipe_is_the_next_step(images, capsys):
     assert f"my images, split train: {mammals + hearts} images of 2 classes\n" in out
     for name, number in (("animal-mammal", mammals), ("heart", hearts)):
         assert re.search(rf"^  {name} +{number}{'  few' if number < 10 else ''}$", out, re.MULTILINE)
-    assert "Shorter side: 64 to 64 pixels, median 64" in out
+    assert "Shorter side: 64 px, median 64" in out
     assert "Smaller" not in out and "Unreadable" not in out and "Duplicates" not in out
     assert re.search(rf"^Next: pisdm new-recipe --train_data_dir '{images}' --size 64", out, re.MULTILINE)
 
@@ -44,6 +44,7 @@ def test_what_is_wrong_is_named_by_path_and_ends_with_1(images, capsys):
     (images / "heart" / "torn.png").write_bytes(damaged_images(second.read_bytes())["truncated"])
     (images / "stray.png").write_bytes(first.read_bytes())
     (images / "heart" / "drawing.svg").write_text("<svg/>")
+    (images / "heart" / "notes.txt").write_text("mine")
     (images / "hollow").mkdir()
     (images / "single").mkdir()
     Image.new("RGB", (64, 64), "red").save(images / "single" / "red.png")
@@ -55,11 +56,12 @@ def test_what_is_wrong_is_named_by_path_and_ends_with_1(images, capsys):
     assert re.search(
         rf"^Duplicates.*: 1\n.*heart/again\.bmp\) = .*heart/{re.escape(first.name)}\)$", out, re.MULTILINE
     )
-    assert re.search(r"^Smaller than 32 pixels.*: 1\n.*heart/small\.png", out, re.MULTILINE)
+    assert re.search(r"^Smaller than 32 px.*: 1\n.*heart/small\.png", out, re.MULTILINE)
     assert re.search(r"^Longer than 1\.5:1.*: 1\n.*heart/small\.png", out, re.MULTILINE)
     assert re.search(r"^Left out: not in a class folder: 1\n  stray\.png$", out, re.MULTILINE)
     assert re.search(r"^Left out: class folders without images: 1\n  hollow$", out, re.MULTILINE)
     assert re.search(r"formats that we do not read: 1\n  heart/drawing\.svg$", out, re.MULTILINE)
+    assert re.search(r"^Left out: not images: 1\n  heart/notes\.txt$", out, re.MULTILINE)
     assert re.search(r"^  single +1  few$", out, re.MULTILINE)
     assert re.search(r"^Next: fix or remove 1 unreadable image$", out, re.MULTILINE)
 

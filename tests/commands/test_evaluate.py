@@ -78,7 +78,7 @@ def test_folders_of_real_images(folders, tmp_path, capsys):
     assert "6 images" not in report["notes"] and len(report["notes"]) == 2
 
     out = capsys.readouterr().out
-    value = re.search(r"^Frechet distance \(efficientnet-lite0\) +([\d.]+)$", out, re.MULTILINE)[1]
+    value = re.search(r"^Fréchet distance \(efficientnet-lite0\) +([\d.]+)$", out, re.MULTILINE)[1]
     assert float(value) == pytest.approx(found["frechet_distance"], abs=1e-4)
     assert "note: Published scores" in out and f"Wrote {tmp_path / 'evaluation.json'}" in out
     with Image.open(tmp_path / "evaluation.png") as picture:
@@ -139,7 +139,7 @@ def test_a_model_is_sampled_and_judged(model, folders, tmp_path):
     )
     assert scores(again) == scores(report) and again["generation"] == report["generation"]
     (folder / "000" / "000002.png").unlink()
-    with pytest.raises(SystemExit, match=r"error: 1 samples are missing in .*rerun"):
+    with pytest.raises(SystemExit, match=r"error: lacks 1 sample: rerun"):
         run(tmp_path, "--features", "pixels", "--samples", str(folder))
 
 

@@ -1,5 +1,7 @@
+import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -207,16 +209,25 @@ def test_a_class_that_shares_its_name_is_its_id_in_a_recipe(tmp_path):
     assert [recipe["class_label"] for recipe in recipes] == ["cat, puss", 1]  # "puss" is a name of both
 
 
-def test_classes_are_listed(model_dir, tmp_path, capsys):
+def test_all_unknown_classes_are_told_and_only_near_names_suggested(model_dir, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        run(model_dir, tmp_path, "--classes", "noto/flagg", "0", "zzz", "7")
+    assert re.search("'noto/flagg'.*'noto/flag'.*'zzz'.*lists them.*contains 7, but", error.value.code)
+    assert error.value.code.count("Did you mean") == 1
+
+
+def test_classes_are_listed_without_weights(model_dir, tmp_path, capsys):
+    bare = shutil.ignore_patterns("*.safetensors")
+    model_dir = shutil.copytree(model_dir, tmp_path / "bare", ignore=bare)
     generate.main(["--model", str(model_dir), "--list_classes"])
     assert capsys.readouterr().out.splitlines() == [f"{number:>6}  {name}" for number, name in enumerate(NAMES)]
     generate.main(["--model", str(model_dir), "--list_classes", "FLU"])
     assert capsys.readouterr().out == "     0  fluent3d/animal-mammal\n"
     with pytest.raises(SystemExit, match=r"No class name contains 'retreiver'\. Did you mean 'golden retriever'"):
         generate.main(["--model", str(model_dir), "--list_classes", "retreiver"])
-    make_cascade(1).save_pretrained(tmp_path)
+    make_cascade(1).save_pretrained(tmp_path / "nameless")
     with pytest.raises(SystemExit, match="no names: they are 0 to 9"):
-        generate.main(["--model", str(tmp_path), "--list_classes", "cat"])
+        generate.main(["--model", str(tmp_path / "nameless"), "--list_classes", "cat"])
 
 
 def test_an_adapter_draws_at_its_scale(model_dir, tmp_path):
@@ -243,6 +254,12 @@ def test_an_adapter_draws_at_its_scale(model_dir, tmp_path):
             drawn[name] = image.convert("RGB")
     assert ImageChops.difference(drawn["plain"], drawn["off"]).getbbox() is None
     assert ImageChops.difference(drawn["plain"], drawn["full"]).getbbox() is not None
+
+
+def test_float16_runs_on_a_cpu_without_warnings(model_dir, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    run(model_dir, tmp_path, "--classes", "1", "--images_per_class", "1", "--dtype", "float16")
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):
@@ -291,5 +308,5 @@ def test_runs_as_a_script(model_dir, tmp_path):
     command += ["--num_inference_steps", "1", "1", "--dtype", "bfloat16", "--output", tmp_path / "grid.png"]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stderr
-    assert "1 images of 1 classes" in finished.stdout
+    assert "1 image of 1 class at" in finished.stdout
     assert (tmp_path / "grid.png").exists()

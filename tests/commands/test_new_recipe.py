@@ -12,6 +12,7 @@ from diffusers_pisdm.data.image_data import load_image_data
 from diffusers_pisdm.training.cascade_objective import warn_of_narrow_stage
 from diffusers_pisdm.training.cost.stage_speed import StageSpeed
 from diffusers_pisdm.training.recipes import read_recipe
+from tests.data.image_folders import copy_folder
 
 
 def at_speed(flops_per_second):
@@ -53,6 +54,18 @@ def test_steps_and_batch_fill_the_minutes(monkeypatch, real_image_dir):
     assert slow.batch_size == 8 or slow.steps >= new_recipe.FEWEST_STEPS
 
 
+def test_unreadable_images_and_what_a_short_run_leaves_out_are_told(monkeypatch, real_image_files, tmp_path):
+    chosen = [file for file in real_image_files if file.parent.name in ("animal-mammal", "heart")]
+    folder = copy_folder(chosen, tmp_path / "images")
+    (folder / "heart" / "torn.png").write_bytes(chosen[0].read_bytes()[:100])
+    told = "\n".join(plan(monkeypatch, folder, 1, 1e10).describe())
+    assert re.search(r"^Warning: Cannot read .*heart/torn\.png.*check-data", told, re.MULTILINE)
+    assert re.search(r"^Note: .*--minutes leaves out", told, re.MULTILINE)
+    (folder / "heart" / "torn.png").unlink()
+    told = "\n".join(plan(monkeypatch, folder, 30, 1e10).describe())
+    assert "Cannot read" not in told and "Note:" not in told
+
+
 def test_a_faster_machine_gets_a_larger_model_that_still_sees_enough(monkeypatch, real_image_dir):
     plans = [plan(monkeypatch, real_image_dir, 10, speed) for speed in (1e8, 1.1e10, 1e13)]
     assert [plan.stages[0]["hidden_size"] for plan in plans] == [24, 48, 96]
@@ -90,7 +103,8 @@ def test_no_shape_is_too_narrow_for_its_patches(caplog):
 
 def test_the_residual_scale_is_that_of_the_data(real_image_dir):
     data = load_image_data(real_image_dir, "train")
-    (scale,) = new_recipe.residual_scales(data, [32, 64])
+    (scale,), unreadable = new_recipe.residual_scales(data, [32, 64])
+    assert unreadable == []
     images = [
         new_recipe.ImageRows(data, new_recipe.ImageTransform(64)).read(i, 0, 0).images
         for i in range(len(data.dataset))

@@ -24,6 +24,15 @@ for command in ("train", "evaluate", "cache-latents", "sample"):
         print("END", command, end.code)
 """
 
+LIGHT = """
+import sys
+from pisdm_command import main
+try:
+    main()
+finally:
+    print("IMPORTED", [name for name in ("torch", "diffusers", "diffusers_pisdm") if name in sys.modules])
+"""
+
 
 @pytest.fixture(autouse=True)
 def own_arguments(monkeypatch):
@@ -41,11 +50,33 @@ def test_every_command_is_listed_with_what_it_does(capsys):
         assert line == pisdm_cli.summary(command) and len(line) < 100 and line.endswith(".")
 
 
-@pytest.mark.parametrize("arguments", [[], ["drow"], ["--verbose"]])
+@pytest.mark.parametrize("arguments", [["drow"], ["--verbose"]])
 def test_what_is_no_command_is_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         pisdm_cli.main(arguments)
     assert re.search("invalid choice: 'drow'.*'generate'|required|--verbose", capsys.readouterr().err)
+
+
+def test_without_a_command_all_are_listed(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pisdm_cli.main([])
+    assert re.search(r"^  new-recipe +Writes", capsys.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", pisdm_cli.COMMANDS)
+def test_the_examples_in_the_help_of_a_command_are_indented(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        pisdm_cli.main([command, "--help"])
+    assert not re.search("^(pisdm|hf) ", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("--version", 0), ("drow", 2), ("", 2)])
+def test_what_runs_no_command_imports_nothing_that_takes_seconds(arguments, code):
+    ran = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments.split()], capture_output=True, text=True, timeout=250
+    )
+    assert (ran.returncode, ran.stdout.splitlines()[-1]) == (code, "IMPORTED []"), ran.stderr
+    assert f"pisdm {diffusers_pisdm.__version__}" in ran.stdout or arguments != "--version"
 
 
 def test_options_go_to_the_command_under_its_name(capsys):
@@ -62,7 +93,7 @@ def test_a_missing_extra_is_named():
     assert ran.returncode == 0, ran.stderr
     ends = dict(re.findall(r"^END (\S+) (.*)$", ran.stdout, re.MULTILINE))
     for command, extra in {"train": "train", "evaluate": "evaluate", "cache-latents": "train"}.items():
-        assert re.search(rf'needs datasets.* pip install "diffusers-pisdm\[{extra}\]"$', ends[command])
+        assert re.search(rf'needs datasets.* pip install ".*\[{extra}\]', ends[command])
     assert ends["sample"] == "0"  # needs none
 
 

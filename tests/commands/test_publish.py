@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_pisdm import PISDM_EMOJI128
 from diffusers_pisdm.commands import publish
 from tests.hub_server import connect, serve_hub
 from tests.publishing.finished_run import make_finished_run
@@ -74,6 +75,10 @@ def test_errors_are_one_message(hub, run_dir, monkeypatch, token, folder, messag
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(SystemExit, match=message):
         publish.main([str(run_dir / folder), "someone/cascade"])
+
+
+def test_the_shipped_checkpoint_has_a_name():
+    assert publish.parse_args(["pisdm-emoji128", "someone/cascade"]).folder == PISDM_EMOJI128
 
 
 def test_an_unknown_variant(capsys):

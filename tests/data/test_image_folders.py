@@ -125,7 +125,7 @@ def test_splits_are_folders_above_the_classes(tmp_path, cache, put, layout):
 def test_what_is_in_no_split_is_named(tmp_path, cache, put, said):
     put(*(tmp_path / "d" / split / name / "1.png" for split in ("Train", "test", "extra") for name in CLASSES))
     assert labelled(load(tmp_path / "d", cache)) == expected(tmp_path / "d" / "Train")
-    assert "2 not in a class folder (extra/cat/1.png, extra/dog/1.png)" in said()
+    assert "not in a class folder: 2 (extra/cat/1.png, extra/dog/1.png)" in said()
 
 
 def test_a_split_that_is_only_a_word_in_a_name_is_told(tmp_path, cache, put, said):
@@ -150,7 +150,7 @@ def test_one_deep_folder_with_most_images_does_not_hide_the_classes(folder, cach
     rows = expected(folder)
     put(*(folder / "bird" / "x" / f"{i}.png" for i in range(5)))
     assert labelled(load(folder, cache)) == rows
-    assert "5 not in a class folder (bird/x/0.png" in said()
+    assert "not in a class folder: 5 (bird/x/0.png" in said()
 
 
 @pytest.mark.parametrize("file", ["00", "1.nef", "2.png~", "3.jpg_large", None])
@@ -159,7 +159,7 @@ def test_a_class_without_images_is_named(folder, cache, said, file):
     if file is not None:
         (folder / "hen" / file).write_bytes(b"")
     assert labelled(load(folder, cache)) == expected(folder, "[cd]*/*")
-    assert f"(hen{'' if file is None else f' with 1 files such as {file}'})" in said()
+    assert f"(hen{'' if file is None else f' with 1 file such as {file}'})" in said()
 
 
 def test_classes_of_the_same_name_are_told_to_be_one(tmp_path, cache, put, said):
@@ -182,10 +182,10 @@ def test_rows_are_in_the_order_of_their_paths(tmp_path, cache, put):
     assert data.class_names == ["Cat", "cat", "cat 3", "cat-2", "ä"]
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("data/train", "data/val"), ("cat",), (".",)])
+@pytest.mark.parametrize("names", [("train", "test"), ("data/train", "data/val"), ("cat",), ("three/only",), (".",)])
 def test_splits_or_one_folder_are_no_classes(tmp_path, cache, put, names):
     put(*(tmp_path / "d" / name / "1.png" for name in names))
-    with pytest.raises(DataError, match=r"no column 'label', only image: .*one subfolder per class"):
+    with pytest.raises(DataError, match=rf"holds 1 image in one folder, {names[0]}, .*one subfolder per class"):
         load(tmp_path / "d", cache)
     (tmp_path / "d" / names[0] / "metadata.csv").write_text("file_name,caption\n1.png,x\n")
     with pytest.raises(DataError, match=r"no column 'label', only image, caption: .*--label_column"):
@@ -221,10 +221,10 @@ def test_what_is_left_out_is_counted_and_named(folder, cache, put, said):
     data = load(folder, cache)
     assert labelled(data) == rows and data.class_names == list(CLASSES)
     for reason in (
-        "2 not in a class folder (cat/old/1.png, preview.png)",
-        "3 hidden (.a, .cache, cat/._1.png)",
-        "2 of formats that we do not read (dog/x.eps, dog/x.heic)",
-        "5 dangling links, pipes or the like (bird, dog/circle.png, dog/dangling.png, dog/folder.png, dog/pipe.png)",
+        "not in a class folder: 2 (cat/old/1.png, preview.png)",
+        "hidden: 3 (.a, .cache, cat/._1.png)",
+        "of formats that we do not read: 2 (dog/x.eps, dog/x.heic)",
+        "dangling links, pipes or the like: 5 (bird, dog/circle.png, dog/dangling.png, dog/folder.png, dog/pipe.png)",
     ):
         assert reason in said()
 
@@ -247,7 +247,7 @@ def test_labels_in_metadata_go_before_class_folders(folder, cache, said):
     data = load(folder, cache, flip_column="flip")
     assert labelled(data) == [(str(folder / file), kind) for file, kind in zip(files, "xyx")]
     assert [data.may_flip(row) for row in data.dataset] == [True, False, True]
-    assert "1 not listed as metadata (cat/1.png)" in said()
+    assert "not listed as metadata: 1 (cat/1.png)" in said()
 
 
 @pytest.mark.parametrize("content", ["file_name,caption\ncat/0.png,x\n", "caption\nx\n", "", "\xff\x00"])
@@ -359,7 +359,7 @@ def test_shards_in_no_split_and_images_beside_are_named(real_image_files, tmp_pa
     put(folder / "preview.png")
     data = load(folder, cache, image_column="picture", label_column="kind")
     assert len(data.dataset) == 2
-    assert "1 files that are in no split (more.parquet)" in said() and "(preview.png)" in said()
+    assert "files that are in no split: 1 (more.parquet)" in said() and "(preview.png)" in said()
 
 
 def _truncated_parquet(folder, files):

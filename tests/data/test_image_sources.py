@@ -119,7 +119,7 @@ def test_links_are_followed_and_what_is_left_out_is_named(folder, tmp_path, capl
     (links / ".a.png").touch()
     (links / "a.eps").touch()
     assert [links / file for file in FolderImages(links, decode_image).files] == sorted(links.glob("[!u]*/*"))
-    assert "1 hidden (.a.png); 1 of formats that we do not read (a.eps)" in caplog.text
+    assert "hidden: 1 (.a.png); of formats that we do not read: 1 (a.eps)" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text"])

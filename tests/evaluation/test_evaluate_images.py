@@ -107,7 +107,7 @@ def test_what_the_scores_are_of_is_recorded(pixels, pictures):
     large = torch.nn.functional.interpolate(pictures.float(), scale_factor=2).byte()
     result = evaluate(pictures[:20], large, pixels, max_reference_features=30, seed=5)
     found = json.loads(json.dumps(result.to_dict()))
-    assert found["scores"]["frechet_distance"]["name"] == "Frechet distance (pixels)"
+    assert found["scores"]["frechet_distance"]["name"] == "Fréchet distance (pixels)"
     assert found["scores"]["frechet_distance"]["missing"] is None
     assert (found["num_samples"], found["num_reference"], found["num_reference_features"]) == (20, 48, 30)
     assert (found["sample_size"], found["reference_size"]) == ([64, 64], [128, 128])
@@ -147,7 +147,7 @@ def test_scores_that_are_impossible_say_why(pixels, pictures):
 def test_the_table_has_a_line_for_each_score(pixels, pictures):
     lines = evaluate(pictures[:3], pictures, pixels).table().splitlines()
     assert len(lines) == 5
-    assert lines[0].startswith("Frechet distance (pixels)          ") and float(lines[0].split()[-1]) > 0
+    assert lines[0].startswith("Fréchet distance (pixels)          ") and float(lines[0].split()[-1]) > 0
     assert lines[3] == "precision (pixels)                 not computed: 3 neighbours need at least 4 images, not 3"
     assert "±" in evaluate(pictures, None, pixels, split_size=10).table()
 

@@ -323,7 +323,7 @@ def test_diffusers_loads_a_repository_it_trusts_or_says_what_to_install(hub, run
     assert runs[0].returncode == 0, runs[0].stderr
     assert np.array_equal(np.load(tmp_path / "images.npy"), draw(run_dir))
     last = runs[1].stderr.strip().splitlines()[-1]
-    assert re.match(r"ImportError: This cascade needs .*pip install diffusers-pisdm", last)
+    assert re.match(r"ImportError: This cascade needs .*install it as the model card", last)
 
 
 @pytest.mark.usefixtures("logged_in")

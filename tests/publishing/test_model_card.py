@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import PartialState
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from diffusers_pisdm import PISDM_EMOJI128
 from diffusers_pisdm.commands import evaluate
 from diffusers_pisdm.evaluation.networks import extractor
 from diffusers_pisdm.publishing.model_card import SKELETON, TAGS, find_pictures, make_model_card
 from diffusers_pisdm.training.metrics import append_metrics
+from diffusers_pisdm.utils import shipped_files
 from tests.evaluation.pixel_features import PixelFeatures
 from tests.publishing.finished_run import write_run_files
 
@@ -57,6 +60,7 @@ def test_an_evaluation_beside_the_run_becomes_results_for_its_reference(run_dir)
     report = {"scores": scores, "num_samples": 100, "reference": "/home/someone/my_images, train"}
     (run_dir / "evaluation.json").write_text(json.dumps(report))
     data = reread(make_model_card(run_dir, "someone/name")).data
+    assert {result.dataset_type for result in data.eval_results} == {"imagefolder"}
     results = [(r.metric_type, r.metric_name, r.metric_value, r.dataset_name) for r in data.eval_results]
     assert [result[:3] for result in results] == [("frechet_distance", "FID", 12.5), ("precision", "precision", 0.75)]
     assert all("my_images" in result[3] and "home" not in result[3] for result in results)
@@ -172,12 +176,76 @@ def test_a_report_of_evaluate_becomes_results(evaluated, real_image_dir):
     scores = {key: score for key, score in report["scores"].items() if score["value"] is not None}
     assert {"frechet_distance", "inception_score"} <= scores.keys()
     found = {result.metric_type: (result.metric_name, result.metric_value) for result in card.data.eval_results}
+    scores["classifier_score"] = scores.pop("inception_score")  # it is not Inception's
     assert found == {key: (score["name"], score["value"]) for key, score in scores.items()}
+    assert all(f"\n- {note}" in card.text for note in report["notes"]) and len(report["notes"]) == 2
     for score in scores.values():
         assert f"| {score['name']} | {score['value']:.4g} |" in card.text
     assert f"| num_samples | {report['num_samples']} |" in card.text
     for hidden in (str(real_image_dir), "ema_decay", "seconds", "{'", "| scores"):
         assert hidden not in card.text.replace("images per second", "")
+
+
+@pytest.mark.parametrize("name", ["IS", "IS (weights of mine)"])
+def test_the_inception_score_is_named_so(run_dir, name):
+    scores = {"inception_score": {"name": name, "value": 12.5}}
+    (run_dir / "evaluation.json").write_text(json.dumps({"scores": scores}))
+    (result,) = reread(make_model_card(run_dir, "someone/name", datasets=["a/b"])).data.eval_results
+    assert (result.metric_type, result.metric_name) == ("inception_score", name)
+
+
+@pytest.fixture
+def lora_dir(tmp_path):
+    """Names its base as its run's arguments do."""
+
+    def make(base):
+        (tmp_path / LORA_WEIGHT_NAME_SAFE).touch()
+        config = {"arguments": {"pretrained_model_name_or_path": base}}
+        (tmp_path / "training_config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("base", ["/home/me/base", "outputs/my/base", "./base", "local/base", None])
+def test_lora_adapters_of_a_local_folder_need_a_public_base(lora_dir, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("local/base").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"LoRA adapters need .*pass its repository as `base_model`"):
+        make_model_card(lora_dir(base), "someone/lora")
+    card = make_model_card(lora_dir(base), "someone/lora", base_model="someone/base")
+    assert 'from_pretrained("someone/base")\npipe.load_lora_weights("someone/lora")' in card.text
+
+
+def test_lora_adapters_of_a_public_base_name_it(lora_dir):
+    assert 'from_pretrained("someone/base")' in make_model_card(lora_dir("someone/base"), "someone/lora").text
+    for shipped in ("pisdm-emoji128", PISDM_EMOJI128):
+        text = make_model_card(lora_dir(shipped), "someone/lora").text
+        assert "import PISDM_EMOJI128, PISDMCascadePipeline" in text and "from_pretrained(PISDM_EMOJI128)" in text
+
+
+def test_the_card_installs_the_package_from_where_it_came(run_dir, monkeypatch):
+    class Installed:
+        """As pip records what it installs (PEP 610)."""
+
+        def __init__(self, **record):
+            self.read_text = lambda name: json.dumps(record)
+
+    for record, command in (
+        ({"url": "https://x.org/p.git", "vcs_info": {"vcs": "git"}}, '"diffusers-pisdm @ git+https://x.org/p.git"'),
+        ({"url": "https://x.org/p.whl", "archive_info": {}}, '"diffusers-pisdm @ https://x.org/p.whl"'),
+        ({"url": "file:///home/me/p", "dir_info": {}}, '"."  # in a clone of diffusers_pisdm'),
+    ):
+        monkeypatch.setattr(shipped_files, "distribution", lambda name, record=record: Installed(**record))
+        text = make_model_card(run_dir, "someone/name").text
+        assert f"pip install {command}" in text and "/home" not in text
+
+
+def test_a_licence_is_one_of_the_hubs(run_dir):
+    with pytest.raises(ValueError, match=r"no licence 'apache2'\. Did you mean 'apache-2\.0'"):
+        make_model_card(run_dir, "someone/name", license="apache2")
+    with pytest.raises(ValueError, match=r"no licence 'foo'.*such as apache-2\.0"):
+        make_model_card(run_dir, "someone/name", license="foo")
 
 
 def test_what_is_not_finite_is_no_result(run_dir):

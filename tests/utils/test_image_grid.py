@@ -87,7 +87,7 @@ def test_grid_is_only_as_wide_as_its_images():
         (([], None, 1), "`images` is empty"),
         (([Image.new("L", (1, 1))], None, 0), "`columns` has to be at least 1 but is 0"),
         (([Image.new("L", (1, 1))], None, 1, 0), "`cell_size` has to be at least 1 pixel but is 0"),
-        (([Image.new("L", (1, 1))], ["a", "b"], 1), "`labels` has 2 entries for 1 images"),
+        (([Image.new("L", (1, 1))], ["a", "b"], 1), "`labels` has 2 texts for 1 image:"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -1,6 +1,7 @@
 import pytest
+from PIL import Image
 
-from diffusers_pisdm.utils.messages import cause_of, count_of, show_duration
+from diffusers_pisdm.utils.messages import cause_of, count_of, show_duration, show_range, show_size
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,8 @@ def test_a_librarys_error_is_told_in_whole_words_with_its_cause():
     error.__cause__ = OSError("No route\n to host")
     assert cause_of(error) == "No route to host"
     assert cause_of(ValueError("one two three"), width=10) == "one two …"
+
+
+def test_sizes_are_width_by_height_and_a_range_of_one_number_is_that_number():
+    assert show_size(*Image.new("L", (64, 32)).size) == "64x32"
+    assert (show_range(3, 2000), show_range(4, 4)) == ("3 to 2,000", "4")

@@ -53,7 +53,7 @@ class FeatureExtractor(nn.Module, ABC):
     @property
     def distance_name(self) -> str:
         """The name of its Fréchet distance: "FID" only for ADM's Inception v3."""
-        return self.score_name("FID", "Frechet distance")
+        return self.score_name("FID", "Fréchet distance")
 
     def score_name(self, published: str, plain: str) -> str:
         """A score's name: `published` for ADM's Inception v3, otherwise `plain` with the network's name."""

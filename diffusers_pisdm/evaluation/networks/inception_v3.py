@@ -60,7 +60,7 @@ def make_inception_v3(weights: str | None) -> InceptionV3:
     except (ImportError, RuntimeError, OSError) as error:  # a torchvision for another torch raises various errors
         raise ImportError(
             "inception_v3 needs torch-fidelity and a torchvision that matches torch: pip install"
-            f" 'diffusers-pisdm[inception]', with torchvision from the same index as your torch. ({error})"
+            f" torch-fidelity torchvision, the latter from the same index as your torch. ({error})"
         ) from error
     if weights is None:
         state_dict = torch.hub.load_state_dict_from_url(

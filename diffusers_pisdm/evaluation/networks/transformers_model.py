@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...utils.files import check_exists
+from ...utils.hub_names import check_exists
 from .extractor import FeatureExtractor, Features, check_images, register_feature_extractor
 
 

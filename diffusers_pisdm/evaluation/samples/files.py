@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ...utils.messages import count_of, show_size
+
 
 IMAGES_PER_FOLDER = 1000  # file systems and people get slow with more
 SHOWN = 3  # wrong files listed in an error
@@ -28,7 +30,7 @@ def check_no_foreign_images(folder: str | Path, num_samples: int) -> None:
     if foreign:
         more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         raise ValueError(
-            f"{folder} holds images that are not among its {num_samples} samples:"
+            f"{folder} holds images that are not among its {count_of(num_samples, 'sample')}:"
             f" {', '.join(foreign[:SHOWN])}{more}. Move them elsewhere."
         )
 
@@ -58,8 +60,8 @@ def find_damaged(folder: str | Path, indices: Iterable[int]) -> tuple[list[int],
             first = (path, size)
         elif size != first[1]:
             raise ValueError(
-                f"The images of {folder} differ in size: {first[0]} has {first[1][0]}x{first[1][1]} pixels, {path} has"
-                f" {size[0]}x{size[1]}. Remove the foreign ones and rerun the sampling."
+                f"The images of {folder} differ in size: {first[0]} has {show_size(*first[1])} pixels, {path} has"
+                f" {show_size(*size)}. Remove the foreign ones and rerun the sampling."
             )
     return damaged, first[1] if first else None
 

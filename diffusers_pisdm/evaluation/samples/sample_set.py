@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ...schedulers import swap_scheduler
 from ...utils.files import write_whole
+from ...utils.messages import count_of, show_size
 from .files import check_no_foreign_images, find_damaged, sample_path
 from .record import claim_folder, describe_samples, read_sample_set
 from .settings import CALL_ARGUMENTS, SampleSettings, count_classes, sample_classes, sample_generators
@@ -83,8 +84,8 @@ def write_sample_set(
             size = size or images[0].size
             if images[0].size != size:
                 raise ValueError(
-                    f"The images in {folder} have {size[0]}x{size[1]} pixels, but this model makes"
-                    f" {images[0].width}x{images[0].height}: they are not its samples. Use another folder."
+                    f"The images in {folder} have {show_size(*size)} pixels, but this model makes"
+                    f" {show_size(*images[0].size)}: they are not its samples. Use another folder."
                 )
             for index in wanted:
                 with write_whole(sample_path(folder, index)) as unfinished:
@@ -145,7 +146,7 @@ def write_sample_archive(folder: str | Path, path: str | Path, show_progress: bo
     missing = missing_samples(folder)
     if missing:
         raise ValueError(
-            f"{len(missing)} of the {num_samples} samples of {folder} are missing, the first is"
+            f"{len(missing):,} of the {count_of(num_samples, 'sample')} of {folder} are missing, the first is"
             f" {sample_path(folder, missing[0])}. Rerun the sampling to complete the set."
         )
     with Image.open(sample_path(folder, 0)) as image:

@@ -14,7 +14,7 @@ import torch
 _PACKAGES = {
     "numba": ("numba", "pip install numba"),
     "triton": ("diffusers_pisdm.ops.scan.triton_kernels", "pip install triton"),  # rejects versions that are too old
-    "mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", "pip install diffusers_pisdm[cuda]"),
+    "mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", "pip install mamba-ssm"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Selective scan with mamba_ssm's CUDA kernel (`pip install diffusers_pisdm[cuda]`)."""
+"""Selective scan with mamba_ssm's CUDA kernel (`pip install mamba-ssm`)."""
 
 from __future__ import annotations
 

@@ -115,9 +115,9 @@ def format_cost_report(report: dict) -> str:
     ]
     if total["seconds_per_step"] is not None:
         lines += [
-            f"Time: {total['images_per_second']:.3g} images/s with {settings['num_processes']} process(es),"
+            f"Time: {total['images_per_second']:.3g} images/s with {count_of(settings['num_processes'], 'process')},"
             f" {show_duration(total['seconds_per_step'] * total['max_train_steps'])} for"
-            f" {count_of(total['max_train_steps'], 'step')} of {total['images_per_step']} images.",
+            f" {count_of(total['max_train_steps'], 'step')} of {count_of(total['images_per_step'], 'image')}.",
             "TFLOP/s is measured on what the last column shows. Times are extrapolated from it: to all layers and",
             "images by FLOPs, for the optimizer by parameters. They exclude data loading, VAE and communication.",
         ]

@@ -14,7 +14,7 @@ def result(contestant, seed, distance):
         "parameters": 1_000_000,
         "training_flops": 2_500_000_000,
         "scores": {"frechet_distance": distance, "precision": 0.5},
-        "score_names": {"frechet_distance": "Frechet distance (efficientnet-lite0)", "precision": "precision"},
+        "score_names": {"frechet_distance": "Fréchet distance (efficientnet-lite0)", "precision": "precision"},
         "conditions": {"training_tflop": 20.0},
     }
 

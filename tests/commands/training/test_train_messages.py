@@ -9,6 +9,7 @@ from datasets import Image as ImageFeature
 from diffusers_pisdm.commands import cache_latents, evaluate, generate, new_recipe, sample
 from diffusers_pisdm.commands import train as train_command
 from diffusers_pisdm.training.cascade_objective import warn_of_narrow_stage
+from diffusers_pisdm.utils.messages import show_range
 from tests.data.image_folders import copy_folder, damaged_images
 
 
@@ -26,7 +27,7 @@ def test_a_run_tells_what_it_trains_and_what_comes_next(train, images, capsys):
     output = train("run", 6, "--train_stages", "2", data=images)
     out = capsys.readouterr().out
     counts = sorted(len(list(folder.iterdir())) for folder in images.iterdir())
-    assert f"Data: 24 images of {len(counts)} classes, {counts[0]} to {counts[-1]} of each\n" in out
+    assert f"Data: 24 images of {len(counts)} classes, {show_range(counts[0], counts[-1])} of each\n" in out
     assert re.search(r"^Stage 1: 4 px, 0\.0M parameters, frozen$", out, re.MULTILINE)
     assert re.search(r"^Stage 2: 8 px, 0\.0M parameters, all trained$", out, re.MULTILINE)
     assert re.search(r"^Training: 6 steps of 8 images, 2 passes over the data$", out, re.MULTILINE)

@@ -89,7 +89,7 @@ def test_the_weights_were_trained_with_that_padding(extractor, images, features,
 
 
 def test_its_scores_are_not_called_fid(extractor):
-    assert extractor.distance_name == "Frechet distance (efficientnet-lite0)"
+    assert extractor.distance_name == "Fréchet distance (efficientnet-lite0)"
     assert len(extractor.weights_hash()) == 64
 
 

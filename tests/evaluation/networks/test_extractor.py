@@ -57,7 +57,7 @@ def test_names_are_taken_once_and_have_no_colon(pixels):
 
 
 def test_only_adms_inception_has_the_published_names():
-    assert PixelFeatures().distance_name == "Frechet distance (pixels)"
+    assert PixelFeatures().distance_name == "Fréchet distance (pixels)"
     assert PixelFeatures().score_name("IS", "classifier score") == "classifier score (pixels)"
     assert InceptionStandIn().distance_name == "FID"
     assert InceptionStandIn().score_name("IS", "classifier score") == "IS"

@@ -18,7 +18,7 @@ def test_a_missing_or_broken_package_says_what_to_install(monkeypatch, tmp_path,
     for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=r"pip install 'diffusers-pisdm\[inception\]'.*torchvision"):
+    with pytest.raises(ImportError, match=r"pip install torch-fidelity torchvision"):
         load_feature_extractor("inception_v3")
 
 

@@ -54,7 +54,7 @@ def test_images_are_prepared_as_the_model_says(extractor, images, dinov2):
 
 def test_scores_carry_the_models_name(extractor, dinov2):
     assert extractor.name == f"transformers:{dinov2}"
-    assert extractor.distance_name == f"Frechet distance ({dinov2})"
+    assert extractor.distance_name == f"Fréchet distance ({dinov2})"
     assert len(extractor.weights_hash()) == 64
 
 

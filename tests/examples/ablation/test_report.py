@@ -28,7 +28,7 @@ def add_run(folder, variant, seed, distance, colour):
         Image.new("RGB", (8, 8), colour).save(path)
     result = {
         "scores": {"frechet_distance": distance},
-        "score_names": {"frechet_distance": "Frechet distance (pixels)"},
+        "score_names": {"frechet_distance": "Fréchet distance (pixels)"},
         **{"num_samples": 3, "num_reference": 307, "parameters": 10**6, "training_flops": 10**9},
         **{"steps": 1000, "images_per_step": 32},
     }
@@ -59,7 +59,7 @@ def test_missing_rows_are_marked(folder, tmp_path):
 
 def test_nothing_is_done_yet(folder, tmp_path):
     text = write_ablation_report(folder, 2)
-    assert text.count("| missing |") == 8 and "Frechet distance" in text
+    assert text.count("| missing |") == 8 and "Fréchet distance" in text
     assert not (tmp_path / "samples_2.png").exists()
 
 
@@ -127,8 +127,8 @@ def test_without_the_complete_model_there_are_no_differences():
 
 
 def test_table_1():
-    lines = format_ablation_table(summarize_ablation(TABLES[1], RESULTS), "Frechet distance (x)").splitlines()
-    assert lines[0].startswith("|  | CSM | CN | PT | LSEM | SIL | Frechet distance (x) | difference | paper: FID |")
+    lines = format_ablation_table(summarize_ablation(TABLES[1], RESULTS), "Fréchet distance (x)").splitlines()
+    assert lines[0].startswith("|  | CSM | CN | PT | LSEM | SIL | Fréchet distance (x) | difference | paper: FID |")
     assert (
         lines[2] == "| all components | yes | yes | yes | yes | yes | 25 ± 1.4 |  | 1.67 |  | 1.235M | 0.58 | 0, 1 |"
     )

@@ -179,10 +179,10 @@ def test_latents_of_an_image(kind):
 
 WRONG = {
     "larger": (torch.rand(3, 65, 65), ValueError, "`image` is 65x65 .* 64x64. Shrink"),
-    "wider": (torch.rand(3, 16, 65), ValueError, "`image` is 16x65 .* 64x64. Shrink"),
+    "wider": (torch.rand(3, 16, 65), ValueError, "`image` is 65x16 .* 64x64. Shrink"),
     "smaller": (torch.rand(3, 7, 7), ValueError, "7x7 .* first stage's 8x8. Enlarge"),
-    "narrow": (torch.rand(3, 16, 7), ValueError, "16x7 .* first stage's 8x8. Enlarge"),
-    "of another shape": (torch.rand(3, 16, 24), ValueError, "16x24 .* another shape.* `height` and `width`"),
+    "narrow": (torch.rand(3, 16, 7), ValueError, "7x16 .* first stage's 8x8. Enlarge"),
+    "of another shape": (torch.rand(3, 16, 24), ValueError, "24x16 .* another shape.* `height` and `width`"),
     "of the last stage": (torch.rand(3, 64, 64), ValueError, "has the size .*64x64.* smaller one, or `strength`"),
     "text": ("image.png", TypeError, "`image` has to be a PIL image.* holds 'image.png'"),
     "empty": ([], TypeError, "`image` .* is empty"),
@@ -194,7 +194,7 @@ WRONG = {
     "not scaled": (255 * torch.ones(3, 8, 8), ValueError, "`image` has values from 255 to 255.* Scale"),
     "negative": (-torch.ones(3, 8, 8), ValueError, "`image` has values from -1 to -1.* Scale"),
     "not finite": (torch.full((3, 8, 8), float("nan")), ValueError, "`image` has values from nan"),
-    "grey": (torch.rand(1, 8, 8), ValueError, "`image` has 1 channels, but .* 3"),
+    "grey": (torch.rand(1, 8, 8), ValueError, "`image` has 1 channel, but .* 3"),
     "flat": (torch.rand(8, 8), ValueError, "`image` has shape .8, 8., .*channels, height, width"),
     "swapped axes": (torch.rand(8, 8, 3), ValueError, "`image` has 8 channels, but .* 3"),
 }
@@ -224,6 +224,22 @@ def test_16_bit_grey_keeps_its_upper_8_bits(channels, value):
     assert pixels.shape == (1, channels, 8, 8)
     assert torch.equal(pixels[:, : min(channels, 3)].unique(), torch.tensor([(value >> 8) / 255]))
     assert read_mask(image, (8, 8), 1).unique().item() == (value >> 8 >= 128)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda white: PIL.Image.fromarray(white),
+        lambda white: PIL.Image.fromarray(np.uint8(255 * white)),
+        lambda white: white.astype(np.float32),
+        lambda white: torch.from_numpy(white).float(),
+        lambda white: [torch.from_numpy(white).float()],
+    ],
+    ids=["1", "L", "array", "tensor", "list"],
+)
+def test_a_mask_needs_no_channels(form):
+    white = np.arange(8 * 12).reshape(8, 12) % 5 == 0
+    assert np.array_equal(read_mask(form(white), (8, 12), 1)[0, 0].numpy(), white)
 
 
 @pytest.mark.parametrize(("mode", "what"), [("F", "floats"), ("I", "32-bit integers"), ("LAB", "CIELAB")])
