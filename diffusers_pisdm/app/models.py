@@ -13,7 +13,7 @@ import torch
 from ..models.latents import vae_scale_factor
 from ..pipelines import PISDMCascadePipeline
 from ..pipelines.class_names import get_class_id, ids_by_name
-from ..utils.files import is_path
+from ..utils.hub_names import is_path
 from ..utils.messages import cause_of
 from ..utils.names import show_name
 from ..utils.shipped_files import find_model, model_name
