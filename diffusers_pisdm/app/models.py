@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from ..models.latents import vae_scale_factor
 from ..pipelines import PISDMCascadePipeline
 from ..pipelines.class_names import get_class_id, ids_by_name
-from ..utils.hub_names import is_path
+from ..utils.hub_names import hub_or_cache
 from ..utils.messages import cause_of
 from ..utils.names import show_name
 from ..utils.shipped_files import find_model, model_name
@@ -72,14 +71,10 @@ class Models:
 def _load(name: str) -> Model:
     path = find_model(name)
     try:
-        pipe = PISDMCascadePipeline.from_pretrained(path, use_safetensors=True)
+        with hub_or_cache(path):
+            pipe = PISDMCascadePipeline.from_pretrained(path, use_safetensors=True)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     except LOADING_ERRORS as error:
-        if not os.path.exists(path) and not is_path(path):
-            raise ValueError(
-                f"There is no folder '{show_name(name)}', and no repository of that name could be read from the Hub"
-                f" ({cause_of(error)}). Pass the folder of a saved PISDMCascadePipeline, or its repository."
-            ) from error
         raise ValueError(f"The model '{show_name(name)}' cannot be loaded: {cause_of(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     pipe(class_labels=0, num_inference_steps=2)  # compiles the kernels: nobody should wait for that

@@ -262,7 +262,7 @@ def test_another_model_changes_the_page(open_page, other_folder):
     page.click("#advanced button")
     page.fill("#model input, #model textarea", "no/such folder")
     page.click("#load")
-    page.wait_for_selector(".toast-body >> text=/no folder 'no.such folder'/")
+    page.wait_for_selector(".toast-body >> text=/no folder no.such folder/")
     page.fill("#model input, #model textarea", str(other_folder))
     page.click("#load")
     page.wait_for_function("document.querySelectorAll('.picker-tile').length === 2")

@@ -139,7 +139,7 @@ def test_a_model_is_sampled_and_judged(model, folders, tmp_path):
     )
     assert scores(again) == scores(report) and again["generation"] == report["generation"]
     (folder / "000" / "000002.png").unlink()
-    with pytest.raises(SystemExit, match=r"error: lacks 1 sample: rerun"):
+    with pytest.raises(SystemExit, match=r"error: .* lacks 1 sample: rerun"):
         run(tmp_path, "--features", "pixels", "--samples", str(folder))
 
 
@@ -179,7 +179,7 @@ def test_the_reference_gets_the_models_size(model, folders, tmp_path):
         (["--reference", "{torn}"], "torn.png"),
         (["--reference", "{stats}"], "statistics in"),
         (["--reference", "nowhere.npz"], "nowhere.npz"),
-        (["--reference", "nowhere.npz", "--classes", "99"], "`classes` contains 99"),  # before the reference is read
+        (["--reference", "nowhere.npz", "--classes", "99"], "contains 99, but"),  # before the reference is read
         (["--reference", "{ours}", "--features", "vgg"], "no feature extractor 'vgg'"),
         (["--reference", "{ours}", "--scheduler", "EDMEulerScheduler"], "EDM models"),
     ],
