@@ -121,7 +121,7 @@ def make_pipeline(
 
 def make_scheduler() -> DPMSolverSinglestepScheduler:
     """DiM's sampler: DPM-Solver++(3S), uniform in time, without a last step to the noise-free image."""
-    return DPMSolverSinglestepScheduler(
+    scheduler = DPMSolverSinglestepScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
@@ -131,6 +131,8 @@ def make_scheduler() -> DPMSolverSinglestepScheduler:
         lower_order_final=True,
         final_sigmas_type="sigma_min",
     )
+    scheduler.register_to_config(clip_sample=False)  # for those that take its place: latents have no bounds
+    return scheduler
 
 
 def imagenet_classes() -> list[str]:

@@ -12,6 +12,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from .strict_loading import check_finite_weights
 
 
+IMAGE_CHANNELS = (1, 3)
+
+
 def load_vae(
     name_or_path: str, channels: int, dtype: torch.dtype = torch.float32
 ) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
@@ -53,6 +56,11 @@ def vae_scale_factor(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None
     if isinstance(vae, AutoencoderDC):
         return 2 ** (len(vae.config.encoder_block_out_channels) - 1)
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def are_latents(channels: int, vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None) -> bool:
+    """Whether what stages of so many channels draw is for an autoencoder, even if there is none, and not pixels."""
+    return vae is not None or channels not in IMAGE_CHANNELS
 
 
 @contextmanager

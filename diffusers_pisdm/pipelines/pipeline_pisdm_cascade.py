@@ -25,7 +25,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
 from typing_extensions import Self
 
-from ..models.latents import cast_vae, decode_latents, vae_scale_factor
+from ..models.latents import are_latents, cast_vae, decode_latents, vae_scale_factor
 from ..models.stage_models import StageModel
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
@@ -288,6 +288,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
         return len(self.stages)
 
     @property
+    def draws_latents(self) -> bool:
+        """Whether the stages draw latents, which have no bounds and need an autoencoder to become images."""
+        return are_latents(self.transformer.config.in_channels, self.vae)
+
+    @property
     def stage(self) -> int:
         """The running stage, from 1."""
         return self._stage
@@ -383,6 +388,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
         check_generator(generator, num_labels * num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` has to be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}.")
+        if output_type != "latent" and self.vae is None and self.draws_latents:
+            raise ValueError(
+                f"The stages draw latents of {self.transformer.config.in_channels} channels, and there is no"
+                " autoencoder to make images of them. Load the pipeline with the one that they were trained with"
+                ' (`vae=`), or pass `output_type="latent"`.'
+            )
         check_attention_kwargs(attention_kwargs)
         check_callback(callback_on_step_end)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
