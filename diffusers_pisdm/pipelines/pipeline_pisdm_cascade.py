@@ -23,6 +23,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
+from safetensors import SafetensorError
 from typing_extensions import Self
 
 from ..models.latents import are_latents, cast_vae, decode_latents, vae_scale_factor
@@ -259,12 +260,16 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         r"""
         Saves all components like [`DiffusionPipeline.save_pretrained`], with those that were set later. LoRA adapters
-        have files of their own and are left out with a warning, unless they are fused.
+        have files of their own and are left out with a warning, unless they are fused. Raises OSError if a file cannot
+        be written.
         """
         # diffusers would leave out a component that was None at first and was then set as an attribute.
         self.register_modules(**self.components)
-        with self._base_classes():
-            super().save_pretrained(save_directory, **kwargs)
+        try:
+            with self._base_classes():
+                super().save_pretrained(save_directory, **kwargs)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"Cannot write to {save_directory}: {error}") from error
 
     def enable_guidance_slicing(self) -> None:
         """

@@ -16,6 +16,7 @@ from diffusers_pisdm import DiMTransformer2DModel, PISDMCascadePipeline
 from diffusers_pisdm.commands import convert_dim, publish
 from diffusers_pisdm.models.dim_conversion import convert_dim_weights, dim_config
 from tests.models.tiny_vae import make_kl
+from tests.small_disk import small_disk
 
 
 DATA = Path(__file__).parents[1] / "data" / "dim"
@@ -195,12 +196,9 @@ def test_a_full_disk_is_told_before_and_during_the_writing(checkpoint, tmp_path,
         context.setattr(shutil, "disk_usage", lambda path: usage(100_000))
         assert re.search(r"needs 0\.00 GB.*bfloat16", refusal(checkpoint, tmp_path / "dim"))
 
-    def full(self, folder, **kwargs):
-        (folder / "model_index.json").write_text("{}")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(PISDMCascadePipeline, "save_pretrained", full)
-    assert "No space left" in refusal(checkpoint, tmp_path / "dim")
+    with small_disk(100_000):
+        assert "too large" in refusal(checkpoint, tmp_path / "dim")
+    assert not (tmp_path / "dim").exists()
 
 
 def test_a_folder_with_files_is_left_alone(checkpoint, tmp_path):
