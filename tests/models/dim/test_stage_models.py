@@ -120,6 +120,9 @@ def test_lora_with_classes_of_its_own(tmp_path):
         "class_embedding.weight",
         "class_token_embedding.weight",
     }
+    adapted = {name.split(".lora_")[0] for name, p in pipe.transformer.named_parameters() if ".lora_" in name}
+    blocks = {f"transformer_blocks.{i}.mixer.{layer}" for i in range(3) for layer in ("in_proj", "out_proj")}
+    assert adapted == blocks | {"skip_projections.0"}
     for parameter in pipe.transformer.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
