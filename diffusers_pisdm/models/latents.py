@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..utils.files import check_exists
 from .strict_loading import check_finite_weights
 
 
@@ -19,9 +21,18 @@ def load_vae(
     name_or_path: str, channels: int, dtype: torch.dtype = torch.float32
 ) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
     """
-    Loads a frozen autoencoder of any of the three classes in evaluation mode; raises ValueError if it is of another
-    class, its latents do not have `channels` channels or its weights are not finite. See `cast_vae` for its precision.
+    Loads a frozen autoencoder of any of the three classes in evaluation mode; raises OSError if there is none,
+    ValueError if it is of another class, its latents do not have `channels` channels or its weights are not finite.
+    See `cast_vae` for its precision.
     """
+    if not name_or_path:
+        raise ValueError("The autoencoder's name is empty: pass its folder, or its repository on the Hub.")
+    check_exists(name_or_path)
+    path = Path(name_or_path)
+    if path.exists() and not (path / "config.json").is_file():
+        is_pipeline = (path / "vae" / "config.json").is_file()
+        place = "its `vae` subfolder" if is_pipeline else "the folder of a saved autoencoder, e.g. a pipeline's `vae`"
+        raise ValueError(f"{name_or_path} holds no autoencoder (`config.json`). Pass {place}.")
     vae = AutoModel.from_pretrained(name_or_path, torch_dtype=torch.float32 if dtype == torch.float16 else dtype)
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderDC)):
         raise ValueError(
@@ -43,7 +54,7 @@ def cast_vae(
     weights. Raises ValueError if weights are not finite.
     """
     fits = all(weight.to(dtype).isfinite().all() for weight in vae.parameters())
-    if fits or not vae.config.get("force_upcast"):
+    if vae.dtype != dtype and (fits or not vae.config.get("force_upcast")):  # diffusers warns of every cast
         vae.to(dtype)
     check_finite_weights(f"the autoencoder {vae.config.get('_name_or_path', '')}", vae)
     return vae
