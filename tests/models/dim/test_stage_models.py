@@ -144,3 +144,15 @@ def test_an_adapter_made_with_peft_itself_loads(tmp_path):
     base = make_cascade(1)
     base.load_lora_weights(tmp_path)
     torch.testing.assert_close(draw(base), expected)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+@pytest.mark.parametrize(
+    "config", [{**DIM, "_class_name": "DiMTransformer2DModel"}, {**SECOND, "low_res_channels": None}]
+)
+def test_unknown_labels_are_told(config, label):
+    model = make_stage({**config, "in_channels": 4}, num_classes=3)
+    with pytest.raises(
+        ValueError, match=f"`class_labels` has to be in 0 to 3 .*holds {min(1, label)} to {max(1, label)}"
+    ):
+        model(torch.zeros(2, 4, 8, 8), 0, torch.tensor([1, label]))
