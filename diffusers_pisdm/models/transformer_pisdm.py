@@ -504,8 +504,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin
             [`PISDMTransformer2DModelOutput`], or the tuple `(sample, features)`.
 
         Raises:
-            ValueError: The size is not divisible by the patch size, a label is unknown, or the condition does not fit the
-                model.
+            ValueError: The size is not divisible by the patch size, a label is unknown, or the condition does not fit.
         """
         batch_size = hidden_states.shape[0]
         patch_size = self.config.patch_size

@@ -7,17 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from gradio_client import Client, handle_file
 from PIL import Image
 
 from benchmarks import app_load
-from diffusers_pisdm import DiMTransformer2DModel, PISDMCascadePipeline
 from diffusers_pisdm.app.drawing import draw, plan_drawing
-from diffusers_pisdm.app.models import Models
 from diffusers_pisdm.app.own_picture import read_picture
-from diffusers_pisdm.app.page import build_app
-from diffusers_pisdm.app.scans import scans_of
 from diffusers_pisdm.app.settings import read_settings
 from diffusers_pisdm.utils.png_recipe import read_recipe, recipe_chunk
 
@@ -152,16 +147,3 @@ def test_zero_gpu_lends_a_gpu_to_each_drawing(monkeypatch):
 def test_many_clients_at_once_see_no_errors(model_folder):
     result = app_load.measure(str(model_folder), num_clients=4, seconds=4, steps_per_stage=1)
     assert result["errors"] == [] and result["drawn"] >= 4
-
-
-@pytest.mark.parametrize("channels", [3, 4])
-def test_a_page_draws_with_dim_if_its_channels_are_of_pictures(tmp_path, channels):
-    dim = DiMTransformer2DModel(sample_size=8, in_channels=channels, num_layers=5, hidden_size=16, num_classes=2)
-    PISDMCascadePipeline(dim, DPMSolverMultistepScheduler()).save_pretrained(tmp_path)
-    if channels == 4:
-        with pytest.raises(ValueError, match=r"latents of 4 channels"):
-            build_app(str(tmp_path))
-        return
-    build_app(str(tmp_path))
-    notes = {item["name"]: item["note"] for item in scans_of(Models().get(str(tmp_path)))["directions"]}
-    assert notes["Rows, from top left"] == "Layers 1, 5" and notes["Rows, from bottom right"] == "Layers 2, 4"
