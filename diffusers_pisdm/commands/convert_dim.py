@@ -27,6 +27,7 @@ from ..models.transformer_dim import PADDINGS
 from ..publishing.hub import RIGHTS_KEY
 from ..publishing.model_card import DIM_CARD
 from ..utils.files import check_writable, save_in_place
+from ..utils.messages import count_of
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,11 +41,11 @@ SIZE_OF_OTHER_FILES = 1_000_000
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help=f"{EMA_NAME}, its folder, or its tensors as .safetensors")
-    add("--output_dir", type=Path, required=True, help="a new folder")
-    add("--vae", help="the autoencoder's folder or Hub name; DiM's is stabilityai/sd-vae-ft-ema (default: none)")
-    add("--dtype", choices=DTYPES, default="float32", help="the precision on disk (default: float32)")
-    add("--padding", choices=PADDINGS, help="the padding rule of weights for other sizes than the published ones")
+    add("checkpoint", type=Path, help=f"{EMA_NAME}, its folder, or its tensors as .safetensors.")
+    add("--output_dir", type=Path, required=True, help="A new folder.")
+    add("--vae", help="The autoencoder's folder or Hub name; DiM's is stabilityai/sd-vae-ft-ema (default: none).")
+    add("--dtype", choices=DTYPES, default="float32", help="The precision on disk (default: float32).")
+    add("--padding", choices=PADDINGS, help="The padding rule of weights for other sizes than the published ones.")
     return parser.parse_args(arguments)
 
 
@@ -186,10 +187,10 @@ def convert(args: argparse.Namespace) -> str:
 
     save_in_place(write, args.output_dir)
     lines = [
-        f"Wrote {args.output_dir}: DiM with {config['num_layers']} layers of width {config['hidden_size']},"
+        f"Wrote {args.output_dir}: DiM with {count_of(config['num_layers'], 'layer')} of width {config['hidden_size']},"
         f" {pipe.transformer.num_parameters():,} parameters, for latents of {config['sample_size']} x"
         f' {config["sample_size"]}. Load it with PISDMCascadePipeline.from_pretrained("{args.output_dir}")',
-        f"The file has {in_file:,} parameters: it adds two biases in each of {added} long skips, which are one here.",
+        f"The file has {in_file:,} parameters: it adds two biases in each of {count_of(added, 'long skip')}, which are one here.",
     ]
     if vae is None:
         lines.append(
