@@ -188,7 +188,8 @@ def convert(args: argparse.Namespace) -> str:
     save_in_place(write, args.output_dir)
     lines = [
         f"Wrote {args.output_dir}: DiM with {count_of(config['num_layers'], 'layer')} of width"
-        f" {config['hidden_size']}, {pipe.transformer.num_parameters():,} parameters, for latents of {config['sample_size']} x"
+        f" {config['hidden_size']}, {pipe.transformer.num_parameters():,} parameters, for latents of"
+        f" {config['sample_size']} x"
         f' {config["sample_size"]}. Load it with PISDMCascadePipeline.from_pretrained("{args.output_dir}")',
         f"The file has {in_file:,} parameters: it adds two biases in each of {count_of(added, 'long skip')}, which are"
         " one here.",
