@@ -116,8 +116,11 @@ def swap_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     reason = _why_unsuitable(scheduler_class)
     if reason is not None:
         raise ValueError(_refusal(f"`{name}`", reason))
+    bounds = {"clip_sample": False} if pipe.draws_latents else {}
     swapped = {
-        key: scheduler_class.from_config(_without_settings(component), **_missing_settings(name, component.config))
+        key: scheduler_class.from_config(
+            _without_settings(component), **bounds, **_missing_settings(name, component.config)
+        )
         for key, component in pipe.components.items()
         if isinstance(component, SchedulerMixin)
     }
@@ -284,22 +287,25 @@ def _refusal(subject: str, reason: str) -> str:
     )
 
 
-def check_residual_scheduler(name: str, scheduler: SchedulerMixin) -> None:
+def check_unbounded_scheduler(name: str, scheduler: SchedulerMixin, drawn: str) -> None:
     """
-    Rejects schedulers that cannot sample a stage with `residual_scale`.
+    Rejects schedulers that clip their samples to the range of images, in a stage that draws what has no bounds.
 
     Args:
         name (`str`): The pipeline's component, for the message.
         scheduler ([`SchedulerMixin`]): The stage's scheduler.
+        drawn (`str`): What the stage draws, for the message: latents, or residuals.
 
     Raises:
-        ValueError: It clips its samples to the range of images; residuals have unit variance and no bounds.
+        ValueError: It clips its samples.
     """
-    bounds = [option for option in ("clip_sample", "thresholding") if scheduler.config.get(option)]
+    # A configuration also keeps, from scheduler to scheduler, the options of those that have them.
+    own = inspect.signature(type(scheduler).__init__).parameters
+    bounds = [option for option in ("clip_sample", "thresholding") if option in own and scheduler.config.get(option)]
     if bounds:
         raise ValueError(
-            f"`{name}` clips its samples (`{bounds[0]}=True`), but its stage diffuses residuals (`residual_scale`),"
-            f" which have no bounds. Pass `{type(scheduler).__name__}.from_config(scheduler.config,"
+            f"`{name}` clips its samples (`{bounds[0]}=True`), but its stage diffuses {drawn}, which have"
+            f" no bounds. Pass `{type(scheduler).__name__}.from_config(scheduler.config,"
             f" {', '.join(f'{option}=False' for option in bounds)})`."
         )
 

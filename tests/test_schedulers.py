@@ -24,8 +24,8 @@ from diffusers_pisdm.schedulers import (
     NO_SAMPLE_PREDICTION,
     SETTINGS,
     UNSUITABLE,
-    check_residual_scheduler,
     check_scheduler,
+    check_unbounded_scheduler,
     relay_start,
     sampling_schedulers,
     set_timesteps,
@@ -319,10 +319,11 @@ def test_bounds_are_refused_for_residuals(bounds):
     scheduler = DDIMScheduler(**{"clip_sample": False, **dict.fromkeys(bounds, True)})
     remedy = ", ".join(f"{bound}=False" for bound in bounds)
     with pytest.raises(ValueError, match=rf"`scheduler_2` .*`{bounds[0]}=True`.*`residual_scale`.*Pass .*{remedy}\)"):
-        check_residual_scheduler("scheduler_2", scheduler)
-    check_residual_scheduler(
-        "scheduler_2", DDIMScheduler.from_config(scheduler.config, **dict.fromkeys(bounds, False))
-    )
+        check_unbounded_scheduler("scheduler_2", scheduler, "residuals (`residual_scale`)")
+    free = DDIMScheduler.from_config(scheduler.config, **dict.fromkeys(bounds, False))
+    check_unbounded_scheduler("scheduler_2", free, "residuals")
+    # What the configuration keeps for others does not clip.
+    check_unbounded_scheduler("scheduler_2", EulerDiscreteScheduler.from_config(scheduler.config), "residuals")
 
 
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDIMParallelScheduler, PNDMScheduler])

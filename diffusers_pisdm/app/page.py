@@ -293,7 +293,7 @@ def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
             with gr.Tab("How it scans"):
                 gr.HTML(
                     "<p class='intro'>A Mamba layer reads its tokens one after another, so a picture needs an order."
-                    " Each layer takes the next of these eight: together, they reach every token from every side.</p>"
+                    " Each layer takes one of these eight: together, they reach every token from every side.</p>"
                 )
                 scans = scan_view(first)
 

@@ -13,12 +13,10 @@ GRID_SIZE = 8  # of the first stage of the published model
 
 def scans_of(model: Model) -> dict[str, Any]:
     """The order of the tokens in each direction, and the layers of the first stage that scan in it."""
-    used = model.pipe.stages[0].config.scan_directions
-    num_layers = model.pipe.stages[0].config.num_layers
     directions = []
     for direction in SCAN_DIRECTIONS:
         axis, vertical, horizontal = direction.split("_")
-        layers = [str(i + 1) for i in range(num_layers) if used[i % len(used)] == direction]
+        layers = [str(i) for i, own in enumerate(model.pipe.stages[0].layer_directions, 1) if own == direction]
         directions.append(
             {
                 "name": f"{axis.capitalize()}s, from {vertical} {horizontal}",

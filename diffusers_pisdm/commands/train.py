@@ -36,7 +36,7 @@ from ..data.image_rows import ON_BAD_IMAGE, ImageRows, inspect_images
 from ..data.image_transform import ImageTransform
 from ..data.latent_cache import LatentCache
 from ..data.rows import DataError
-from ..models.latents import load_vae, vae_scale_factor
+from ..models.latents import are_latents, load_vae, vae_scale_factor
 from ..models.stage_models import StageModel, stage_config
 from ..publishing.hub import RIGHTS_KEY, check_login, publish_cascade
 from ..publishing.model_card import public_base
@@ -292,6 +292,11 @@ def load_autoencoder(
         return load_vae(args.pretrained_vae_model_name_or_path, channels)
     if pretrained is not None and pretrained.vae is not None:
         return pretrained.vae.eval().requires_grad_(False)
+    if are_latents(channels, None):
+        raise ValueError(
+            f"The stages work on latents of {channels} channels, and there is no autoencoder to make them of images."
+            " Pass --pretrained_vae_model_name_or_path."
+        )
     return None
 
 

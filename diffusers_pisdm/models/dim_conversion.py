@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..utils.names import show_name
 from .transformer_dim import PADDINGS, DiMTransformer2DModel
 
 
@@ -28,6 +29,7 @@ THEIR_NAMES = {
     "modulation_out.": "proj_out_1.",
     "proj_out.": "proj_out_2.",
 }
+FIRST_WEIGHT = "pos_embed.proj.weight"
 # The padding that each published grid was trained with, by the side of the latent: of images of 256 and 512 pixels.
 PUBLISHED_PADDINGS = {32: "lateral", 64: "raster"}
 
@@ -45,13 +47,14 @@ def dim_config(state_dict: Mapping[str, torch.Tensor], padding: str | None = Non
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
 
     def shape(name: str, num_axes: int) -> tuple[int, ...]:
-        if len(shapes.get(name, ())) != num_axes:
-            found = f"of shape {shapes[name]}" if name in shapes else "missing"
-            raise ValueError(f"`{name}` is {found}, but DiM's weights have one of {num_axes} axes.")
+        if name not in shapes:
+            raise ValueError(f"These are not DiM's weights: `{name}` is missing.")
+        if len(shapes[name]) != num_axes or 0 in shapes[name]:
+            raise ValueError(f"`{name}` has shape {shapes[name]}, but DiM's has {num_axes} axes, none of them empty.")
         return shapes[name]
 
     mixer = "transformer_blocks.0.attn1."
-    hidden_size, in_channels, patch_size, _ = shape("pos_embed.proj.weight", 4)
+    hidden_size, in_channels, patch_size, _ = shape(FIRST_WEIGHT, 4)
     num_patches = shape("additional_embed", 3)[1] - 2
     side = math.isqrt(max(num_patches, 0))
     if side**2 != num_patches or side == 0:
@@ -61,13 +64,13 @@ def dim_config(state_dict: Mapping[str, torch.Tensor], padding: str | None = Non
         )
     inner_size, state_size = shape(mixer + "A_log", 2)
     out_channels, rank = shape("proj_out_2.weight", 2)[0] // patch_size**2, shape(mixer + "dt_proj.weight", 2)[1]
-    layers = [int(match[1]) for name in shapes if (match := re.match(r"transformer_blocks\.(\d+)\.", name))]
+    layers = {match[1] for name in shapes if (match := re.match(r"transformer_blocks\.(\d+)\.", name))}
     return {
         "sample_size": side * patch_size,
         "patch_size": patch_size,
         "in_channels": in_channels,
         "out_channels": None if out_channels == in_channels else out_channels,
-        "num_layers": max(layers) + 1,
+        "num_layers": len(layers),
         "hidden_size": hidden_size,
         "state_size": state_size,
         "conv_kernel": shape(mixer + "conv1d.weight", 3)[2],
@@ -110,11 +113,10 @@ def convert_dim_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str
     """
     with torch.device("meta"):
         model = DiMTransformer2DModel(**config)
-    ours = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    theirs = {name: _their_shapes(name, shape, model.first_skip) for name, shape in ours.items()}
+    theirs = dim_names(model)
     expected = {name: shape for shapes in theirs.values() for name, shape in shapes.items()}
     problems = [f"lacks {name}" for name in expected if name not in state_dict]
-    problems += [f"also holds {name}" for name in state_dict if name not in expected]
+    problems += [f"also holds {show_name(name)}" for name in state_dict if name not in expected]
     problems += [
         f"holds {name} of shape {tuple(state_dict[name].shape)} instead of {shape}"
         for name, shape in expected.items()
@@ -127,6 +129,11 @@ def convert_dim_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str
             f" the file {', '.join(problems[:5])}{more}."
         )
     return {name: _join(name, [state_dict[part] for part in parts]) for name, parts in theirs.items()}
+
+
+def dim_names(model: DiMTransformer2DModel) -> dict[str, dict[str, tuple[int, ...]]]:
+    """By the names of a model's weights, DiM's names and shapes of the tensors that make each."""
+    return {name: _their_shapes(name, tuple(w.shape), model.first_skip) for name, w in model.named_parameters()}
 
 
 def _their_shapes(name: str, shape: tuple[int, ...], first_skip: int) -> dict[str, tuple[int, ...]]:

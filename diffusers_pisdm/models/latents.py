@@ -4,22 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..utils.hub_names import hub_or_cache
 from .strict_loading import check_finite_weights
+
+
+IMAGE_CHANNELS = (1, 3)
 
 
 def load_vae(
     name_or_path: str, channels: int, dtype: torch.dtype = torch.float32
 ) -> AutoencoderKL | AutoencoderTiny | AutoencoderDC:
     """
-    Loads a frozen autoencoder of any of the three classes in evaluation mode; raises ValueError if it is of another
-    class, its latents do not have `channels` channels or its weights are not finite. See `cast_vae` for its precision.
+    Loads a frozen autoencoder of any of the three classes in evaluation mode; raises OSError if there is none,
+    ValueError if it is of another class, its latents do not have `channels` channels or its weights are not finite.
+    See `cast_vae` for its precision.
     """
-    vae = AutoModel.from_pretrained(name_or_path, torch_dtype=torch.float32 if dtype == torch.float16 else dtype)
+    if not name_or_path:
+        raise ValueError("The autoencoder's name is empty: pass its folder, or its repository on the Hub.")
+    path = Path(name_or_path)
+    if path.exists() and not (path / "config.json").is_file():
+        is_pipeline = (path / "vae" / "config.json").is_file()
+        place = "its `vae` subfolder" if is_pipeline else "the folder of a saved autoencoder, e.g. a pipeline's `vae`"
+        raise ValueError(f"{name_or_path} holds no autoencoder (`config.json`). Pass {place}.")
+    with hub_or_cache(name_or_path):
+        vae = AutoModel.from_pretrained(name_or_path, torch_dtype=torch.float32 if dtype == torch.float16 else dtype)
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderDC)):
         raise ValueError(
             f"{name_or_path} is a {type(vae).__name__}: it must be an AutoencoderKL, AutoencoderTiny or AutoencoderDC."
@@ -40,7 +54,7 @@ def cast_vae(
     weights. Raises ValueError if weights are not finite.
     """
     fits = all(weight.to(dtype).isfinite().all() for weight in vae.parameters())
-    if fits or not vae.config.get("force_upcast"):
+    if vae.dtype != dtype and (fits or not vae.config.get("force_upcast")):  # diffusers warns of every cast
         vae.to(dtype)
     check_finite_weights(f"the autoencoder {vae.config.get('_name_or_path', '')}", vae)
     return vae
@@ -53,6 +67,11 @@ def vae_scale_factor(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None
     if isinstance(vae, AutoencoderDC):
         return 2 ** (len(vae.config.encoder_block_out_channels) - 1)
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def are_latents(channels: int, vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None) -> bool:
+    """Whether what stages of so many channels draw is for an autoencoder, even if there is none, and not pixels."""
+    return vae is not None or channels not in IMAGE_CHANNELS
 
 
 @contextmanager

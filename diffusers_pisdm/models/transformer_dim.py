@@ -26,6 +26,7 @@ from .transformer_pisdm import (
     at_least_float32,
     check_input,
     check_sizes,
+    look_up,
     mix_embeddings,
 )
 
@@ -264,7 +265,7 @@ class DiMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin, 
             `(B, out_channels, H, W)`, and the image tokens after the last layer, `(B, H/p * W/p, hidden_size)`.
 
         Raises:
-            ValueError: The size is not divisible by the patch size, or a condition is given.
+            ValueError: The size is not divisible by the patch size, a label is unknown, or a condition is given.
         """
         patch_size = self.config.patch_size
         rows, columns = check_input(self.config, hidden_states)
@@ -275,7 +276,8 @@ class DiMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin, 
         # 1. Conditioning
         noise_levels = self._noise_levels(timestep, hidden_states)  # (B,)
         embedded = self.time_embedding(self.time_proj(noise_levels).to(dtype))  # (B, D)
-        class_embedding = mix_embeddings(self.class_embedding(class_labels), class_weights)  # (B, D)
+        class_embedding = look_up(self.class_embedding, class_labels, self.config.num_classes)  # (B, D) or (B, K, D)
+        class_embedding = mix_embeddings(class_embedding, class_weights)  # (B, D)
         embedded = embedded + class_embedding.to(dtype)  # (B, D)
         modulation = self.modulation(F.silu(embedded)).unflatten(1, (3, -1))  # (B, 3, D)
         time_token = self.time_token_proj(noise_levels).to(dtype)  # (B, D)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
@@ -147,6 +147,16 @@ def sincos_position_embedding(
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision becomes float32; float64 stays, for tests that need its digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def look_up(embed: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """The embeddings of class labels; raises a `ValueError` for unknown ones, on the CPU."""
+    try:
+        return embed(labels)
+    except IndexError as error:
+        raise ValueError(
+            f"`class_labels` has to be in 0 to {num_classes} (no class) but holds {labels.min()} to {labels.max()}."
+        ) from error
 
 
 def mix_embeddings(embeddings: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -494,7 +504,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin
             [`PISDMTransformer2DModelOutput`], or the tuple `(sample, features)`.
 
         Raises:
-            ValueError: The size is not divisible by the patch size, or the condition does not fit the model.
+            ValueError: The size is not divisible by the patch size, a label is unknown, or the condition does not fit.
         """
         batch_size = hidden_states.shape[0]
         patch_size = self.config.patch_size
@@ -594,7 +604,7 @@ class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin
             embeddings = self._embed_classes(class_labels.flatten()).unflatten(0, class_labels.shape)  # (B, K, D)
             return mix_embeddings(embeddings, class_weights)  # (B, D)
         if self.class_factor_ids is None:
-            return self.class_embedding(class_labels)  # (B, D)
+            return look_up(self.class_embedding, class_labels, self.config.num_classes)  # (B, D)
         factors = self.class_factor_ids[class_labels] if class_labels.ndim == 1 else class_labels  # (B, F)
         return self.class_embedding(factors + self.class_factor_starts).sum(dim=1)  # (B, D)
 

@@ -23,9 +23,10 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
+from safetensors import SafetensorError
 from typing_extensions import Self
 
-from ..models.latents import cast_vae, decode_latents, vae_scale_factor
+from ..models.latents import are_latents, cast_vae, decode_latents, vae_scale_factor
 from ..models.stage_models import StageModel
 from ..models.strict_loading import StrictLoadingMixin
 from ..models.transformer_pisdm import PISDMTransformer2DModel
@@ -263,12 +264,16 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         r"""
         Saves all components like [`DiffusionPipeline.save_pretrained`], with those that were set later. LoRA adapters
-        have files of their own and are left out with a warning, unless they are fused.
+        have files of their own and are left out with a warning, unless they are fused. Raises OSError if a file cannot
+        be written.
         """
         # diffusers would leave out a component that was None at first and was then set as an attribute.
         self.register_modules(**self.components)
-        with self._base_classes():
-            super().save_pretrained(save_directory, **kwargs)
+        try:
+            with self._base_classes():
+                super().save_pretrained(save_directory, **kwargs)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"Cannot write to {save_directory}: {error}") from error
 
     def enable_guidance_slicing(self) -> None:
         """
@@ -323,6 +328,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
     @property
     def num_stages(self) -> int:
         return len(self.stages)
+
+    @property
+    def draws_latents(self) -> bool:
+        """Whether the stages draw latents, which have no bounds and need an autoencoder to become images."""
+        return are_latents(self.transformer.config.in_channels, self.vae)
 
     @property
     def stage(self) -> int:
@@ -420,6 +430,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
         check_generator(generator, num_labels * num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` has to be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}.")
+        if output_type != "latent" and self.vae is None and self.draws_latents:
+            raise ValueError(
+                f"The stages draw latents of {self.transformer.config.in_channels} channels, and there is no"
+                " autoencoder to make images of them. Load the pipeline with the one that they were trained with"
+                ' (`vae=`), or pass `output_type="latent"`.'
+            )
         check_attention_kwargs(attention_kwargs)
         check_callback(callback_on_step_end)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]

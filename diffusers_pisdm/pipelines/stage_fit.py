@@ -6,8 +6,9 @@ import json
 
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMixin
 
+from ..models.latents import are_latents
 from ..models.transformer_pisdm import PISDMTransformer2DModel
-from ..schedulers import check_residual_scheduler, check_scheduler
+from ..schedulers import check_scheduler, check_unbounded_scheduler
 
 
 # What an option of a stage must equal in the stage before.
@@ -50,7 +51,9 @@ def check_cascade(
         if scheduler is not None:
             check_scheduler(name, scheduler)
         if transformers[transformer_name].config.get("residual_scale") is not None:
-            check_residual_scheduler(name, scheduler or shared)
+            check_unbounded_scheduler(name, scheduler or shared, "residuals (`residual_scale`)")
+        elif are_latents(first.config.in_channels, vae):
+            check_unbounded_scheduler(name, scheduler or shared, "latents")
 
 
 def _check_transformer(name: str, transformer: PISDMTransformer2DModel, lower: PISDMTransformer2DModel | None) -> None:

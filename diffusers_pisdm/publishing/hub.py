@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
-from .model_card import check_links, find_pictures, holds_lora, make_model_card
+from .model_card import add_rights, check_links, find_pictures, holds_lora, make_model_card
 
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -28,6 +28,7 @@ CONFIGS = re.compile(r"(scheduler_)?config\.json")
 SAMPLES = re.compile(r"samples/(stage_\d+/)?step-\d+\.png")
 INDEX = "model_index.json"
 RIGHTS_KEY = "_rights"  # in a model's configuration: who has rights in weights that came without a licence
+PLACE_KEY = "_name_or_path"
 REMOTE_PIPELINE = Path(__file__).with_name("remote_pipeline.py")
 # The base of huggingface_hub's errors in its HTTP library: also of those of the connection.
 HTTP_ERROR = HfHubHTTPError.__bases__[0]
@@ -128,7 +129,7 @@ def prepare_upload(
     unknown = set(variants) - VARIANTS.keys()
     if unknown:
         raise ValueError(f"`variants` can be {', '.join(VARIANTS)} but contains {', '.join(sorted(unknown))}.")
-    lora = folder / LORA_WEIGHT_NAME_SAFE
+    lora, rights = folder / LORA_WEIGHT_NAME_SAFE, None
     is_lora = holds_lora(folder)
     if is_lora:
         if variants or max_shard_size is not None:
@@ -144,11 +145,17 @@ def prepare_upload(
         if rights is not None and not i_have_the_right_to_publish:
             raise ValueError(
                 f"{folder} holds weights of others: {rights}. If you may publish them, say so with"
-                " `i_have_the_right_to_publish`."
+                " `i_have_the_right_to_publish=True`, or --i_have_the_right_to_publish on the command line."
             )
         if rights is not None and model_card is None and (folder / "README.md").is_file():
             model_card = folder / "README.md"
     card = make_model_card(folder, repo_id, model_card, license, datasets, base_model)
+    if rights is not None:
+        if card.data.license is not None:
+            raise ValueError(
+                f"`license` is {card.data.license!r}, but {folder} holds weights of others: {rights}. Leave it out."
+            )
+        add_rights(card)
     pictures = find_pictures(card, [folder] if model_card is None else [folder, Path(model_card).parent])
     card.save(work_dir / "README.md")
     files = {"README.md": work_dir / "README.md", **pictures}
@@ -163,6 +170,7 @@ def prepare_upload(
         pipe.save_pretrained(weights_dir, max_shard_size=max_shard_size)
     del pipe  # free memory for the next one
     (work_dir / INDEX).write_text(_public_index(folder), encoding="utf-8")
+    configs = {name: _public_config(file, work_dir / "configs" / name) for name, file in configs.items()}
     files |= {INDEX: work_dir / INDEX, "pipeline.py": REMOTE_PIPELINE, **configs}
     files |= _find(weights_dir, components, WEIGHTS.fullmatch)
     for variant in variants:
@@ -310,8 +318,19 @@ def _public_index(folder: Path) -> str:
     index = {
         name: ["diffusers", value[1]] if isinstance(value, list) and value[:1] == [package] else value
         for name, value in index.items()
+        if name != PLACE_KEY
     }
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _public_config(file: Path, copy: Path) -> Path:
+    # Without the folder on the author's machine that a component was loaded from.
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.pop(PLACE_KEY, None) is None:
+        return file
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return copy
 
 
 def _find(folder: Path, subfolders: Iterable[str], is_wanted: Callable[[str], object]) -> dict[str, Path]:

@@ -198,6 +198,13 @@ def find_pictures(card: ModelCard, folders: Iterable[str | Path]) -> dict[str, P
     return pictures
 
 
+def add_rights(card: ModelCard) -> None:
+    """Says in a card that no licence is stated for DiM's weights, and whose paper to cite."""
+    name = "rights"
+    text = DIM_CARD.read_text(encoding="utf-8").partition(f"<!-- {name}:begin -->")[2]
+    card.text = _fill(card.text, name, text.partition(f"<!-- {name}:end -->")[0].format().strip())
+
+
 def check_links(folder: Path, files: Iterable[Path]) -> None:
     """Raises a ValueError if one of a folder's files is a link to somewhere else."""
     outside = [str(path) for path in files if not path.resolve().is_relative_to(folder.resolve())]

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging
+from torch.nn import ModuleList
 
 from ..models.stage_models import CLASS_KEY, OF_THE_DATA, StageModel, make_stage, stage_class
 from ..models.transformer_pisdm import class_factors_from_names, get_class_embedding, set_class_embedding
@@ -24,7 +25,7 @@ logger = logging.get_logger(__name__)
 # The projections around the scan and those of the long skips, but not those that control the scan (`x_proj`,
 # `dt_proj`): adapting them as well gained nothing for Galim et al. (arXiv 2410.09016) and Ham et al. (arXiv
 # 2411.15224).
-LORA_TARGET_MODULES = ("in_proj", "out_proj", "skip_proj")
+LORA_TARGET_MODULES = ("in_proj", "out_proj", "skip_proj", "skip_projections")
 
 PART_SEPARATOR = "/"  # between the parts of a class's name
 
@@ -201,6 +202,8 @@ def add_lora(
     names = {name.split(".")[-1] for name, _ in transformer.named_modules()}
     if target_modules is None:
         target_modules = [name for name in LORA_TARGET_MODULES if name in names]
+    lists = {name: module for name, module in transformer.named_modules() if isinstance(module, ModuleList)}
+    targets = [part for name in target_modules for part in _layers_of(name, lists)]
     unknown = [name for name in target_modules if name.split(".")[-1] not in names]
     if unknown:
         raise ValueError(
@@ -208,12 +211,15 @@ def add_lora(
             f" names of linear layers such as {', '.join(map(repr, LORA_TARGET_MODULES))}."
         )
     transformer.requires_grad_(False)
-    transformer.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
-    )
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))
     for name in transformer.class_tables:
         getattr(transformer, name).requires_grad_(train_class_embedding)
     cast_training_params(transformer, dtype=torch.float32)
+
+
+def _layers_of(name: str, lists: dict[str, ModuleList]) -> list[str]:
+    """A layer, or those of a list of layers, for PEFT."""
+    return [f"{name}.{i}" for i in range(len(lists[name]))] if name in lists else [name]
 
 
 def known_class_order(output_dir: str | Path, pretrained: DiffusionPipeline | None = None) -> list[str] | None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -22,10 +23,12 @@ def write_whole(path: str | Path, unfinished_suffix: str = ".unfinished") -> Ite
     unfinished = path.with_name(path.name + unfinished_suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = _usual_mode(unfinished)
         yield unfinished
+        unfinished.chmod(mode)
         flush(unfinished)
         os.replace(unfinished, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(
             f"Cannot write {path}: {error}. Free up space or choose another location, then rerun: files already"
             " written are kept."
@@ -38,23 +41,39 @@ def write_whole(path: str | Path, unfinished_suffix: str = ".unfinished") -> Ite
 def save_in_place(write: Callable[[Path], None], folder: str | Path) -> None:
     """
     Lets `write` fill a temporary folder inside `folder`, then moves each file into place, so every file in `folder` is
-    complete at all times. Other files there stay.
+    complete at all times. Other files there stay. Raises an OSError if that fails, and leaves no new folder then.
     """
     folder = Path(folder)
     partial = folder / "partial-save"
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
+        mode = _usual_mode(partial / "mode")
         write(partial)
         sources = sorted(path for path in partial.rglob("*") if path.is_file())
         for source in sources:
+            source.chmod(mode)
             flush(source)
         for source in sources:
             target = folder / source.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"Cannot write {folder}: {error}. Free up space or choose another location.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # of one with files in it
+            for place in new:
+                place.rmdir()
+
+
+def _usual_mode(unused: Path) -> int:
+    """The mode of a new file: safetensors' files are closed to all but their owner."""
+    unused.touch()
+    mode = unused.stat().st_mode
+    unused.unlink()
+    return mode
 
 
 def flush(path: Path) -> None:

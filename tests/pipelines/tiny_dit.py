@@ -19,6 +19,6 @@ def make_dit() -> DiTPipeline:
         norm_num_groups=4,
         num_embeds_ada_norm=1000,
     )
-    pipe = DiTPipeline(transformer.eval(), make_kl(latent_channels=4).eval(), DDIMScheduler())
+    pipe = DiTPipeline(transformer.eval(), make_kl(latent_channels=4).eval(), DDIMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,9 +1,11 @@
 import os
-import resource
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from diffusers_pisdm.utils.files import lock_folder, save_in_place, write_whole
+from tests.small_disk import small_disk
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -27,16 +29,26 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_told(tmp_path):
-    path = tmp_path / "file"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match=f"Cannot write {path}: .*Free up space"), write_whole(path) as unfinished:
-            unfinished.write_bytes(bytes(2000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+@pytest.mark.parametrize(
+    "write", [lambda path: path.write_bytes(bytes(2000)), lambda path: save_file({"a": torch.ones(500)}, path)]
+)
+def test_a_full_disk_is_told(tmp_path, write):
+    path = tmp_path / "new" / "file"
+    with small_disk(1000), pytest.raises(OSError, match=f"Cannot write {path}: .*too large.*Free up space"):
+        with write_whole(path) as unfinished:
+            write(unfinished)
+    path.parent.rmdir()
+    with small_disk(1000), pytest.raises(OSError, match=f"Cannot write {path.parent}: .*too large.*Free up space"):
+        save_in_place(lambda folder: write(folder / "file"), path.parent)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_new_files_have_the_usual_mode(tmp_path):
+    (tmp_path / "usual").touch()
+    save_in_place(lambda folder: save_file({"a": torch.ones(1)}, folder / "a"), tmp_path)
+    with write_whole(tmp_path / "b") as unfinished:
+        save_file({"b": torch.ones(1)}, unfinished)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_a_folder_that_cannot_be_is_told(tmp_path):

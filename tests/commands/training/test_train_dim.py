@@ -64,3 +64,10 @@ def test_weights_of_others_are_not_trained_for_the_hub(tmp_path, train, monkeypa
         hub = ("--push_to_hub", "--hub_model_id", "someone/dim")
         with pytest.raises(ValueError, match=r"--push_to_hub.*weights of others: theirs.*`pisdm publish`"):
             train("run", 1, "--pretrained_model_name_or_path", str(tmp_path / "dim"), *hub, config=config)
+
+
+def test_latents_without_an_autoencoder_are_told_before_training(tmp_path, train, capsys):
+    config = write_recipe(tmp_path / "latents.json", [{**DIM, "in_channels": 4}])
+    with pytest.raises(ValueError, match=r"latents of 4 channels.*--pretrained_vae_model_name_or_path"):
+        train("run", 1, config=config)
+    assert "Training:" not in capsys.readouterr().out

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from diffusers_pisdm import DiMTransformer2DModel, PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.models.stage_models import make_stage, stage_class, stage_config
 from diffusers_pisdm.models.transformer_pisdm import get_class_embedding, set_class_embedding
+from diffusers_pisdm.schedulers import swap_scheduler
 from diffusers_pisdm.training.fine_tuning import add_lora, new_cascade, resize_class_embedding, start_cascade
 
 
@@ -21,7 +22,7 @@ def make_cascade(num_stages=2) -> PISDMCascadePipeline:
     stages = [DiMTransformer2DModel(**DIM, num_classes=3), PISDMTransformer2DModel(**SECOND, num_classes=3)]
     for parameter in stages[0].parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)  # some start at zero
-    pipe = PISDMCascadePipeline.from_stages(stages[:num_stages], DDIMScheduler(), id2label=NAMES)
+    pipe = PISDMCascadePipeline.from_stages(stages[:num_stages], DDIMScheduler(clip_sample=False), id2label=NAMES)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -30,6 +31,20 @@ def draw(pipe, labels=("dog", "owl"), **arguments):
     generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
     arguments = {"num_inference_steps": 2, "output_type": "latent", **arguments}
     return pipe(list(labels), generator=generators, **arguments).images
+
+
+def test_latents_are_not_clipped():
+    pipe = make_cascade(1)
+    with pytest.raises(ValueError, match=r"`scheduler` clips.*latents.*clip_sample=False"):
+        pipe.scheduler = DDIMScheduler()
+        draw(pipe)
+    swap_scheduler(pipe, "DDPMScheduler")
+    assert draw(pipe).abs().max() > 1
+
+
+def test_latents_without_an_autoencoder_are_not_made_pictures():
+    with pytest.raises(ValueError, match=r"latents of 4 channels.*`vae=`.*`output_type=.latent.`"):
+        draw(make_cascade(), output_type="pil")
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])
@@ -105,6 +120,9 @@ def test_lora_with_classes_of_its_own(tmp_path):
         "class_embedding.weight",
         "class_token_embedding.weight",
     }
+    adapted = {name.split(".lora_")[0] for name, p in pipe.transformer.named_parameters() if ".lora_" in name}
+    blocks = {f"transformer_blocks.{i}.mixer.{layer}" for i in range(3) for layer in ("in_proj", "out_proj")}
+    assert adapted == blocks | {"skip_projections.0"}
     for parameter in pipe.transformer.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -126,3 +144,15 @@ def test_an_adapter_made_with_peft_itself_loads(tmp_path):
     base = make_cascade(1)
     base.load_lora_weights(tmp_path)
     torch.testing.assert_close(draw(base), expected)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+@pytest.mark.parametrize(
+    "config", [{**DIM, "_class_name": "DiMTransformer2DModel"}, {**SECOND, "low_res_channels": None}]
+)
+def test_unknown_labels_are_told(config, label):
+    model = make_stage({**config, "in_channels": 4}, num_classes=3)
+    with pytest.raises(
+        ValueError, match=f"`class_labels` has to be in 0 to 3 .*holds {min(1, label)} to {max(1, label)}"
+    ):
+        model(torch.zeros(2, 4, 8, 8), 0, torch.tensor([1, label]))

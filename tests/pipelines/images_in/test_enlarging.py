@@ -36,7 +36,12 @@ def first_calls(pipe, **arguments):
             calls.setdefault(number, {"hidden_states": args[0], **kwargs})
 
         handles.append(transformer.register_forward_pre_hook(record, with_kwargs=True))
-    arguments = {"guidance_scale": 1.0, "noise_level": LEVELS[: pipe.num_stages - 1], "output_type": "pt", **arguments}
+    arguments = {
+        "guidance_scale": 1.0,
+        "noise_level": LEVELS[: pipe.num_stages - 1],
+        "output_type": "latent",
+        **arguments,
+    }
     pipe(**{"num_inference_steps": STEPS[: pipe.num_stages], **arguments})
     for handle in handles:
         handle.remove()
