@@ -85,7 +85,7 @@ class CudaGraphs:
         return is_recordable(model, self.recorder.device_type), weight_addresses(model), adapter_strengths(model)
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
-        """Returns the sample of `model(**inputs, return_dict=False)`, in memory of its own."""
+        """Returns the sample of [`run_model`], in memory of its own."""
         recordable, *_ = self.states[weakref.ref(model)]
         if not recordable or torch.is_grad_enabled():
             return run_model(model, inputs)
@@ -123,7 +123,9 @@ class CudaGraphs:
 
 
 def run_model(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    return model(**inputs, return_dict=False)[0]
+    """Returns a model's sample. As everywhere in diffusers, the latents are its positional argument."""
+    rest = {name: tensor for name, tensor in inputs.items() if name != "hidden_states"}
+    return model(inputs["hidden_states"], **rest, return_dict=False)[0]
 
 
 def is_recordable(model: nn.Module, device_type: str) -> bool:
