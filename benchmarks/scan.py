@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 from benchmarks.measuring.report import DTYPES, write_report
 from benchmarks.measuring.timing import record_graph
+from diffusers_pisdm import keep_freed_memory
 from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops.common.backends import missing_backend
 
@@ -333,15 +334,21 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         type=float,
         help="largest relative error to be timed; default: 1e-4, more in half precision",
     )
+    parser.add_argument(
+        "--keep-freed-memory", action="store_true", help="on Linux: do not return large tensors to the system at once"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
 
+    if args.keep_freed_memory and not keep_freed_memory():
+        parser.error("--keep-freed-memory: this system's C library has no such option")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
     args.tolerance = args.tolerance or TOLERANCES[args.dtype]
     torch.set_num_threads(args.threads)
     rows = [row for shape in args.shapes for row in measure_shape(shape, args)]
     machine = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__}
+    machine["freed_memory_kept"] = args.keep_freed_memory
     if args.device.type == "cuda":
         machine = {"gpu": torch.cuda.get_device_name(args.device), "torch": torch.__version__}
         machine["bandwidth"] = f"{measure_bandwidth(args.device) / 1e9:.2f} TB/s"

@@ -6,6 +6,7 @@ from diffusers import ModelMixin
 from .models import DIM_SIZES, PISDM_SIZES, DiMTransformer2DModel, PISDMTransformer2DModel
 from .pipelines import PISDMCascadePipeline, PISDMCascadePipelineOutput
 from .registration import register_with_diffusers
+from .utils.machine import keep_freed_memory
 from .utils.shipped_files import CHECKPOINT
 
 
@@ -26,4 +27,5 @@ __all__ = [
     "PISDMCascadePipelineOutput",
     "PISDMTransformer2DModel",
     "__version__",
+    "keep_freed_memory",
 ]

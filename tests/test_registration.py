@@ -65,6 +65,7 @@ def test_public_names():
         "PISDMCascadePipelineOutput",
         "PISDMTransformer2DModel",
         "__version__",
+        "keep_freed_memory",
     }
     assert all(hasattr(diffusers_pisdm, name) for name in diffusers_pisdm.__all__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -19,6 +20,24 @@ def describe_machine(device: torch.device) -> str:
             models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
         name = models[0] if models else name
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+def keep_freed_memory() -> bool:
+    """
+    Makes this process keep the memory of tensors that it frees, for the next ones, instead of returning large ones to
+    the system at once, as glibc does: on a CPU, each layer would have its memory mapped and zeroed anew, which takes
+    long, in virtual machines above all. The process stays at its peak. It lasts until the process ends.
+
+    Returns:
+        `bool`: Whether it took effect; other C libraries than glibc, so other systems than Linux, have no such option.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return libc.mallopt(M_MMAP_MAX, 0) == 1 and libc.mallopt(M_TRIM_THRESHOLD, -1) == 1
 
 
 def peak_memory_gib(device: torch.device) -> float:
