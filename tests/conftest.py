@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.browser import browser  # noqa: F401  (a fixture: one browser for a whole session)
+from tests.support.browser import browser  # noqa: F401  (a fixture: one browser for a whole session)
 
 
 # Triton reads this at import and then runs its kernels on the CPU.

@@ -11,8 +11,8 @@ import pytest
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import diffusers_pisdm
-from tests.hub_server import serve_hub
 from tests.pipelines.tiny_cascade import make_cascade
+from tests.support.hub_server import serve_hub
 
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import sys
 from diffusers_pisdm.commands import evaluate
 from diffusers_pisdm.evaluation import register_feature_extractor
 from tests.evaluation.pixel_features import PixelFeatures
-from tests.forked_processes import finish, start
+from tests.support.forked_processes import finish, start
 
 
 if __name__ == "__main__":

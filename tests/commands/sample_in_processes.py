@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from diffusers_pisdm.commands import sample
-from tests.forked_processes import finish, start
+from tests.support.forked_processes import finish, start
 
 
 NUM_PROCESSES = 2

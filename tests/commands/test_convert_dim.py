@@ -21,7 +21,7 @@ from diffusers_pisdm.models.dim_conversion import convert_dim_weights, dim_confi
 from diffusers_pisdm.models.dim_file import LEGACY_START
 from diffusers_pisdm.publishing.hub import prepare_upload
 from tests.models.tiny_vae import make_kl
-from tests.small_disk import small_disk
+from tests.support.small_disk import small_disk
 
 
 DATA = Path(__file__).parents[1] / "data" / "dim"

@@ -8,8 +8,8 @@ import pytest
 
 from diffusers_pisdm import PISDM_EMOJI128
 from diffusers_pisdm.commands import publish
-from tests.hub_server import connect, serve_hub
 from tests.publishing.finished_run import make_finished_run
+from tests.support.hub_server import connect, serve_hub
 
 
 ROOT = Path(__file__).parents[2]

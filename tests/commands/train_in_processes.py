@@ -6,7 +6,7 @@ train_in_processes.py ARGUMENTS...
 import sys
 
 from diffusers_pisdm.commands import train
-from tests.forked_processes import finish, start
+from tests.support.forked_processes import finish, start
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.models.transformer_pisdm import set_class_embedding
 from diffusers_pisdm.training.fine_tuning import add_lora, resize_class_embedding
-from tests.hub_server import serve_hub
 from tests.models.tiny_model import make_inputs
 from tests.pipelines.tiny_cascade import generators, make_cascade
+from tests.support.hub_server import serve_hub
 
 
 pytestmark = [

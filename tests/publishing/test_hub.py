@@ -17,9 +17,9 @@ from safetensors.torch import load, load_file, save_file
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.publishing.hub import publish_cascade
-from tests.hub_server import connect, serve_hub
 from tests.pipelines.tiny_cascade import make_cascade
 from tests.publishing.finished_run import make_finished_run, write_run_files
+from tests.support.hub_server import connect, serve_hub
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's upload

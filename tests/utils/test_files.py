@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_pisdm.utils.files import lock_folder, save_in_place, write_whole
-from tests.small_disk import small_disk
+from tests.support.small_disk import small_disk
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):

@@ -4,7 +4,7 @@ from huggingface_hub import constants
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.image_data import load_image_data
 from diffusers_pisdm.utils.hub_names import hub_or_cache, is_path
-from tests.hub_server import connect, serve_hub
+from tests.support.hub_server import connect, serve_hub
 
 
 @pytest.mark.parametrize("name", ["/a", "./a", "../a", "~/a", "a/b/c", "my images", "a\\b", "a/", ""])

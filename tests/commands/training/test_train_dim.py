@@ -9,7 +9,7 @@ from diffusers import DPMSolverSinglestepScheduler
 from diffusers_pisdm import DiMTransformer2DModel, PISDMCascadePipeline
 from diffusers_pisdm.models.stage_models import stage_config
 from tests.commands.training.tiny_training import CASCADE, STAGE
-from tests.hub_server import connect, serve_hub
+from tests.support.hub_server import connect, serve_hub
 
 
 DIM = {"_class_name": "DiMTransformer2DModel", "sample_size": 4, **STAGE, "num_layers": 3}

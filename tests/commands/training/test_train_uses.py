@@ -18,7 +18,7 @@ from diffusers_pisdm.commands import cache_latents
 from diffusers_pisdm.commands import train as train_command
 from diffusers_pisdm.training.metrics import read_metrics
 from tests.commands.training.tiny_training import CASCADE, weights
-from tests.hub_server import connect, serve_hub
+from tests.support.hub_server import connect, serve_hub
 
 
 ROOT = Path(__file__).parents[3]

@@ -7,8 +7,8 @@ from diffusers import DDIMScheduler
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.evaluation import SampleSettings, read_sample_set
 from diffusers_pisdm.evaluation.samples.record import RECORD_FILE, claim_folder, describe_samples, weights_fingerprint
-from tests.hub_server import connect, serve_hub
 from tests.pipelines.tiny_cascade import make_cascade, make_transformer
+from tests.support.hub_server import connect, serve_hub
 
 
 def describe(pipe, **settings):

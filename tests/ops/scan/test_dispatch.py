@@ -439,7 +439,7 @@ def test_unknown_backend_names_the_choices():
 
 @pytest.mark.skipif(missing_backend("mamba_ssm") is None, reason="mamba_ssm is installed")
 def test_missing_backend_says_what_to_install():
-    with pytest.raises(ImportError, match=r"'mamba_ssm'.*diffusers_pisdm\[cuda\]"):
+    with pytest.raises(ImportError, match=r"'mamba_ssm'.*pip install mamba-ssm"):
         selective_scan(**make_inputs(), backend="mamba_ssm")
 
 

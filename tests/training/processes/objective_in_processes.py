@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
-from tests.forked_processes import finish, start
+from tests.support.forked_processes import finish, start
 from tests.training.test_cascade_objective import make_stages
 
 

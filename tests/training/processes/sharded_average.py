@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.training.checkpoints import load_average, save_average
-from tests.forked_processes import finish, start
+from tests.support.forked_processes import finish, start
 
 
 def main(arguments: list[str]) -> None:

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.hub_repositories import Hub, Refused, file_hash, git_hash, is_large
+from tests.support.hub_repositories import Hub, Refused, file_hash, git_hash, is_large
 
 
 NAME, REVISION = "(?P<name>[^/]+/[^/]+)", "(?P<revision>[^/]+)"
