@@ -69,6 +69,7 @@ TESTS = {
     "training/trainer.py": ["training/test_trainer.py"],
     "pipelines/image_inputs.py": IMAGES_IN,
     "pipelines/class_names.py": [*IMAGES_IN, "pipelines/test_pipeline_pisdm_cascade_inputs.py"],
+    "pipelines/cuda_graphs.py": ["pipelines/on_device/test_cuda_graphs.py"],
     "pipelines/stage_plan.py": CASCADE,
     "pipelines/stage_denoising.py": [*IMAGES_IN, *CASCADE],
     "pipelines/pipeline_pisdm_cascade.py": [

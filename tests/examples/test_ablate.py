@@ -19,7 +19,7 @@ from tests.commands.training.tiny_training import CASCADE
 
 
 ROOT = Path(__file__).parents[2]
-STEPS = 24
+STEPS = 12
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +33,7 @@ def environment():
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     file = tmp_path_factory.mktemp("recipe") / "cascade.json"
-    often = {"validation_steps": 0, "logging_steps": 8, "checkpointing_steps": 8}
+    often = {"validation_steps": 0, "logging_steps": 4, "checkpointing_steps": 4}
     training = CASCADE["training"] | {"batch_shares": [1, 0.5], **often}
     file.write_text(json.dumps(CASCADE | {"training": training}))
     return file
@@ -164,7 +164,7 @@ def test_another_process_is_not_disturbed(finished, arguments, capsys):
     ("more", "training", "message"),
     [
         (["--guidance_scale", "2"], ["--max_train_steps", str(STEPS)], "guidance_scale was 1.0, is 2.0."),
-        ([], ["--max_train_steps", "25"], f"training_arguments was ['--max_train_steps', '{STEPS}'], is"),
+        ([], ["--max_train_steps", "13"], f"training_arguments was ['--max_train_steps', '{STEPS}'], is"),
     ],
 )
 def test_changed_arguments_are_refused(finished, arguments, more, training, message):
