@@ -24,6 +24,7 @@ class Rerun:
         self.recorded = 0
 
     def __call__(self, run, device):
+        assert device == torch.device("cpu")
         self.recorded += 1
         output = run()
         return lambda: output.copy_(run()), output
@@ -99,6 +100,7 @@ def test_outputs_are_kept_apart():
         outputs = [graphs(model, one) for one in inputs]
         for one, output in zip(inputs, outputs):
             assert torch.equal(output, model(**one).sample)
+    assert graphs(model, inputs[0]).requires_grad  # nothing is recorded where a gradient is wanted
 
 
 def test_sizes_batches_and_precisions_are_recorded_apart_and_the_oldest_dropped():
@@ -186,6 +188,11 @@ def hook(pipe):
     pipe.transformer.register_forward_hook(lambda module, inputs, outputs: None)
 
 
+def compile_a_block(pipe):
+    blocks = pipe.transformer.transformer_blocks
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+
+
 def cast(pipe):
     pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
 
@@ -200,13 +207,24 @@ def offload(pipe):
     "change",
     [
         hook,
+        lambda pipe: pipe.transformer.norm_out.register_forward_pre_hook(lambda module, inputs: None),
+        compile_a_block,
         cast,
         offload,
         lambda pipe: pipe.transformer.train(),
         lambda pipe: pipe.transformer.compile_repeated_blocks(backend="eager"),
         lambda pipe: pipe.transformer.compile(backend="eager"),
     ],
-    ids=["hook", "casting", "offloading", "training", "compiled blocks", "compiled"],
+    ids=[
+        "hook",
+        "hook before",
+        "a compiled block",
+        "casting",
+        "offloading",
+        "training",
+        "compiled blocks",
+        "compiled",
+    ],
 )
 def test_what_cannot_be_recorded_runs_as_ever(change):
     pipe, eager = make_cascade(1), make_cascade(1)
