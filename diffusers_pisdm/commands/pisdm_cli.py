@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib
 import re
 import sys
@@ -55,11 +56,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_command(parser: argparse.ArgumentParser, word: str) -> None:
+    """Ends with a sentence for what is no command of ours, and with the help for the word "help"."""
+    if word == "help":
+        parser.print_help()
+        sys.exit()
+    if word in COMMANDS or word in parser._option_string_actions:
+        return
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    parser.error(
+        f"there is no {'option' if word.startswith('-') else 'command'} {word!r}."
+        f"{f' Did you mean {near[0]}?' if near else ''} `pisdm --help` lists the commands."
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help(sys.stderr)
         sys.exit(2)
+    check_command(parser, (sys.argv[1:] if arguments is None else arguments)[0])
     parsed = parser.parse_args(arguments)
     command = parsed.command
     sys.argv = [f"pisdm {command}", *parsed.arguments]  # argparse takes a command's name from here

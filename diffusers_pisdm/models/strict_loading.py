@@ -62,6 +62,11 @@ class StrictLoadingMixin:
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             if not folder.is_dir() or "Remedy:" in str(error):  # from the Hub, or already complete
                 raise
+            if not is_model and not (folder / "model_index.json").exists():
+                raise OSError(
+                    f"{folder} is not a saved pipeline: it has no `model_index.json`. Pass the folder that"
+                    " `save_pretrained` or a training run wrote."
+                ) from error
             remedy = "Remedy: copy the files again, or download them with `force_download=True`."
             pickles = sorted(folder.rglob(f"{Path(WEIGHTS_NAME).stem}*{Path(WEIGHTS_NAME).suffix}"))
             if pickles and kwargs["use_safetensors"]:

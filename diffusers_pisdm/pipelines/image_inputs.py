@@ -134,13 +134,15 @@ def read_image(name: str, image: PipelineImageInput, num_channels: int, num_labe
     kinds = {(type(item), item.size if isinstance(item, PIL.Image.Image) else item.shape) for item in images}
     if len(kinds) > 1:
         raise ValueError(f"`{name}` holds images of several sizes or types. Pass images of one size and type.")
+    images = [_bool_to_float(item) for item in images]
     if not isinstance(images[0], PIL.Image.Image):
         _check_array(name, images)
     processor = VaeImageProcessor(do_resize=False, do_normalize=False, vae_latent_channels=None)
     pixels = processor.preprocess(images if len(images) > 1 else images[0]).float()  # (N, C, H, W)
     if pixels.shape[1] != num_channels:
         raise ValueError(
-            f"`{name}` has {count_of(pixels.shape[1], 'channel')}, but this pipeline's images have {num_channels}."
+            f"`{name}` has {count_of(pixels.shape[1], 'channel')}, but"
+            f" {'a mask' if name == 'mask_image' else 'an image of this pipeline'} has {num_channels}."
         )
     if len(pixels) not in (1, num_labels):
         raise ValueError(
@@ -237,3 +239,10 @@ def _check_array(name: str, images: list[np.ndarray] | list[torch.Tensor]) -> No
             f"`{name}` is of {first.dtype}, but arrays and tensors have to be floats in [0, 1]. Divide by their"
             " largest value, or pass PIL images."
         )
+
+
+def _bool_to_float(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> PIL.Image.Image | np.ndarray | torch.Tensor:
+    """What compares give, such as `mask > 0`, means 0 and 1 without a doubt."""
+    if isinstance(image, np.ndarray) and image.dtype == bool:
+        return image.astype(np.float32)
+    return image.float() if isinstance(image, torch.Tensor) and image.dtype == torch.bool else image

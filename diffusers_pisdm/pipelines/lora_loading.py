@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models.transformer_pisdm import PISDMTransformer2DModel, get_class_embedding, set_class_embedding
 from ..utils.files import write_whole
+from ..utils.hub_names import hub_or_cache
 from .lora_fit import (
     CLASS_EMBEDDING,
     PIPELINE,
@@ -118,17 +119,19 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             if os.path.isdir(source) and subfolder is not None:
                 source, subfolder = os.path.join(source, subfolder), None  # diffusers would look outside it first
             _check_name(source if os.path.isfile(source) else weight_name)
+            is_here = os.path.isfile(source) or local_files_only
             try:
-                file = _get_model_file(
-                    source,
-                    weights_name=weight_name,
-                    subfolder=subfolder,
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                )
+                with contextlib.nullcontext() if is_here else hub_or_cache(source, token=token):
+                    file = _get_model_file(
+                        source,
+                        weights_name=weight_name,
+                        subfolder=subfolder,
+                        revision=revision,
+                        token=token,
+                        cache_dir=cache_dir,
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                    )
             except OSError as error:
                 raise OSError(
                     f"{error} Pass the file, folder or repository of an adapter, with `weight_name` and `subfolder` if"

@@ -23,7 +23,9 @@ LICENSES = frozenset(
 def check_license(license: str | None) -> None:
     """Raises a ValueError that suggests near identifiers if the Hub does not know this one."""
     if license is not None and license not in LICENSES:
-        raise ValueError(
-            f"The Hub knows no licence '{show_name(license)}'. {did_you_mean(license, sorted(LICENSES))}"
-            " Pass one of its identifiers, such as apache-2.0 or cc-by-4.0, or `other`."
+        sentences = (
+            f"The Hub knows no licence '{show_name(license)}'.",
+            did_you_mean(license, sorted(LICENSES)),
+            "Pass one of its identifiers, such as apache-2.0 or cc-by-4.0, or `other`.",
         )
+        raise ValueError(" ".join(filter(None, sentences)))

@@ -29,7 +29,9 @@ def is_path(name: str) -> bool:
 
 
 def check_exists(name: str | Path) -> None:
-    """Raises a FileNotFoundError if a name is a path and there is nothing, before it is taken for a repository."""
+    """Raises a FileNotFoundError if a name is a path without a folder, before it is taken for a repository."""
+    if os.path.isfile(os.path.expanduser(name)):
+        raise FileNotFoundError(f"{name} is a file: pass a folder, or the name of a repository on the Hub.")
     if not os.path.exists(os.path.expanduser(name)) and is_path(os.fspath(name)):
         raise FileNotFoundError(f"There is no folder {name}: check the path.")
 

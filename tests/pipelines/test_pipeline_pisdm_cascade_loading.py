@@ -276,7 +276,7 @@ def test_weights_that_are_not_finite(tmp_path, name, value):
 @pytest.mark.parametrize(("name", "file"), [("", "model_index.json"), ("transformer", "config.json")])
 def test_missing_configuration(copy, name, file):
     (copy / name / file).unlink()
-    with pytest.raises(OSError, match=f"no file named {file} found in directory"):
+    with pytest.raises(OSError, match=f"no (file named )?`?{file}"):
         PISDMCascadePipeline.from_pretrained(copy)
 
 

@@ -14,6 +14,13 @@ def test_what_the_hub_cannot_have_is_a_path(name):
         pytest.fail("loaded")
 
 
+def test_a_file_is_no_folder(tmp_path):
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"a")
+    with pytest.raises(FileNotFoundError, match=r"weights\.bin is a file: pass a folder"), hub_or_cache(file):
+        pytest.fail("loaded")
+
+
 @pytest.mark.parametrize("name", ["mnist", "owner/name"])
 def test_other_names_may_be_on_the_hub(name):
     assert not is_path(name)

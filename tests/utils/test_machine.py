@@ -19,11 +19,11 @@ def kept_share() -> float:
         [ctypes.c_size_t],
         [ctypes.c_void_p],
     )
-    before = psutil.Process().memory_info().rss
     block = libc.malloc(SIZE)
     ctypes.memset(block, 1, SIZE)
+    full = psutil.Process().memory_info().rss
     libc.free(block)
-    return (psutil.Process().memory_info().rss - before) / SIZE
+    return 1 - (full - psutil.Process().memory_info().rss) / SIZE
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")

@@ -239,8 +239,10 @@ def test_16_bit_grey_keeps_its_upper_8_bits(channels, value):
         lambda white: white.astype(np.float32),
         lambda white: torch.from_numpy(white).float(),
         lambda white: [torch.from_numpy(white).float()],
+        lambda white: white,
+        lambda white: torch.from_numpy(white),
     ],
-    ids=["1", "L", "array", "tensor", "list"],
+    ids=["1", "L", "array", "tensor", "list", "boolean array", "boolean tensor"],
 )
 def test_a_mask_needs_no_channels(form):
     white = np.arange(8 * 12).reshape(8, 12) % 5 == 0
