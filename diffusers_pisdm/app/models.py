@@ -12,7 +12,6 @@ import torch
 from ..models.latents import vae_scale_factor
 from ..pipelines import PISDMCascadePipeline
 from ..pipelines.class_names import get_class_id, ids_by_name
-from ..utils.hub_names import hub_or_cache
 from ..utils.messages import cause_of
 from ..utils.names import show_name
 from ..utils.shipped_files import find_model, model_name
@@ -71,8 +70,7 @@ class Models:
 def _load(name: str) -> Model:
     path = find_model(name)
     try:
-        with hub_or_cache(path):
-            pipe = PISDMCascadePipeline.from_pretrained(path, use_safetensors=True)
+        pipe = PISDMCascadePipeline.from_pretrained(path, use_safetensors=True)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     except LOADING_ERRORS as error:
         raise ValueError(f"The model '{show_name(name)}' cannot be loaded: {cause_of(error)}") from error
