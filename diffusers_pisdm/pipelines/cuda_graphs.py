@@ -99,14 +99,12 @@ class CudaGraphs:
                 self.recordings.popitem(last=False)
             return run_model(model, recording.inputs)
         self.recordings.move_to_end(key)
-        if recording.failed:
-            return run_model(model, inputs)
         for name, tensor in inputs.items():
             recording.inputs[name].copy_(tensor)
-        if recording.replay is None:
+        if recording.replay is None and not recording.failed:
             self.record(model, recording)
         if recording.failed:
-            return run_model(model, inputs)
+            return run_model(model, recording.inputs)
         recording.replay()
         return recording.output.clone()
 
