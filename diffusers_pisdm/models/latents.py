@@ -121,7 +121,9 @@ def encode_latents(
     mean, std = encode_moments(vae, images)
     if std is None:
         return mean
-    return mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device)
+    first = generator[0] if isinstance(generator, list) else generator
+    noise = randn_tensor(mean.shape, generator=generator, device=mean.device if first is None else first.device)
+    return mean + std * noise.to(mean.device, non_blocking=True)
 
 
 def decode_latents(vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None, latents: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ class DeviceStep:
         differences = torch._foreach_sub(self.parameters, self.average.shadow_params)
         torch._foreach_mul_(differences, self.average_weight)
         torch._foreach_add_(self.average.shadow_params, differences)
-        self.meter.add(losses)
+        self.meter.add(losses, norm.isfinite())
 
 
 @dataclass(kw_only=True)
@@ -265,13 +265,12 @@ class DeviceTrainer(Trainer):
         minutes = getattr(self.settings, f"{what}_minutes")
         return self.is_done or time.monotonic() - self.last[what] > minutes * 60
 
-    def read_skipped_steps(self) -> None:
-        """Waits for the device."""
+    def count_last_outcome(self) -> None:
         self.state.skipped_steps = int(self.device_step.skipped_steps.item())
         self.failures = int(self.device_step.failures.item())
 
     def counts(self) -> dict[str, float]:
-        self.read_skipped_steps()
+        self.count_last_outcome()
         return {"skipped_steps": self.state.skipped_steps, "seconds": time.monotonic() - self.started}
 
     def log_losses(self) -> None:
@@ -289,7 +288,6 @@ class DeviceTrainer(Trainer):
             yield first, TrainingBatch(held_out.images[batch], held_out.labels[batch], [])
 
     def save(self) -> None:
-        self.read_skipped_steps()  # a checkpoint may come between two logs
         self.state.total_steps = self.total_steps
         super().save()
         self.last["checkpointing"] = time.monotonic()

@@ -39,8 +39,8 @@ class LossMeter:
         """Resets all sums and counts."""
         self.totals.zero_()
 
-    def add(self, losses: CascadeLosses, weight: float = 1.0) -> None:
-        """Adds a batch's losses; a weight of 0 ignores it."""
+    def add(self, losses: CascadeLosses, counted: torch.Tensor | None = None) -> None:
+        """Adds a batch's losses, unless `counted`, a bool scalar on the device, is false."""
         sums, counts = [], []
         for errors in losses.denoising:
             level = losses.timesteps[: len(errors)] * NOISE_LEVELS // self.num_timesteps  # (B_s,)
@@ -50,8 +50,9 @@ class LossMeter:
         batch_size = len(losses.timesteps)
         sums.append(losses.scale_invariant.float() * batch_size)
         counts.append(torch.full_like(sums[-1], batch_size))
+        totals = torch.stack([torch.cat(sums), torch.cat(counts)])
         # In place: a recorded CUDA graph adds to these tensors.
-        self.totals += torch.stack([torch.cat(sums), torch.cat(counts)]) * weight
+        self.totals += totals if counted is None else torch.where(counted, totals, 0.0)
 
     def means(
         self, prefix: str, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor

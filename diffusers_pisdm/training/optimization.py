@@ -81,3 +81,13 @@ def make_optimizer(
     if capturable:
         learning_rate = torch.tensor(learning_rate, device=parameters[0]["params"][0].device)
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=epsilon, fused=True, capturable=capturable)
+
+
+def skips_steps_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """
+    Whether an optimizer, prepared by accelerate or not, skips a step where its attribute `found_inf`, a float32 scalar
+    on the device, is 1: so the host need not wait for the gradient to know whether it is finite. PyTorch's fused ones
+    do, for `GradScaler`.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])

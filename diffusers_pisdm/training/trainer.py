@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from ..data.image_rows import ImageRows
 from ..data.latent_cache import LatentCache
 from ..data.rows import TrainingBatch
 from ..models.latents import encode_latents, vae_scale_factor
-from ..utils.machine import peak_memory_gib
+from ..utils.machine import DelayedReader, peak_memory_gib
 from ..utils.messages import show_duration
 from ..utils.stopping import StopSignals
 from .cascade_objective import CascadeObjective
@@ -42,7 +41,7 @@ from .checkpoints import (
 from .loss_meter import LossMeter
 from .metrics import append_metrics, forget_later_metrics
 from .noise import noise_seed
-from .optimization import learning_rate_factor, make_optimizer, parameter_groups
+from .optimization import learning_rate_factor, make_optimizer, parameter_groups, skips_steps_on_device
 from .recipes import TrainerSettings
 from .sample_sheets import forget_later_sheets
 
@@ -111,7 +110,11 @@ class Trainer:
         self.objective = accelerator.unwrap_model(self.model)
         named = [(name, p) for name, p in self.objective.stages.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        self.average = EMAModel(self.parameters, decay=settings.ema_decay)  # rises to this over the first steps
+        is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.skips_on_device = skips_steps_on_device(self.optimizer) and not is_sharded
+        # Its decay rises to this over the first steps. On a CPU, `foreach` would only change the rounding.
+        foreach = accelerator.device.type == "cuda" and not is_sharded
+        self.average = EMAModel(self.parameters, decay=settings.ema_decay, foreach=foreach)
         self.sizes = [stage.config.sample_size for stage in self.objective.stages]
         self.meter = LossMeter(self.objective)
         self.total_steps: int | None = settings.max_train_steps
@@ -120,6 +123,7 @@ class Trainer:
         self.metrics_file = self.output_dir / "metrics.jsonl"
         self.title, self.progress, self.class_names = title, tqdm(disable=True), list(class_names)
         self.signals, self.stop_wanted, self.stopped_by = StopSignals(), False, None
+        self.outcomes = DelayedReader()
         self.checkpoint: Path | None = None  # the last one written or resumed from
         self.failed: set[str] = set()  # what has been reported to fail
 
@@ -185,25 +189,41 @@ class Trainer:
         return s.learning_rate * factor
 
     def train_step(self) -> None:
-        """Takes one optimizer step, or skips it if a loss or gradient is not finite."""
+        """
+        Takes one optimizer step, or skips it if a loss or gradient is not finite. On a GPU, nothing here waits for the
+        device: what came of a step is counted after the next one.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        finite = True
+        device = self.accelerator.device
+        finite = torch.ones((), dtype=torch.bool, device=device)
         for micro_step in range(self.settings.gradient_accumulation_steps):
             batch = next(self.batches)
             self.report_bad_images(batch.bad_images)
             with self.accelerator.accumulate(self.model):
-                finite = finite and self.forward_backward(batch, micro_step)
+                finite = finite & self.forward_backward(batch, micro_step)
                 if self.accelerator.sync_gradients:
-                    finite = finite and self.update()
+                    finite = finite & self.update(finite)
                     self.optimizer.zero_grad()
             self.images_seen += len(batch.labels) * self.accelerator.num_processes
         self.state.step += 1
-        self.state.skipped_steps += not finite
-        self.failures = 0 if finite else self.failures + 1
-        if finite:
-            self.average.step(self.parameters)
+        self.average.step(self.parameters)  # also after a skipped step, which leaves the weights as they were
+        # All processes stop together: one alone would wait for the others forever.
+        stop = torch.full((), float(self.signals.received is not None), device=device)
+        outcome = torch.stack([finite.float(), stop])
+        self.count_outcomes(self.outcomes.send(self.accelerator.reduce(outcome, "mean")))
+
+    def count_outcomes(self, outcomes: list[list[float]]) -> None:
+        """Counts steps by the shares of the processes in which they were finite, and which were asked to stop."""
+        for finite, stop in outcomes:
+            self.state.skipped_steps += finite < 1
+            self.failures = 0 if finite == 1 else self.failures + 1
+            self.stop_wanted = self.stop_wanted or stop > 0
         self.check_failures()
+
+    def count_last_outcome(self) -> None:
+        """Waits for the device."""
+        self.count_outcomes(self.outcomes.flush())
 
     def check_failures(self) -> None:
         """Stops a run that has diverged."""
@@ -214,26 +234,31 @@ class Trainer:
                 " --lr_warmup_steps or --mixed_precision bf16."
             )
 
-    def forward_backward(self, batch: TrainingBatch, micro_step: int) -> bool:
-        """Accumulates a batch's gradient; returns whether its loss is finite in all processes."""
+    def forward_backward(self, batch: TrainingBatch, micro_step: int) -> torch.Tensor:
+        """Accumulates a batch's gradient; returns whether its loss is finite, a bool on the device."""
         seed = noise_seed(self.settings.seed, self.state.step, micro_step)
-        losses = self.model(self.make_pyramid(batch, seed), batch.labels.to(self.accelerator.device), seed)
-        # All processes step and stop together: one alone would wait for the others forever.
-        finite = losses.total.detach().isfinite().float()
-        stop = finite.new_tensor(float(self.signals.received is not None))
-        finite, stop = self.accelerator.reduce(torch.stack([finite, stop]), "mean").tolist()
-        self.stop_wanted = stop > 0
-        if finite < 1:
-            return False
-        self.meter.add(losses)
-        self.accelerator.backward(losses.total)
-        return True
+        labels = batch.labels.to(self.accelerator.device, non_blocking=True)
+        losses = self.model(self.make_pyramid(batch, seed), labels, seed)
+        finite = losses.total.detach().isfinite()
+        self.meter.add(losses, finite)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its backward pass takes the step, too
+            finite = self.accelerator.reduce(finite.float(), "mean") == 1
+            if not finite.item():
+                return finite
+        # A loss that is not finite makes the gradient NaN, in all processes.
+        self.accelerator.backward(losses.total * torch.where(finite, 1.0, torch.nan))
+        return finite
 
-    def update(self) -> bool:
-        """Takes the optimizer step; returns whether the gradient was finite."""
+    def update(self, finite: torch.Tensor) -> torch.Tensor:
+        """Takes the optimizer step, if `finite` and the gradient is; returns whether it was, a bool on the device."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        finite = norm is None or math.isfinite(norm)  # DeepSpeed may not return it
-        if finite or self.accelerator.scaler is not None:  # fp16's scaler skips the step, and learns from it
+        if norm is not None:  # DeepSpeed may not return it
+            norm = norm if self.skips_on_device else float(norm)
+            finite = finite & torch.as_tensor(norm, device=finite.device).isfinite()
+        if self.skips_on_device:
+            self.optimizer.optimizer.found_inf = finite.logical_not().float()
+            self.optimizer.step()
+        elif self.accelerator.scaler is not None or finite.item():  # fp16's scaler skips the step, and learns from it
             self.optimizer.step()
         return finite
 
@@ -241,8 +266,8 @@ class Trainer:
         """Each stage's training images: pixels in [-1, 1], or latents, either encoded here or cached."""
         device = self.accelerator.device
         if isinstance(batch.images, list):
-            return [latents.to(device) for latents in batch.images]
-        pixels = batch.images.to(device).float() / 127.5 - 1.0  # (B, 3, H, W)
+            return [latents.to(device, non_blocking=True) for latents in batch.images]
+        pixels = batch.images.to(device, non_blocking=True).float() / 127.5 - 1.0  # (B, 3, H, W)
         pyramid = image_pyramid(pixels, [size * vae_scale_factor(self.vae) for size in self.sizes])
         if self.vae is None:
             return pyramid
@@ -292,6 +317,7 @@ class Trainer:
 
     def counts(self) -> dict[str, float]:
         """Totals over the whole run."""
+        self.count_last_outcome()
         bad_images = torch.tensor(float(self.state.bad_images), device=self.accelerator.device)
         return {
             "skipped_steps": self.state.skipped_steps,
@@ -356,6 +382,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint."""
+        self.count_last_outcome()
         self.check_weights()
         self.state.elapsed_seconds = time.monotonic() - self.started
         state = self.state.state_dict()

@@ -50,3 +50,30 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class DelayedReader:
+    """
+    Brings small tensors to the host. A GPU is not waited for: what it sends arrives when it sends the next.
+    """
+
+    def __init__(self):
+        self.sent: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def send(self, tensor: torch.Tensor) -> list:
+        """Sends a tensor; returns what has arrived, as lists of numbers."""
+        if not tensor.is_cuda:
+            return [tensor.tolist()]
+        arrived = self.flush()
+        copy, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+        event.record()
+        self.sent = copy, event
+        return arrived
+
+    def flush(self) -> list:
+        """Waits for what has not arrived yet."""
+        if self.sent is None:
+            return []
+        (copy, event), self.sent = self.sent, None
+        event.synchronize()
+        return [copy.tolist()]

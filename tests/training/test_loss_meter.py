@@ -37,17 +37,17 @@ def test_means_are_over_images_by_stage_and_noise_level(meter):
 
 
 def test_half_precision_is_summed_in_single_on_the_losses_device():
-    """And all means are numbers, whatever the default device; without a weight, a batch counts once."""
+    """And all means are numbers, whatever the default device; a batch counts once."""
     halves = losses([256.0, 1.0, 1.0], [2.0], [0, 1, 2], [1.0078125])
     halves = halves._replace(
         denoising=[errors.bfloat16() for errors in halves.denoising], scale_invariant=halves.scale_invariant.bfloat16()
     )
     wholes = losses([4.0], [4.0], [0], [258.0])
     objective = make_objective(sizes=(4, 8))
-    with torch.device("meta"):
+    with torch.device("meta"):  # the default, which must not matter
         meter = LossMeter(objective)
         meter.add(halves)
-        meter.add(wholes, weight=1.0)
+        meter.add(wholes, torch.ones((), dtype=torch.bool, device="cpu"))
         means = meter.means("train")
     assert means == pytest.approx(
         {
@@ -67,11 +67,11 @@ def test_a_single_stage_has_a_meter_too():
     assert meter.means("a") == {"a/denoising_1": 3.0, "a/denoising_1_t750-999": 3.0}
 
 
-def test_reset_forgets_and_weight_zero_ignores(meter):
+def test_reset_forgets_and_what_does_not_count_is_ignored(meter):
     meter.add(losses([9.0], [9.0], [5], [9.0]))
     meter.reset()
     meter.add(losses([1.0], [2.0], [5], [3.0]))
-    meter.add(losses([9.0], [9.0], [700], [9.0]), weight=0.0)
+    meter.add(losses([9.0], [float("nan")], [700], [9.0]), torch.tensor(False))
     means = meter.means("validation")
     assert means["validation/denoising_2"] == 2.0 and means["validation/scale_invariant_1_2"] == 3.0
     assert not any("t500" in name for name in means)

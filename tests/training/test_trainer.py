@@ -23,6 +23,7 @@ from diffusers_pisdm.training.metrics import read_metrics
 from diffusers_pisdm.training.noise import noise_seed
 from diffusers_pisdm.training.recipes import TrainerSettings
 from diffusers_pisdm.training.trainer import RunState, Trainer
+from diffusers_pisdm.utils.machine import DelayedReader
 
 
 STAGE = {"patch_size": 2, "in_channels": 3, "num_layers": 2, "hidden_size": 8, "state_size": 4, "num_classes": 5}
@@ -68,7 +69,8 @@ def make(objective, tmp_path):
     def make(rows=None, name="run", **options):
         settings = TrainerSettings(**{**SETTINGS, **options.pop("settings", {})})
         AcceleratorState._reset_state(reset_partial_state=True)  # each run is a process of its own, as it were
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=settings.gradient_accumulation_steps)
+        cpu = options.pop("device", "cpu") == "cpu"
+        accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=settings.gradient_accumulation_steps)
         batches = TrainingBatches(rows or Rows(), settings.train_batch_size, settings.seed)
         return Trainer(accelerator, copy.deepcopy(objective), batches, settings, tmp_path / name, **options)
 
@@ -126,15 +128,8 @@ def test_a_step_goes_through_whole_or_not_at_all(make, monkeypatch):
     trainer = make(settings={"max_skipped_steps": 1, "max_train_steps": 9})
     trainer.resume()
     trainer.objective.train()
-    forward, calls = CascadeObjective.forward, []
-
-    def broken(self, *arguments):
-        losses = forward(self, *arguments)
-        calls.append(1)
-        return losses._replace(total=losses.total * math.nan) if len(calls) in bad else losses
-
-    monkeypatch.setattr(CascadeObjective, "forward", broken)
-    bad = (2, 5)
+    bad = [2, 5]
+    break_loss(monkeypatch, bad)
     before, shadow = weights(trainer), [p.clone() for p in trainer.average.shadow_params]
     trainer.train_step()  # its second micro-batch is not finite
     assert all(torch.equal(p, before[n]) for n, p in weights(trainer).items())
@@ -146,9 +141,112 @@ def test_a_step_goes_through_whole_or_not_at_all(make, monkeypatch):
     assert (trainer.state.step, trainer.state.skipped_steps, trainer.failures) == (2, 1, 0)
     trainer.train_step()
     assert (trainer.state.skipped_steps, trainer.failures) == (2, 1)
-    bad = range(6, 99)
+    bad[:] = range(7, 99)
     with pytest.raises(FloatingPointError, match=r"2 steps in a row, up to step 4\..*--learning_rate"):
         trainer.train_step()
+
+
+class LateReader(DelayedReader):
+    """What a GPU's host sees, on a CPU: each outcome after the next step."""
+
+    def send(self, tensor):
+        arrived, self.sent = self.flush(), tensor.tolist()
+        return arrived
+
+    def flush(self):
+        sent, self.sent = self.sent, None
+        return [] if sent is None else [sent]
+
+
+def break_loss(monkeypatch, steps, value=math.nan):
+    """Makes the loss of these steps, counted from 1 (with one micro-batch each), not finite."""
+    forward, calls = CascadeObjective.forward, []
+
+    def broken(self, *arguments):
+        losses = forward(self, *arguments)
+        calls.append(1)
+        return losses._replace(total=losses.total * value) if len(calls) in steps else losses
+
+    monkeypatch.setattr(CascadeObjective, "forward", broken)
+
+
+def test_outcomes_that_arrive_late_are_counted_before_logs_and_checkpoints(make, monkeypatch):
+    break_loss(monkeypatch, (2, 3))
+    settings = {"gradient_accumulation_steps": 1, "logging_steps": 2, "checkpointing_steps": 1, "validation_steps": 0}
+    trainers = [make(settings=settings, name=name) for name in ("now", "late")]
+    trainers[1].outcomes = LateReader()
+    for trainer in trainers:
+        trainer.resume()
+        trainer.train()
+        break_loss(monkeypatch, (2, 3))
+    for step, skipped in {2: 1, 3: 2, 4: 2}.items():  # three checkpoints are kept
+        states = [read_state(trainer.output_dir / f"checkpoint-{step}") for trainer in trainers]
+        assert [state["skipped_steps"] for state in states] == [skipped] * 2
+    rows = [[row["skipped_steps"] for row in read_metrics(trainer.metrics_file)] for trainer in trainers]
+    assert rows == [[1, 2]] * 2
+    assert all(torch.equal(p, weights(trainers[0])[name]) for name, p in weights(trainers[1]).items())
+
+
+def test_a_divergence_or_signal_seen_late_stops_one_step_later(make, monkeypatch):
+    break_loss(monkeypatch, range(2, 99))
+    trainer = make(settings={"gradient_accumulation_steps": 1, "max_skipped_steps": 1, "logging_steps": 0})
+    trainer.outcomes = LateReader()
+    trainer.resume()
+    for _ in range(3):
+        trainer.train_step()
+    assert trainer.failures == 1
+    with pytest.raises(FloatingPointError, match="2 steps in a row"):
+        trainer.train_step()
+
+    trainer = make(settings={"logging_steps": 0, "checkpointing_steps": 0, "max_train_steps": 9}, name="signal")
+    trainer.outcomes = LateReader()
+    trainer.resume()
+    monkeypatch.setattr(trainer.signals, "received", signal.SIGTERM)
+    trainer.train_step()
+    assert not trainer.stop_wanted
+    trainer.train_step()
+    assert trainer.stop_wanted
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too(make, monkeypatch):
+    forward = CascadeObjective.forward
+    monkeypatch.setattr(
+        CascadeObjective, "forward", lambda *a: (losses := forward(*a))._replace(total=losses.total + math.inf)
+    )
+    trainer = make(settings={"max_skipped_steps": 9})
+    trainer.resume()
+    before = weights(trainer)
+    trainer.train_step()
+    assert all(torch.equal(p, before[name]) for name, p in weights(trainer).items())
+    assert trainer.state.skipped_steps == 1 and trainer.meter.means("train") == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_step_waits_for_nothing_and_trains_as_one_that_waits(make, monkeypatch):
+    settings = {"max_train_steps": 6, "logging_steps": 0, "checkpointing_steps": 0, "validation_steps": 0}
+    late, waiting = (make(settings=settings, name=name, device="cuda") for name in ("late", "waiting"))
+    waiting.skips_on_device = False
+    for trainer in (late, waiting):
+        trainer.resume()
+        trainer.objective.train()
+        for step in range(4):
+            torch.cuda.set_sync_debug_mode("error" if trainer is late and step > 1 else "default")
+            try:
+                trainer.train_step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    for name, p in weights(late).items():
+        torch.testing.assert_close(p, weights(waiting)[name], rtol=1e-3, atol=1e-5)
+    for shadow, other in zip(late.average.shadow_params, waiting.average.shadow_params, strict=True):
+        torch.testing.assert_close(shadow, other, rtol=1e-3, atol=1e-5)
+    with monkeypatch.context() as patch:
+        break_loss(patch, (2,))  # the second micro-batch
+        before = weights(late)
+        late.train_step()
+        assert all(torch.equal(p, before[name]) for name, p in weights(late).items())
+    assert late.state.skipped_steps == 0  # not known yet
+    late.count_last_outcome()
+    assert late.state.skipped_steps == 1
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(make, monkeypatch):
