@@ -118,6 +118,11 @@ class DataArguments:
     random_flip: bool = argument(False, "Mirror half of the images at random.")
     flip_column: str | None = argument(None, "A boolean column that says which images may be mirrored.")
     on_bad_image: str = argument("stop", choices=ON_BAD_IMAGE)
+    keep_images_gib: float = argument(
+        1.0,
+        "Keep decoded images in memory if a split takes at most this much; not with --random_crop or --streaming.",
+        minimum=0,
+    )
 
 
 @dataclass(kw_only=True)
@@ -230,7 +235,7 @@ def load_rows(
         columns = {"image_column": args.image_column, "label_column": args.label_column}
         columns |= {"flip_column": args.flip_column, "config_name": args.dataset_config_name}
         data = load_image_data(source, split, args.streaming, class_names=names, class_order=class_order, **columns)
-        return ImageRows(data, transform, args.on_bad_image)
+        return ImageRows(data, transform, args.on_bad_image, args.keep_images_gib)
 
     train = load(args.train_split, class_names, ImageTransform(size, args.random_crop, args.random_flip))
     class_names, held_out = train.data.class_names, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,17 +35,27 @@ class ImageRows:
         on_bad_image (`str`, defaults to `"stop"`):
             What to do about a file that is not an image, or is damaged, empty, a decompression bomb or absurdly long:
             `"stop"` raises an error; `"skip"` replaces it with the next good row and reports it.
+        keep_gib (`float`, defaults to 0.0):
+            Images stay in memory once they are decoded, if all of them take no more GiB than this. They are as large
+            as `transform` makes them; those that it crops at random are not kept, nor those of a stream.
 
     Raises:
         ValueError: `on_bad_image` is neither.
     """
 
-    def __init__(self, data: ImageData, transform: ImageTransform, on_bad_image: str = "stop"):
+    def __init__(self, data: ImageData, transform: ImageTransform, on_bad_image: str = "stop", keep_gib: float = 0.0):
         if on_bad_image not in ON_BAD_IMAGE:
             raise ValueError(f"`on_bad_image` must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image}.")
         self.data = data
         self.transform = transform
         self.on_bad_image = on_bad_image
+        self.kept: _KeptImages | None = None
+        if not self.is_stream and not transform.random_crop:
+            if 0 < len(self) * 3 * transform.size**2 <= keep_gib * 2**30:
+                self.kept = _KeptImages(len(self), transform.size)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"kept": None}  # processes that are not forked do not share memory
 
     @property
     def is_stream(self) -> bool:
@@ -106,14 +117,37 @@ class ImageRows:
             DataError: The label is unknown.
         """
         label = self.data.class_id(fields, position)
-        try:
-            image = read_image(self.data, fields, position)
-        except BadImageError as error:
-            if self.on_bad_image == "stop":
-                raise BadImageError(f"{error}. Fix or remove it, or pass --on_bad_image skip.") from error
-            raise
         random = np.random.default_rng((seed, epoch, position))
-        return self.transform(image, random, self.data.may_flip(fields)), label
+        pixels = None if self.kept is None else self.kept.get(position)
+        if pixels is None:
+            try:
+                image = read_image(self.data, fields, position)
+            except BadImageError as error:
+                if self.on_bad_image == "stop":
+                    raise BadImageError(f"{error}. Fix or remove it, or pass --on_bad_image skip.") from error
+                raise
+            pixels = self.transform.crop(image, random)
+            if self.kept is not None:
+                self.kept.put(position, pixels)
+        return self.transform.flip(pixels, random, self.data.may_flip(fields)), label
+
+
+class _KeptImages:
+    """Decoded images, in memory that forked decoding processes share. It is taken up as it is written."""
+
+    def __init__(self, count: int, size: int):
+        shape = (count, 3, size, size)
+        num_bytes = count * 3 * size**2
+        memory = np.frombuffer(mmap.mmap(-1, num_bytes + count), dtype=np.uint8)
+        self.images = memory[:num_bytes].reshape(shape)
+        self.are_kept = memory[num_bytes:]  # (count,), written last
+
+    def get(self, row: int) -> torch.Tensor | None:
+        return torch.from_numpy(self.images[row].copy()) if self.are_kept[row] else None
+
+    def put(self, row: int, image: torch.Tensor) -> None:
+        self.images[row] = image.numpy()
+        self.are_kept[row] = 1
 
 
 def read_image(data: ImageData, fields: dict, position: int) -> Image.Image:

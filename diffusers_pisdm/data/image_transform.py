@@ -139,6 +139,10 @@ class ImageTransform:
         Returns:
             `torch.Tensor` of shape `(3, size, size)`, uint8.
         """
+        return self.flip(self.crop(image, random), random, may_flip)
+
+    def crop(self, image: Image.Image, random: np.random.Generator) -> torch.Tensor:
+        """The first half of a call; draws nothing without `random_crop`."""
         short_side = self.size
         if self.random_crop:
             short_side = int(random.integers(self.size, math.ceil(self.size / MIN_CROP_FRACTION) + 1))
@@ -146,10 +150,12 @@ class ImageTransform:
         free = image.width - self.size, image.height - self.size
         left, top = (int(random.integers(n + 1)) if self.random_crop else n // 2 for n in free)
         image = image.crop((left, top, left + self.size, top + self.size))
-        if self.random_flip and random.random() < 0.5 and may_flip:
-            image = ImageOps.mirror(image)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return pixels.view(self.size, self.size, 3).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+    def flip(self, pixels: torch.Tensor, random: np.random.Generator, may_flip: bool = True) -> torch.Tensor:
+        """The second half of a call: the pixels (3, H, W), mirrored or not."""
+        return pixels.flip(-1) if self.random_flip and random.random() < 0.5 and may_flip else pixels
 
 
 def _scale_short_side(image: Image.Image, side: int) -> Image.Image:

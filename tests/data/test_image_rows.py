@@ -1,12 +1,16 @@
 import os
+import pickle
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset, Image
 
 from diffusers_pisdm.data import image_rows
+from diffusers_pisdm.data.batches import read_rows
 from diffusers_pisdm.data.image_rows import ImageRows
 from diffusers_pisdm.data.image_transform import ImageTransform
+from diffusers_pisdm.data.parallel_read import read_batches
 from diffusers_pisdm.data.rows import BadImageError, DataError
 from diffusers_pisdm.data.stream_batches import stream_once
 from tests.data.image_folders import copy_folder, damaged_images, load, write_parquet
@@ -137,6 +141,40 @@ def test_only_images_that_may_be_are_mirrored(folder, tmp_path):
                 assert torch.equal(image, original.flip(-1))
                 flipped.add(i)
     assert flipped == set(range(0, len(files), 2))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_kept_images_are_decoded_once_and_the_same(folder, tmp_path, num_workers):
+    data, transform = load(folder, tmp_path / "cache"), ImageTransform(16, random_flip=True)
+    size_gib = len(data.dataset) * 3 * 16**2 / 2**30
+    kept, plain = ImageRows(data, transform, keep_gib=size_gib), ImageRows(data, transform, keep_gib=0.999 * size_gib)
+    assert plain.kept is None
+    wanted = {(row, epoch): plain.read(row, epoch, 5) for row in range(len(plain)) for epoch in range(6)}
+
+    def read(epoch):
+        keys = [[(row, epoch)] for row in range(len(kept))]
+        return list(read_batches(partial(read_rows, kept, 5), keys, num_workers))
+
+    for epoch in range(6):
+        for row, batch in enumerate(read(epoch)):  # each time with other workers
+            assert torch.equal(batch.images[0], wanted[row, epoch].images)
+            assert batch.labels.tolist() == [wanted[row, epoch].label]
+        if epoch == 0:
+            for file in folder.glob("*/*.png"):
+                file.unlink()
+    assert len({batch.images.numpy().tobytes() for epoch in range(6) for batch in read(epoch)[:1]}) == 2  # mirrored
+
+
+def test_what_changes_is_not_kept_and_nor_are_bad_images(folder, tmp_path):
+    assert ImageRows(load(folder, tmp_path / "cache"), ImageTransform(16, random_crop=True), keep_gib=1).kept is None
+    assert ImageRows(load(folder, tmp_path / "cache", streaming=True), ImageTransform(16), keep_gib=1).kept is None
+    damage(folder, 4, "empty")
+    rows = ImageRows(load(folder, tmp_path / "cache"), ImageTransform(16), "skip", keep_gib=1)
+    for _ in range(2):
+        assert len(rows.read(4, 0, 0).bad_images) == 1
+    rows.read(5, 0, 0).images.zero_()  # what a caller does to an image stays with it
+    assert rows.read(5, 0, 0).images.any()
+    assert pickle.loads(pickle.dumps(rows)).kept is None
 
 
 @pytest.mark.parametrize(("column", "culprit"), [("size", "Column 'size' .*not booleans"), ("none", "no column")])

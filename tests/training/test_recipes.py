@@ -108,7 +108,7 @@ OUT_OF_RANGE = {
         max_train_steps gradient_accumulation_steps lora_rank checkpoints_total_limit shuffle_buffer_size max_grad_norm
         adam_epsilon snr_gamma sil_temperature lora_alpha noise_shifts stage_loss_weights""",
     "-1 4294967296": "seed",
-    "-1": """checkpointing_steps validation_steps lr_warmup_steps lr_cooldown_steps max_skipped_steps
+    "-1": """checkpointing_steps validation_steps lr_warmup_steps lr_cooldown_steps max_skipped_steps keep_images_gib
         dataloader_num_workers""",
     "-1e-9": "learning_rate adam_weight_decay sil_weight validation_guidance_scale",
     "-0.1 1.1": "label_dropout factor_dropout max_noise_level ema_decay",
