@@ -10,6 +10,8 @@ What one GPU does in less than nine minutes: sampling with and without CUDA grap
 - `scan`: `benchmarks.scan` in bfloat16, forward and backward, against mamba_ssm if it can be imported.
 - `training`: images per second, memory and the share of the matrix-product peak that this GPU reaches, of sizes S and
   L and of DiT with as many parameters as each, as recorded steps and launched one by one.
+- `trainer`: images per second of the ordinary training loop on the emoji recipe's four stages, as it is, and as it was
+  when it waited for the device several times in each step.
 
 Parts run in this order, and each writes `gpu_report.json` when it is done. A measurement that would begin after
 `--minutes` is left out and named in the report, as is one that fails, with its error. `--rehearse` runs everything in
@@ -39,11 +41,13 @@ from benchmarks.measuring.timing import now
 from benchmarks.peers import PEERS, equal_parameters
 from benchmarks.speed.candidates import VAE_FACTOR, cast_model
 from diffusers_pisdm import PISDM_SIZES, PISDMCascadePipeline, PISDMTransformer2DModel
-from diffusers_pisdm.data.device_images import LabelledImages
+from diffusers_pisdm.data.device_images import DeviceBatches, LabelledImages
 from diffusers_pisdm.training import CascadeObjective
 from diffusers_pisdm.training.cost.flops import StepTrace
 from diffusers_pisdm.training.device_trainer import WARM_UP_STEPS, DeviceStep
 from diffusers_pisdm.training.optimization import make_optimizer, parameter_groups
+from diffusers_pisdm.training.recipes import TrainerSettings, read_recipe
+from diffusers_pisdm.training.trainer import Trainer
 
 
 NUM_CLASSES = 1000
@@ -200,6 +204,13 @@ def make_stage(model: str, size: str, args: argparse.Namespace) -> torch.nn.Modu
     return PEERS[model](**equal_parameters(config, model).config)
 
 
+def noise_images(size: int, args: argparse.Namespace) -> LabelledImages:
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (256, 3, size, size), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, NUM_CLASSES, 256))
+    return LabelledImages(images, labels, [str(i) for i in range(NUM_CLASSES)]).to(args.device)
+
+
 def time_training(model: str, size: str, batch_size: int, record: bool, peak: float, args: argparse.Namespace) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=args.device.type == "cpu")
@@ -215,15 +226,8 @@ def time_training(model: str, size: str, batch_size: int, record: bool, peak: fl
     optimizer = make_optimizer(groups, 1e-4, (0.9, 0.999), 1e-8, capturable=args.device.type == "cuda")
     objective, optimizer = accelerator.prepare(objective, optimizer)
     average = EMAModel([p for p in objective.parameters() if p.requires_grad])
-    rng = np.random.default_rng(0)
-    data = LabelledImages(
-        torch.from_numpy(rng.integers(0, 256, (256, 3, 32, 32), dtype=np.uint8)),
-        torch.from_numpy(rng.integers(0, NUM_CLASSES, 256)),
-        [str(i) for i in range(NUM_CLASSES)],
-    )
-    step = DeviceStep(
-        accelerator, objective, optimizer, average, data.to(args.device), batch_size, max_grad_norm=1.0, record=record
-    )
+    rng, data = np.random.default_rng(0), noise_images(32, args)
+    step = DeviceStep(accelerator, objective, optimizer, average, data, batch_size, max_grad_norm=1.0, record=record)
 
     def train(steps: int) -> float:
         start = now(args.device)
@@ -251,6 +255,47 @@ def time_training(model: str, size: str, batch_size: int, record: bool, peak: fl
     return row
 
 
+def time_trainer(args: argparse.Namespace) -> dict:
+    """The loop of examples/train_pisdm.py, in turns with one that waits as it did before."""
+    recipe, batch_size = read_recipe("emoji64"), 4 if args.rehearse else 64
+    stages = [stage | (TOY if args.rehearse else {}) for stage in recipe.stages]
+    settings = TrainerSettings(
+        max_train_steps=10**6, train_batch_size=batch_size, logging_steps=0, validation_steps=0, checkpointing_steps=0
+    )
+
+    def make(waits: bool) -> Trainer:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(mixed_precision="bf16", cpu=args.device.type == "cpu")
+        with args.device:
+            torch.manual_seed(0)
+            transformers = [PISDMTransformer2DModel(num_classes=NUM_CLASSES, **stage) for stage in stages]
+        schedulers = [DDPMScheduler(**recipe.scheduler) for _ in stages]
+        objective = CascadeObjective(transformers, schedulers, batch_shares=recipe.training["batch_shares"])
+        batches = DeviceBatches(noise_images(stages[-1]["sample_size"], args), batch_size, seed=0)
+        trainer = Trainer(accelerator, objective.train(), batches, settings, args.output_dir)
+        if waits:
+            send, trainer.skips_on_device, trainer.average.foreach = trainer.outcomes.send, False, False
+            trainer.outcomes.send = lambda outcome: send(outcome) + trainer.outcomes.flush()
+        return trainer
+
+    def train(trainer: Trainer, steps: int) -> float:
+        start = now(args.device)
+        for _ in range(steps):
+            trainer.train_step()
+        return steps * batch_size / (now(args.device) - start)
+
+    trainers = {name: make(name == "waiting") for name in ("waiting", "as_it_is")}
+    for trainer in trainers.values():
+        train(trainer, WARM_UP_STEPS)
+    speeds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(1 if args.rehearse else 3):
+        for name, trainer in trainers.items():
+            speeds[name].append(train(trainer, 1 if args.rehearse else 10))
+    row = {f"{name}_images_per_second": statistics.median(found) for name, found in speeds.items()}
+    row["times_as_fast"] = row["as_it_is_images_per_second"] / row["waiting_images_per_second"]
+    return {"recipe": "emoji64", "batch_size": batch_size, **row}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.5, help="no measurement begins later than this")
@@ -275,6 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
             name = f"{model}, {size}, {'recorded' if record else 'launched'}"
             work = (model, size, batch_size, record, peak, args)
             report.measure("training", name, lambda work=work: time_training(*work))
+    report.measure("trainer", "emoji64", lambda: time_trainer(args))
     for shape in [(1, 64, 32)] if args.rehearse else SCAN_SHAPES:
         report.measure("scan", "x".join(map(str, shape)), lambda shape=shape: time_scan(shape, args))
     print(f"Wrote {args.output_dir / 'gpu_report.json'}; left out: {report.content['left_out'] or 'nothing'}")

@@ -25,6 +25,8 @@ def test_a_rehearsal_measures_every_part_and_keeps_what_was_measured(tmp_path, m
     assert abs(dit["parameters"] / pisdm["parameters"] - 1) < 0.05
     for row in report["training"]:
         assert row["images_per_second"] > 0 and row["skipped_steps"] == 0
+    (trainer,) = report["trainer"]
+    assert trainer["times_as_fast"] == trainer["as_it_is_images_per_second"] / trainer["waiting_images_per_second"]
     (scan,) = report["scan"]
     assert {"numba", "torch"} <= {row["candidate"] for row in scan["rows"]}
 
