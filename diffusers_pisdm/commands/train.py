@@ -69,6 +69,7 @@ from ..training.recipes import (
     write_training_config,
 )
 from ..training.sample_sheets import draw_samples, save_sample_sheets
+from ..training.scale_invariant_loss import FORMS
 from ..training.trainer import Trainer
 from ..utils.files import lock_folder, save_in_place
 from ..utils.machine import describe_machine
@@ -142,6 +143,25 @@ class ObjectiveArguments:
     sil_temperature: float = argument(OBJECTIVE["sil_temperature"], "Of the scale-invariant loss.", above=0)
     sil_mask_same_class: bool = argument(
         OBJECTIVE["sil_mask_same_class"], "Do not contrast images of one class in the scale-invariant loss."
+    )
+    independent_conditions: bool = argument(
+        OBJECTIVE["independent_conditions"], "Draw timesteps and dropped labels for each stage, not once for all."
+    )
+    sil_form: str = argument(OBJECTIVE["sil_form"], "Of the scale-invariant loss.", FORMS)
+    sil_stop_gradient: bool = argument(
+        OBJECTIVE["sil_stop_gradient"], "Do not train the lower stage of a pair with the scale-invariant loss."
+    )
+    sil_max_timestep: int | None = argument(
+        OBJECTIVE["sil_max_timestep"], "Only compare images below this timestep in both stages.", minimum=1
+    )
+    sil_subtract_condition: bool = argument(
+        OBJECTIVE["sil_subtract_condition"], "Compare features minus what timestep and class alone say about them."
+    )
+    sil_per_value: bool = argument(
+        OBJECTIVE["sil_per_value"], "Divide sil_weight by an image's number of values, as eq. 17 reads literally."
+    )
+    sil_decay_steps: int | None = argument(
+        OBJECTIVE["sil_decay_steps"], "Steps over which sil_weight falls to zero.", minimum=1
     )
     train_stages: list[int] | None = argument(
         None, "Stages to train, counted from 1; the others are frozen.", minimum=1
@@ -535,6 +555,13 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
         sil_weight=args.sil_weight,
         sil_temperature=args.sil_temperature,
         sil_mask_same_class=args.sil_mask_same_class,
+        independent_conditions=args.independent_conditions,
+        sil_form=args.sil_form,
+        sil_stop_gradient=args.sil_stop_gradient,
+        sil_max_timestep=args.sil_max_timestep,
+        sil_subtract_condition=args.sil_subtract_condition,
+        sil_per_value=args.sil_per_value,
+        sil_decay_steps=args.sil_decay_steps,
         train_stages=args.train_stages,
         batch_shares=args.batch_shares,
         stage_loss_weights=args.stage_loss_weights,

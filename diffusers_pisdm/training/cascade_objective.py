@@ -28,7 +28,7 @@ class CascadeLosses(NamedTuple):
         denoising (`list[torch.Tensor]` of shapes `(B_s,)`):
             Weighted squared error per image, one entry per trained stage; a stage may have fewer of the images.
         scale_invariant (`torch.Tensor` of shape `(P,)`): InfoNCE of each compared pair of stages; empty if off.
-        timesteps (`torch.Tensor` of shape `(B,)`): The images' timesteps.
+        timesteps (`torch.Tensor` of shape `(S, B)`): The images' timesteps in each trained stage.
     """
 
     total: torch.Tensor
@@ -56,7 +56,8 @@ class CascadeObjective(nn.Module):
     All stages of a cascade and the loss that trains some or all of them jointly (eq. 17):
     `L = sum_s w_s E[lambda(t) |eps_s(x_t, t, y, low_res) - eps|^2] + sil_weight * L_s`.
 
-    The stages see the same images at the same timesteps, each at its own resolution and with its own noise.
+    The stages see the same images at the same timesteps, each at its own resolution and with its own noise. The paper
+    leaves the weight of L_s open, and says little of its form: the options from `independent_conditions` on are ours.
 
     Args:
         transformers (`list[PISDMTransformer2DModel]`): The stages, low resolution first.
@@ -73,6 +74,18 @@ class CascadeObjective(nn.Module):
         sil_weight (`float`, defaults to 1.0): Weight of the scale-invariant loss (SIL); 0 removes it and its heads.
         sil_temperature (`float`, defaults to 0.1): See [`ScaleInvariantLoss`].
         sil_mask_same_class (`bool`, defaults to `False`): See [`ScaleInvariantLoss`].
+        independent_conditions (`bool`, defaults to `False`):
+            Whether each stage draws its own timesteps and drops its own labels in training: a positive pair of the
+            scale-invariant loss then has less in common than its image.
+        sil_form (`str`, defaults to `"info_nce"`), sil_stop_gradient (`bool`, defaults to `False`):
+            See [`ScaleInvariantLoss`].
+        sil_max_timestep (`int`, *optional*), sil_subtract_condition (`bool`, defaults to `False`):
+            See [`ScaleInvariantLoss`].
+        sil_per_value (`bool`, defaults to `False`):
+            Whether `sil_weight` is divided by the number of values of the pair's higher image: eq. 17 has a squared
+            norm, a sum, where our denoising losses are means over values.
+        sil_decay_steps (`int`, *optional*):
+            Over how many steps the trainer lets the weight fall to zero ([`~CascadeObjective.set_step`]).
         train_stages (`list[int]`, *optional*):
             The stages to train, counted from 1 as in the pipeline; all if not given. The others are frozen and do not
             run, except a stage below a trained one, with which the scale-invariant loss compares it.
@@ -99,6 +112,13 @@ class CascadeObjective(nn.Module):
         sil_weight: float = 1.0,
         sil_temperature: float = 0.1,
         sil_mask_same_class: bool = False,
+        independent_conditions: bool = False,
+        sil_form: str = "info_nce",
+        sil_stop_gradient: bool = False,
+        sil_max_timestep: int | None = None,
+        sil_subtract_condition: bool = False,
+        sil_per_value: bool = False,
+        sil_decay_steps: int | None = None,
         train_stages: list[int] | None = None,
         batch_shares: list[float] | None = None,
         stage_loss_weights: list[float] | None = None,
@@ -143,6 +163,10 @@ class CascadeObjective(nn.Module):
         self.factor_dropout = factor_dropout
         self.max_noise_level = max_noise_level
         self.sil_weight = sil_weight
+        self.sil_per_value = sil_per_value
+        self.sil_decay_steps = sil_decay_steps
+        self.independent_conditions = independent_conditions
+        self.register_buffer("sil_share", torch.ones(()), persistent=False)  # of the weight, as it decays
         self.stages_trained = sorted(stage - 1 for stage in train_stages)
         self.batch_shares = batch_shares
         self.stage_loss_weights = stage_loss_weights
@@ -163,6 +187,11 @@ class CascadeObjective(nn.Module):
                 compared,
                 temperature=sil_temperature,
                 mask_same_class=sil_mask_same_class,
+                form=sil_form,
+                stop_gradient=sil_stop_gradient,
+                max_timestep=sil_max_timestep,
+                subtract_condition=sil_subtract_condition,
+                num_classes=transformers[0].config.num_classes,
             )
         # The stages that run: the trained ones, and those they are compared with.
         self.stages_run = sorted(
@@ -187,24 +216,18 @@ class CascadeObjective(nn.Module):
         """
         batch_size, device = len(class_labels), class_labels.device
         noise = RowNoise(seed, device, *((self.process_index, self.num_processes) if self.training else ()))
-        timesteps = noise.integers(self.schedulers[0].config.num_train_timesteps, batch_size)  # (B,)
-        labels = class_labels
-        if self.training:
-            dropped = noise.uniform(batch_size) < self.label_dropout
-            labels = torch.where(dropped, self.stages[0].config.num_classes, class_labels)
-            if self.factor_dropout > 0:
-                factors = self.stages[0].class_factor_ids  # (num_classes + 1, F), the null labels last
-                dropped = noise.uniform(batch_size, factors.shape[1]) < self.factor_dropout
-                labels = torch.where(dropped, factors[-1], factors[labels])  # (B, F)
-
         denoising, features = [], {}
+        timesteps, labels, given = {}, {}, {}  # by stage: (B,), (B,) or (B, F), (B,)
         total = torch.zeros((), device=device)
         for index in self.stages_run:
+            if not timesteps or (self.independent_conditions and self.training):
+                conditions = self._draw_conditions(class_labels, noise)
+            timesteps[index], labels[index], given[index] = conditions
             count = stage_batch_size(self.batch_shares[index], batch_size) if self.training else batch_size
             low_res = pyramid[index - 1][:count] if index > 0 else None
             with nullcontext() if index in self.stages_trained else torch.no_grad():
                 errors, features[index] = self._stage_errors(
-                    index, pyramid[index][:count], low_res, timesteps[:count], labels[:count], noise
+                    index, pyramid[index][:count], low_res, timesteps[index][:count], labels[index][:count], noise
                 )
             if index in self.stages_trained:
                 total = total + self.stage_loss_weights[index] * errors.mean()
@@ -212,9 +235,35 @@ class CascadeObjective(nn.Module):
 
         scale_invariant = total.new_zeros(0)
         if self.scale_invariant_loss is not None:
-            scale_invariant = self.scale_invariant_loss(features, class_labels)
-            total = total + self.sil_weight * scale_invariant.mean()
+            scale_invariant = self.scale_invariant_loss(features, class_labels, timesteps, given)  # (P,)
+            weighted = scale_invariant
+            if self.sil_per_value:
+                sizes = [pyramid[stage][0].numel() for stage in self.scale_invariant_loss.stages]
+                weighted = torch.stack([loss / size for loss, size in zip(scale_invariant, sizes, strict=True)])
+            total = total + self.sil_weight * weighted.mean() * self.sil_share
+        timesteps = torch.stack([timesteps[index] for index in self.stages_trained])  # (S, B)
         return CascadeLosses(total, denoising, scale_invariant.detach(), timesteps)
+
+    def set_step(self, step: int) -> None:
+        """Sets how much is left of the scale-invariant loss's weight, by the number of steps taken."""
+        if self.sil_decay_steps is not None:
+            self.sil_share.fill_(max(0.0, 1 - step / self.sil_decay_steps))
+
+    def _draw_conditions(
+        self, class_labels: torch.Tensor, noise: RowNoise
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Timesteps (B,), labels as the models take them, some dropped, and these without dropped factors (B,)."""
+        batch_size = len(class_labels)
+        timesteps = noise.integers(self.schedulers[0].config.num_train_timesteps, batch_size)
+        if not self.training:
+            return timesteps, class_labels, class_labels
+        dropped = noise.uniform(batch_size) < self.label_dropout
+        labels = given = torch.where(dropped, self.stages[0].config.num_classes, class_labels)
+        if self.factor_dropout > 0:
+            factors = self.stages[0].class_factor_ids  # (num_classes + 1, F), the null labels last
+            dropped = noise.uniform(batch_size, factors.shape[1]) < self.factor_dropout
+            labels = torch.where(dropped, factors[-1], factors[labels])  # (B, F)
+        return timesteps, labels, given
 
     def _stage_errors(
         self,

@@ -223,7 +223,7 @@ def room_on_disk(path: str | Path) -> Iterator[None]:
 
 # Arguments whose change does not alter what is learned, or is meant to.
 _UNREPORTED = {"resume_from_checkpoint", "output_dir", "dry_run", "rehearse", "report_to", "tracker_project_name"}
-_UNREPORTED |= {"dataloader_num_workers", "push_to_hub", "hub_model_id", "hub_private_repo"}
+_UNREPORTED |= {"dataloader_num_workers", "keep_images_gib", "push_to_hub", "hub_model_id", "hub_private_repo"}
 
 # Arguments that a checkpoint depends on, and what must stay the same of them.
 _FIXED: dict[str, Callable[[Any], Any]] = {
@@ -231,6 +231,8 @@ _FIXED: dict[str, Callable[[Any], Any]] = {
     "class_name_factors": str,
     "train_stages": str,
     "sil_weight": bool,  # without it, there are no heads
+    "sil_form": str,
+    "sil_subtract_condition": bool,
     "seed": int,  # the order of the images
 }
 

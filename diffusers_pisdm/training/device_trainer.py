@@ -230,6 +230,7 @@ class DeviceTrainer(Trainer):
         super().train()
 
     def train_step(self) -> None:
+        self.objective.set_step(self.state.step)
         seed = noise_seed(self.settings.seed, self.stage, self.state.step)
         self.device_step(self.batches.next_rows(), seed, self.learning_rate())
         self.state.step += 1

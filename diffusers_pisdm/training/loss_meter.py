@@ -42,12 +42,12 @@ class LossMeter:
     def add(self, losses: CascadeLosses, counted: torch.Tensor | None = None) -> None:
         """Adds a batch's losses, unless `counted`, a bool scalar on the device, is false."""
         sums, counts = [], []
-        for errors in losses.denoising:
-            level = losses.timesteps[: len(errors)] * NOISE_LEVELS // self.num_timesteps  # (B_s,)
+        for errors, timesteps in zip(losses.denoising, losses.timesteps, strict=True):
+            level = timesteps[: len(errors)] * NOISE_LEVELS // self.num_timesteps  # (B_s,)
             sums.append(torch.zeros(NOISE_LEVELS, device=errors.device).index_add(0, level, errors.float()))
             # bincount would wait for the device.
             counts.append(torch.zeros_like(sums[-1]).index_add(0, level, torch.ones_like(errors, dtype=torch.float32)))
-        batch_size = len(losses.timesteps)
+        batch_size = losses.timesteps.shape[1]
         sums.append(losses.scale_invariant.float() * batch_size)
         counts.append(torch.full_like(sums[-1], batch_size))
         totals = torch.stack([torch.cat(sums), torch.cat(counts)])

@@ -195,6 +195,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
+        self.objective.set_step(self.state.step)
         device = self.accelerator.device
         finite = torch.ones((), dtype=torch.bool, device=device)
         for micro_step in range(self.settings.gradient_accumulation_steps):

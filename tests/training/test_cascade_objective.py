@@ -89,7 +89,7 @@ def test_timesteps_are_uniform_over_the_whole_schedule():
     [stage] = make_stages((4,))
     objective = CascadeObjective([stage], [DDPMScheduler(num_train_timesteps=10)])
     recorder = Recorder(objective)
-    timesteps = objective([torch.zeros(4000, 3, 4, 4)], torch.zeros(4000, dtype=torch.long), 5).timesteps
+    (timesteps,) = objective([torch.zeros(4000, 3, 4, 4)], torch.zeros(4000, dtype=torch.long), 5).timesteps
     assert torch.equal(recorder.calls[0][1], timesteps)
     counts = timesteps.bincount(minlength=10)
     assert len(counts) == 10 and ((counts > 320) & (counts < 480)).all()  # 400 each, four standard deviations
@@ -249,6 +249,73 @@ def test_stages_share_timestep_and_label_and_see_the_stage_below(batch):
         added = low_res - augment_low_res(upsampled, torch.zeros_like(upsampled), noise_level)
         measured = added.flatten(1).std(dim=1)
         torch.testing.assert_close(measured, noise_level, rtol=0.35, atol=0.01)
+
+
+def test_stages_may_draw_timesteps_and_dropped_labels_of_their_own(batch):
+    pyramid, labels, seed = batch
+    objective = make_objective(label_dropout=0.5, independent_conditions=True, train_stages=[2, 3])
+    recorder = Recorder(objective)
+    losses = objective(pyramid, labels, seed)
+    timesteps = [call[1] for call in recorder.calls]
+    assert torch.equal(losses.timesteps, torch.stack(timesteps[1:]))  # of the trained stages
+    assert len({tuple(t.tolist()) for t in timesteps}) == 3
+    dropped = [call[2] == NUM_CLASSES for call in recorder.calls]
+    assert len({tuple(d.tolist()) for d in dropped}) == 3
+    for call, given in zip(recorder.calls, dropped):
+        assert torch.equal(call[2][~given], labels[~given])
+    first, second = objective.eval()(pyramid, labels, seed).timesteps  # held-out losses are comparable
+    assert torch.equal(first, second)
+
+
+def test_the_scale_invariant_losses_weight_per_value_and_as_it_decays(batch):
+    """Read literally, eq. 17 sums squares over values where we take means, and weighs L_s by 1."""
+    weight = 40.0
+    objective = make_objective(sil_weight=weight, sil_per_value=True, sil_decay_steps=8)
+    for step, share in ((None, 1.0), (0, 1.0), (2, 0.75), (8, 0.0), (9, 0.0)):
+        if step is not None:
+            objective.set_step(step)
+        losses = objective(*batch)
+        denoising = sum(errors.mean() for errors in losses.denoising)
+        first, second = losses.scale_invariant  # images of 8 and 16 pixels
+        wanted = denoising + share * weight * (first / (3 * 8 * 8) + second / (3 * 16 * 16)) / 2
+        torch.testing.assert_close(losses.total.detach(), wanted)
+    plain = make_objective(sil_weight=weight)
+    plain.set_step(5)  # no decay: nothing to set
+    losses = plain(*batch)
+    wanted = sum(errors.mean() for errors in losses.denoising) + weight * losses.scale_invariant.mean()
+    torch.testing.assert_close(losses.total.detach(), wanted)
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_the_scale_invariant_loss_sees_what_each_stage_was_given(batch, independent):
+    objective = make_objective(
+        independent_conditions=independent, label_dropout=0.5, sil_max_timestep=700, sil_subtract_condition=True
+    )
+    seen = []
+    objective.scale_invariant_loss.register_forward_pre_hook(lambda module, args: seen.append(args))
+    recorder = Recorder(objective)
+    objective(*batch).total.backward()
+    ((_, _, timesteps, given),) = seen
+    for stage, call in enumerate(recorder.calls):
+        assert torch.equal(timesteps[stage], call[1]) and torch.equal(given[stage], call[2])
+    assert all(p.grad is not None and p.grad.any() for p in objective.scale_invariant_loss.guesses.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sil_form": "dispersive", "sil_max_timestep": 5}, {"sil_form": "dispersive", "sil_stop_gradient": True}],
+)
+def test_options_for_positives_need_positives(options):
+    with pytest.raises(ValueError, match="positive pairs"):
+        make_objective(**options)
+
+
+def test_the_dispersive_form_has_no_heads(batch):
+    objective = make_objective(sil_form="dispersive", sil_temperature=0.5)
+    assert [*objective.scale_invariant_loss.parameters()] == []
+    losses = objective(*batch)
+    assert len(losses.scale_invariant) == 2
+    losses.total.backward()
 
 
 def test_checkpoints_hold_the_stages_and_the_heads_alone():

@@ -5,12 +5,12 @@ from diffusers_pisdm.training import CascadeLosses, LossMeter
 from tests.training.test_cascade_objective import make_objective
 
 
-def losses(first, second, timesteps, pairs):
+def losses(first, second, timesteps, pairs, higher=None):
     return CascadeLosses(
         total=torch.zeros(()),
         denoising=[torch.tensor(first), torch.tensor(second)],
         scale_invariant=torch.tensor(pairs),
-        timesteps=torch.tensor(timesteps),
+        timesteps=torch.stack([torch.tensor(timesteps), torch.tensor(timesteps if higher is None else higher)]),
     )
 
 
@@ -34,6 +34,13 @@ def test_means_are_over_images_by_stage_and_noise_level(meter):
             "train/scale_invariant_1_2": 3.0,
         }
     )
+
+
+def test_each_stage_has_its_own_noise_levels(meter):
+    meter.add(losses([1.0, 2.0], [3.0, 4.0], [0, 999], [5.0], higher=[300, 600]))
+    found = meter.means("a")
+    assert (found["a/denoising_1_t0-249"], found["a/denoising_1_t750-999"]) == (1.0, 2.0)
+    assert (found["a/denoising_2_t250-499"], found["a/denoising_2_t500-749"]) == (3.0, 4.0)
 
 
 def test_half_precision_is_summed_in_single_on_the_losses_device():
@@ -63,7 +70,7 @@ def test_half_precision_is_summed_in_single_on_the_losses_device():
 
 def test_a_single_stage_has_a_meter_too():
     meter = LossMeter(make_objective(sizes=(16,)))
-    meter.add(CascadeLosses(torch.zeros(()), [torch.tensor([3.0])], torch.zeros(0), torch.tensor([999])))
+    meter.add(CascadeLosses(torch.zeros(()), [torch.tensor([3.0])], torch.zeros(0), torch.tensor([[999]])))
     assert meter.means("a") == {"a/denoising_1": 3.0, "a/denoising_1_t750-999": 3.0}
 
 
@@ -88,7 +95,7 @@ def test_a_reduction_over_processes_weighs_by_images(meter):
 
 def test_only_trained_stages_are_named():
     meter = LossMeter(make_objective(train_stages=[2]))
-    meter.add(CascadeLosses(torch.zeros(()), [torch.tensor([1.0])], torch.tensor([2.0]), torch.tensor([0])))
+    meter.add(CascadeLosses(torch.zeros(()), [torch.tensor([1.0])], torch.tensor([2.0]), torch.tensor([[0]])))
     assert sorted(meter.means("train")) == [
         "train/denoising_2",
         "train/denoising_2_t0-249",

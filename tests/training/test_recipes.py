@@ -106,7 +106,8 @@ def test_a_value_that_the_command_line_would_not_take_is_refused(training, messa
 OUT_OF_RANGE = {
     "0 -1": """validation_classes validation_inference_steps logging_steps train_stages train_batch_size
         max_train_steps gradient_accumulation_steps lora_rank checkpoints_total_limit shuffle_buffer_size max_grad_norm
-        adam_epsilon snr_gamma sil_temperature lora_alpha noise_shifts stage_loss_weights""",
+        adam_epsilon snr_gamma sil_temperature sil_max_timestep sil_decay_steps lora_alpha noise_shifts
+        stage_loss_weights""",
     "-1 4294967296": "seed",
     "-1": """checkpointing_steps validation_steps lr_warmup_steps lr_cooldown_steps max_skipped_steps keep_images_gib
         dataloader_num_workers""",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from diffusers_pisdm.training import ScaleInvariantLoss, info_nce
-from diffusers_pisdm.training.scale_invariant_loss import gather_rows
+from diffusers_pisdm.training.scale_invariant_loss import dispersive_loss, gather_rows
 from tests.training.processes import objective_in_processes
 
 
@@ -75,6 +75,86 @@ def test_the_loss_is_its_formula_for_every_pair_of_stages(mask_same_class):
     expected = torch.autograd.grad(expected[0] + 3 * expected[1], list(features.values()))
     for gradient, value in zip(gradients, expected):
         torch.testing.assert_close(gradient, value, rtol=1e-4, atol=1e-6)
+
+
+def test_only_counted_positives_are_averaged_and_all_others_stay_negatives():
+    torch.manual_seed(0)
+    queries, keys = (F.normalize(torch.randn(5, 7), dim=-1) for _ in range(2))
+    counted = torch.tensor([True, False, True, True, False])
+    logits = queries @ keys.T / 0.2
+    rows = [-logits[i, i] + torch.logsumexp(logits[i], 0) for i in (0, 2, 3)]
+    columns = [-logits[i, i] + torch.logsumexp(logits[:, i], 0) for i in (0, 2, 3)]
+    torch.testing.assert_close(info_nce(queries, keys, 0.2, counted=counted), sum(rows + columns) / 6)
+    assert info_nce(queries, keys, 0.2, counted=torch.zeros(5, dtype=torch.bool)) == 0
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_dispersive_loss_is_its_formula(count):
+    torch.manual_seed(0)
+    features = torch.randn(count, 3, 4, requires_grad=True)
+    pairs = [[torch.exp(-(a - b).square().mean() / 0.7) for a in features] for b in features]
+    wanted = sum(map(sum, pairs)).div(count**2).log()
+    found = dispersive_loss(features, 0.7)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, features)[0] for loss in (found, wanted)))
+    assert dispersive_loss(torch.ones(count, 3)) == 0  # all alike: the largest value
+
+
+def make_features(images=(5, 4), tokens=(4, 9), widths=(6, 10)):
+    torch.manual_seed(0)
+    return {i: torch.randn(images[i], tokens[i], widths[i], requires_grad=True) for i in range(len(images))}
+
+
+def test_the_dispersive_form_is_the_mean_of_a_pairs_stages():
+    features = make_features((5, 4, 3), (4, 9, 5), (6, 10, 7))
+    loss = ScaleInvariantLoss([6, 10, 7], form="dispersive", temperature=0.5)
+    first, second, third = (dispersive_loss(features[i], 0.5) for i in range(3))
+    found = loss(features, torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(found, torch.stack([(first + second) / 2, (second + third) / 2]))
+
+
+def test_a_stopped_gradient_spares_the_lower_stage_alone():
+    features, labels = make_features(), torch.arange(5)
+    values = []
+    for stop in (False, True):
+        torch.manual_seed(1)
+        loss = ScaleInvariantLoss([6, 10], stop_gradient=stop)
+        values.append(loss(features, labels))
+        lower, higher = torch.autograd.grad(values[-1].sum(), list(features.values()), allow_unused=True)
+        assert (lower is None) == stop and higher.any()
+    assert torch.equal(*values)
+
+
+def test_noisy_images_are_no_positives_in_either_stage():
+    features, labels = make_features((5, 5)), torch.arange(5)
+    loss = ScaleInvariantLoss([6, 10], max_timestep=500)
+    timesteps = {0: torch.tensor([0, 500, 499, 700, 20]), 1: torch.tensor([499, 3, 499, 0, 999])}
+    embedded = [F.normalize(loss.heads[str(i)](features[i].mean(dim=1)), dim=-1) for i in range(2)]
+    wanted = info_nce(*embedded, 0.1, counted=torch.tensor([True, False, True, False, False]))
+    torch.testing.assert_close(loss(features, labels, timesteps), wanted[None])
+
+
+def test_what_timestep_and_class_say_is_subtracted_and_learned():
+    features, labels = make_features(), torch.tensor([0, 1, 2, 0, 1])
+    loss = ScaleInvariantLoss([6, 10], subtract_condition=True, num_classes=3)
+    timesteps = {0: torch.tensor([5, 9, 200, 999, 30]), 1: torch.tensor([50, 90, 400, 0, 3])}
+    given = {0: torch.tensor([3, 1, 2, 0, 3]), 1: labels}  # two are dropped
+    pooled = [features[i].mean(dim=1) for i in range(2)]
+    guesses = [loss.guesses[str(i)](timesteps[i][: len(pooled[i])], given[i][: len(pooled[i])]) for i in range(2)]
+    seen = [p - g.detach() for p, g in zip(pooled, guesses)]
+    embedded = [F.normalize(loss.heads[str(i)](seen[i][:4]), dim=-1) for i in range(2)]
+    contrast = info_nce(*embedded, 0.1)
+    fit = sum(F.mse_loss(g, p.detach()) for p, g in zip(pooled, guesses))
+    found = loss(features, labels, timesteps, given)
+    torch.testing.assert_close(found, contrast[None])
+    weights = [*loss.guesses.parameters()]
+    for actual, wanted in zip(
+        torch.autograd.grad(found.sum(), weights, retain_graph=True), torch.autograd.grad(fit, weights)
+    ):
+        torch.testing.assert_close(actual, wanted)
+    stages = list(features.values())
+    for actual, wanted in zip(torch.autograd.grad(found.sum(), stages), torch.autograd.grad(contrast, stages)):
+        torch.testing.assert_close(actual, wanted)
 
 
 def test_temperature_divides_the_similarities():
