@@ -19,8 +19,10 @@ version = re.search(r'__version__ = "(.+)"', (root / "diffusers_pisdm" / "__init
 SHIPPED = {"diffusers_pisdm.checkpoints": "checkpoints", "diffusers_pisdm.recipes": "examples/recipes"}
 
 extras = {
-    # Fused CUDA kernels for long sequences. They compile at install and need nvcc; the package works without them.
-    "cuda": ["mamba-ssm>=2.2"],
+    # Further CUDA kernels. They compile at install and need nvcc; the package works without them.
+    "cuda": ["causal-conv1d>=1.4", "mamba-ssm>=2.2"],
+    # The same from the Hub, compiled.
+    "hub-kernels": ["kernels>=0.15"],
     # PEFT for LoRA adapters, psutil for dry runs.
     "train": ["datasets>=3.0", "matplotlib", "peft>=0.17", "psutil"],
     "benchmarks": ["mambapy>=1.2", "matplotlib", "transformers>=4.57"],
@@ -44,6 +46,7 @@ extras["test"] = [
     *extras["benchmarks"],
     *extras["emoji"],
     *extras["gradio"],
+    *extras["hub-kernels"],
     "playwright>=1.50",  # drives the system's Chromium
     "pytest>=8.0",
     "pytest-timeout>=2.3",

@@ -18,7 +18,15 @@ from ..utils.machine import describe_machine
 from ..utils.shipped_files import CHECKPOINT
 
 
-PACKAGES = ("numba", "triton", "mamba-ssm", "datasets", "gradio")  # diffusers reports the others
+PACKAGES = (
+    "numba",
+    "triton",
+    "mamba-ssm",
+    "causal-conv1d",
+    "kernels",
+    "datasets",
+    "gradio",
+)  # diffusers reports the others
 FOR_A_PERSON = "<fill in>"  # what diffusers leaves open
 
 
@@ -32,7 +40,7 @@ def installed_version(package: str) -> str:
 def backends(device_type: str) -> str:
     """What `backend="auto"` takes for float32 on a device."""
     chosen = scan.choose_backend(device_type, (torch.float32,), False)
-    return f"scan: {chosen}, convolution: {conv.choose_backend(device_type, (torch.float32,))}"
+    return f"scan: {chosen}, convolution: {conv.choose_backend(device_type, (torch.float32,), 3, False)}"
 
 
 def report() -> dict[str, str]:

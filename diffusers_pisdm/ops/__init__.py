@@ -1,5 +1,6 @@
 """Parameter-free tensor functions: scans, scan paths, the causal convolution, conditioning augmentation."""
 
+from .common.backends import use_hub_kernels
 from .conditioning_augmentation import augment_low_res, image_to_residual, residual_to_image, upsample_low_res
 from .conv.dispatch import CAUSAL_CONV_BACKENDS, causal_conv
 from .draw_scan_paths import draw_scan_paths
@@ -23,4 +24,5 @@ __all__ = [
     "selective_scan",
     "residual_to_image",
     "upsample_low_res",
+    "use_hub_kernels",
 ]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common.backends import check_backend, forced_backend, missing_backend
+from .causal_conv1d import KERNEL_SIZES, causal_conv_causal_conv1d
 from .numba_operator import causal_conv_numba
 from .triton_operator import causal_conv_triton
 
@@ -21,19 +22,29 @@ def causal_conv_torch(
     return y.to(x.dtype)  # autocast computes float32 convolutions in half precision
 
 
-CAUSAL_CONV_BACKENDS = ("torch", "numba", "triton")
-_FUNCTIONS = {"torch": causal_conv_torch, "numba": causal_conv_numba, "triton": causal_conv_triton}
-_FASTEST = {"cpu": "numba", "cuda": "triton"}  # per device
+CAUSAL_CONV_BACKENDS = ("torch", "numba", "triton", "causal_conv1d")
+_FUNCTIONS = {
+    "torch": causal_conv_torch,
+    "numba": causal_conv_numba,
+    "triton": causal_conv_triton,
+    "causal_conv1d": causal_conv_causal_conv1d,
+}
+# Per device, in order of preference. causal-conv1d comes second: Triton's kernel takes any strides and also works in
+# compiled models, and causal-conv1d was never measured to be faster.
+_FASTEST = {"cpu": ("numba",), "cuda": ("triton", "causal_conv1d")}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result  # called, not traced, when a model is compiled: it may import
-def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...]) -> str:
+def choose_backend(device_type: str, dtypes: tuple[torch.dtype, ...], kernel_size: int, compiling: bool) -> str:
     """The device's kernels if usable, else torch. The scan that follows logs what is missing."""
-    fastest = _FASTEST.get(device_type)
-    if fastest is None or any(dtype not in _KERNEL_DTYPES for dtype in dtypes) or missing_backend(fastest) is not None:
+    if any(dtype not in _KERNEL_DTYPES for dtype in dtypes):
         return "torch"
-    return fastest
+    for backend in _FASTEST.get(device_type, ()):
+        fits = backend != "causal_conv1d" or (kernel_size in KERNEL_SIZES and not compiling)
+        if fits and missing_backend(backend) is None:
+            return backend
+    return "torch"
 
 
 def _check_inputs(x, weight, bias, activation) -> None:
@@ -77,8 +88,8 @@ def causal_conv(
         bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the activation.
         activation (`str`, *optional*, defaults to `"silu"`): `"silu"` or `None`.
         backend (`str`, defaults to `"auto"`):
-            `"torch"` (any device), `"numba"` (CPU), `"triton"` (CUDA), or `"auto"`: Numba on a CPU and Triton on CUDA
-            if they can be imported, else torch.
+            `"torch"` (any device), `"numba"` (CPU), `"triton"` (CUDA), `"causal_conv1d"` (CUDA, kernel sizes up to 4),
+            or `"auto"`: Numba on a CPU, Triton or else causal-conv1d on CUDA, if they can be imported, else torch.
 
     Returns:
         `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and memory order of `x`.
@@ -92,7 +103,9 @@ def causal_conv(
     _check_inputs(x, weight, bias, activation)
     if backend == "auto":
         dtypes = tuple(tensor.dtype for tensor in (x, weight, bias) if tensor is not None)
-        backend = forced_backend("causal_conv") or choose_backend(x.device.type, dtypes)
+        backend = forced_backend("causal_conv") or choose_backend(
+            x.device.type, dtypes, weight.shape[1], torch.compiler.is_compiling()
+        )
     else:
         check_backend(backend)
     if backend not in CAUSAL_CONV_BACKENDS:

@@ -1,9 +1,10 @@
-"""Selective scan with mamba_ssm's CUDA kernel (`pip install mamba-ssm`)."""
+"""Selective scan with mamba_ssm's CUDA kernel (`pip install mamba-ssm`, or from the Hub)."""
 
 from __future__ import annotations
 
 import torch
 
+from ..common.backends import package_function
 from .blocked import selective_scan_torch
 
 
@@ -24,9 +25,7 @@ def selective_scan_mamba_ssm(
     """
     if u.numel() == 0:  # the kernel rejects it
         return selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
     delta, B, C = (tensor.to(u.dtype) for tensor in (delta, B, C))
     D, delta_bias = (None if tensor is None else tensor.float() for tensor in (D, delta_bias))
     z = None if z is None else z.to(u.dtype)
-    return selective_scan_fn(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus)
+    return package_function("mamba_ssm")(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus)

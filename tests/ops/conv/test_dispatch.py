@@ -1,3 +1,6 @@
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,19 +176,80 @@ def test_meta_tensors_give_shapes():
 @pytest.mark.parametrize(
     ("device_type", "dtypes", "missing", "wanted"),
     [
-        ("cpu", (torch.float32,), False, "numba"),
-        ("cpu", (torch.bfloat16, torch.float32), False, "numba"),
-        ("cpu", (torch.float64,), False, "torch"),
-        ("cpu", (torch.float32,), True, "torch"),
-        ("cuda", (torch.float32,), False, "triton"),
-        ("cuda", (torch.float64,), False, "torch"),
-        ("cuda", (torch.float32,), True, "torch"),
-        ("mps", (torch.float32,), False, "torch"),
+        ("cpu", (torch.float32,), (), "numba"),
+        ("cpu", (torch.bfloat16, torch.float32), (), "numba"),
+        ("cpu", (torch.float64,), (), "torch"),
+        ("cpu", (torch.float32,), ("numba",), "torch"),
+        ("cuda", (torch.float32,), (), "triton"),
+        ("cuda", (torch.float64,), (), "torch"),
+        ("cuda", (torch.float32,), ("triton",), "causal_conv1d"),
+        ("cuda", (torch.float32,), ("triton", "causal_conv1d"), "torch"),
+        ("mps", (torch.float32,), (), "torch"),
     ],
 )
 def test_auto_takes_the_kernels_of_the_device(device_type, dtypes, missing, wanted, monkeypatch):
-    monkeypatch.setattr(dispatch, "missing_backend", lambda name: "gone" if missing else None)
-    assert dispatch.choose_backend(device_type, dtypes) == wanted
+    monkeypatch.setattr(dispatch, "missing_backend", lambda name: "gone" if name in missing else None)
+    assert dispatch.choose_backend(device_type, dtypes, 3, False) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "compiling", "wanted"),
+    [(1, False, "torch"), (2, False, "causal_conv1d"), (4, False, "causal_conv1d"), (5, False, "torch")]
+    + [(3, True, "torch")],
+)
+def test_auto_takes_causal_conv1d_where_it_can_run(kernel_size, compiling, wanted, monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_backend", lambda name: "gone" if name == "triton" else None)
+    assert dispatch.choose_backend("cuda", (torch.float32,), kernel_size, compiling) == wanted
+
+
+class CausalConv1d(types.ModuleType):
+    """The package needs CUDA: a stand-in checks what it would, and computes."""
+
+    def causal_conv1d_fn(self, x, weight, bias=None, activation=None):
+        assert x.stride(2) == 1 or (x.stride(1) == 1 and x.shape[1] % 8 == 0)
+        if x.stride(2) != 1:
+            assert x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0
+        assert 2 <= weight.shape[1] <= 4 and weight.is_contiguous() and weight.dtype == x.dtype
+        assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
+        return dispatch.causal_conv_torch(x, weight, bias, activation)
+
+
+@pytest.fixture
+def causal_conv1d(monkeypatch):
+    monkeypatch.setitem(sys.modules, "causal_conv1d", CausalConv1d("causal_conv1d"))
+    missing_backend.cache_clear()
+    yield
+    missing_backend.cache_clear()
+
+
+@pytest.mark.parametrize("channels", [8, 19, 24])
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("wide", [False, True])
+def test_causal_conv1d_gets_what_its_kernel_takes(channels, kernel_size, wide, causal_conv1d):
+    x, weight, bias = make_inputs(channels=channels, kernel_size=kernel_size)
+    if wide:  # half of a projection, as in the mixer
+        x = torch.cat([x.mT, x.mT], dim=2)[..., :channels].mT
+    for tensors in ((x, weight, bias), (x, weight, None), (x.contiguous(), weight.T.contiguous().T, bias)):
+        out, gradients = run(lambda *args: causal_conv(*args, backend="causal_conv1d"), tensors, "silu")
+        wanted, wanted_gradients = run(convolve_by_definition, tensors, "silu")
+        assert relative_error(out, wanted) <= 1e-13
+        assert all(relative_error(*pair) <= 1e-12 for pair in zip(gradients, wanted_gradients, strict=True))
+
+
+def test_causal_conv1d_refuses_longer_filters_and_other_precisions_are_cast(causal_conv1d):
+    x, weight, bias = make_inputs(kernel_size=5)
+    with pytest.raises(NotImplementedError, match=r"from 2 to 4, not 5.*triton"):
+        causal_conv(x, weight, bias, backend="causal_conv1d")
+    x, weight, bias = make_inputs()
+    out = causal_conv(x.bfloat16(), weight.float(), bias.float(), backend="causal_conv1d")
+    assert out.dtype == torch.bfloat16
+    assert causal_conv(x[:0], weight, bias, backend="causal_conv1d").shape == (0, *x.shape[1:])
+
+
+@pytest.mark.skipif(missing_backend("causal_conv1d") is None, reason="causal_conv1d is installed")
+def test_a_missing_package_says_what_to_install():
+    with pytest.raises(ImportError, match=r"'causal_conv1d'.*pip install causal-conv1d"):
+        causal_conv(*make_inputs(), backend="causal_conv1d")
 
 
 def test_auto_runs_the_chosen_backend(monkeypatch):
