@@ -24,8 +24,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,7 @@ from benchmarks.measuring.timing import record_graph
 from diffusers_pisdm import keep_freed_memory
 from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops.common.backends import missing_backend
+from diffusers_pisdm.ops.scan import triton_operator
 
 
 # Autograd gives every index `x[..., t]` a gradient of x's full size, so the loop's backward is quadratic in the length
@@ -44,6 +48,15 @@ MODES = ("forward", "forward + backward")
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}  # of a result's largest value
 SEQUENCES = ("u", "delta", "B", "C", "z")
 COPYING_MAMBA = "mamba_ssm, copying"
+# What the Triton kernels' latest changes are worth: the settings of before, and each change alone undone.
+NOT_SHARED = {"SHARED_DELTAS": False, "SHARED_FLOATS": False}
+NOT_PIPELINED = {"FORWARD_STAGES": 1, "CHUNK_STAGES": 1}
+TRITON_SETTINGS = {
+    "triton, before": {**NOT_SHARED, **NOT_PIPELINED, "SHORT_LENGTH": 0},
+    "triton, not shared": NOT_SHARED,
+    "triton, not pipelined": NOT_PIPELINED,
+    "triton, short in chunks": {"SHORT_LENGTH": 0},
+}
 PEERS = {"cpu": "mambapy", "cuda": "mamba_ssm"}  # the reference of the ratios, by device
 COPY_ELEMENTS = 1 << 26  # float32, copied to measure the memory's bandwidth: more than any cache holds
 
@@ -104,6 +117,14 @@ def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
     inputs = delta[..., None] * B[:, :, None] * u[..., None]  # (B, L, D, N)
     y = torch.matmul(pscan(decays, inputs), C[..., None])[..., 0] + u * D  # (B, L, D)
     return y * F.silu(z)
+
+
+def in_settings(candidate: str, function: Callable, *arguments: Any) -> Any:
+    """Calls a function, forward and backward included, in the candidate's settings of the Triton kernels."""
+    with ExitStack() as stack:
+        for name, value in TRITON_SETTINGS.get(candidate, {}).items():
+            stack.enter_context(patch.object(triton_operator, name, value))
+        return function(*arguments)
 
 
 def make_candidates(device_type: str = "cpu") -> dict[str, Callable[..., torch.Tensor]]:
@@ -215,24 +236,27 @@ def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> list
     given = {"mamba_ssm": (own, with_adjacent_steps(grad))}
 
     runs, rows = {}, []
-    for name, scan in make_candidates(args.device.type).items():
+    candidates = make_candidates(args.device.type)
+    if args.triton_settings:
+        candidates |= dict.fromkeys(TRITON_SETTINGS, package_scan("triton"))
+    for name, scan in candidates.items():
         inputs_, grad_ = given.get(name, (inputs, grad))
         row = {"shape": list(shape), "candidate": name, "mode": MODES[0], "gradient_error": None}
-        row["output_error"] = relative_error(run_forward(scan, inputs_), wanted)
+        row["output_error"] = relative_error(in_settings(name, run_forward, scan, inputs_), wanted)
         rows.append(row)
-        runs[name, MODES[0]] = (row, partial(run_forward, scan, inputs_))
+        runs[name, MODES[0]] = (row, partial(in_settings, name, run_forward, scan, inputs_))
 
         row = row | {"mode": MODES[1], "skipped": None}
         if name == "Mamba's loop" and shape[2] > MAX_LOOP_LENGTH_BACKWARD:
             row["skipped"] = "quadratic"
             rows.append(row)
             continue
-        out, gradients = run_backward(scan, inputs_, grad_)
+        out, gradients = in_settings(name, run_backward, scan, inputs_, grad_)
         row["output_error"] = relative_error(out, wanted)
         row["gradient_error"] = max(relative_error(*pair) for pair in zip(gradients, wanted_gradients))
         del out, gradients
         rows.append(row)
-        runs[name, MODES[1]] = (row, partial(run_backward, scan, inputs_, grad_))
+        runs[name, MODES[1]] = (row, partial(in_settings, name, run_backward, scan, inputs_, grad_))
     del wanted, wanted_gradients
 
     timed = []
@@ -337,6 +361,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument(
         "--keep-freed-memory", action="store_true", help="on Linux: do not return large tensors to the system at once"
     )
+    parser.add_argument(
+        "--triton-settings", action="store_true", help="on CUDA: also time the Triton kernels in earlier settings"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
 
@@ -344,6 +371,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         parser.error("--keep-freed-memory: this system's C library has no such option")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
+    if args.triton_settings and args.device.type != "cuda":
+        parser.error("--triton-settings needs --device cuda")
     args.tolerance = args.tolerance or TOLERANCES[args.dtype]
     torch.set_num_threads(args.threads)
     rows = [row for shape in args.shapes for row in measure_shape(shape, args)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import scan
+from diffusers_pisdm.ops.scan import triton_operator
 
 
 def test_reports_errors_times_and_ratios(tmp_path, capsys, monkeypatch):
@@ -36,7 +37,9 @@ def test_reports_errors_times_and_ratios(tmp_path, capsys, monkeypatch):
 def test_the_loops_quadratic_backward_is_skipped(monkeypatch):
     monkeypatch.setattr(scan, "make_candidates", lambda device_type: {"Mamba's loop": scan.loop_scan})
     monkeypatch.setattr(scan, "MAX_LOOP_LENGTH_BACKWARD", 8)
-    args = argparse.Namespace(state_size=2, repeats=1, tolerance=1e-4, dtype="float32", device=torch.device("cpu"))
+    args = argparse.Namespace(
+        triton_settings=False, state_size=2, repeats=1, tolerance=1e-4, dtype="float32", device=torch.device("cpu")
+    )
     forward, backward = scan.measure_shape((1, 3, 9), args)
     assert forward["median"] > 0 and backward["skipped"] == "quadratic" and backward["median"] is None
 
@@ -106,7 +109,9 @@ def test_a_missing_gpu_is_said(capsys):
 
 def test_half_precision_is_compared_with_float64_on_the_same_inputs(monkeypatch):
     monkeypatch.setattr(scan, "make_candidates", lambda device_type: {"torch": scan.package_scan("torch")})
-    args = argparse.Namespace(state_size=4, repeats=1, tolerance=2e-2, dtype="bfloat16", device=torch.device("cpu"))
+    args = argparse.Namespace(
+        triton_settings=False, state_size=4, repeats=1, tolerance=2e-2, dtype="bfloat16", device=torch.device("cpu")
+    )
     for row in scan.measure_shape((2, 5, 33), args):
         assert row["skipped"] is None and 1e-4 < row["output_error"] < 4e-3
 
@@ -124,3 +129,20 @@ def test_runs_on_a_gpu(dtype, tmp_path):
     scan.main(["--device", "cuda", *arguments])
     report = json.loads((tmp_path / "scan.json").read_text())
     assert all(row["skipped"] is None and row["times_floor"] > 0 for row in report["rows"])
+
+
+def test_settings_of_the_triton_kernels_hold_for_forward_and_backward():
+    seen = []
+
+    def call(*arguments):
+        seen.append((triton_operator.SHARED_DELTAS, triton_operator.FORWARD_STAGES, *arguments))
+
+    scan.in_settings("triton, before", call, 1)
+    scan.in_settings("triton", call, 2)
+    assert seen == [(False, 1, 1), (True, 3, 2)]
+
+
+def test_settings_of_the_triton_kernels_need_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        scan.main(["--triton-settings"])
+    assert "--triton-settings needs --device cuda" in capsys.readouterr().err

@@ -3,10 +3,11 @@
 A program handles one batch row, a block of `CHANNELS` channels and one chunk of the sequence. A state is a (states,
 channels) tile in registers; the channels, adjacent in memory, are its inner axis.
 
-A chunk runs in unrolled blocks of `STEPS`, so that a block's loads can be in flight before the first is needed. The
-backward starts from a state that the forward kept, recomputes a block's states into registers, and walks back through
-them. Dead lanes (past the last channel, state or step) load zeros but are still left out of sums: next to an infinity
-they would be NaN.
+A chunk runs in unrolled blocks of `STEPS`, and with `STAGES` above 1 the loads of the next blocks are in flight while
+one is computed. Where a sequence has several chunks, the first pass over them can also write `deltas`, after bias and
+softplus in float32, which the second pass then reads (`READY`). The backward starts from a state that the forward
+kept, recomputes a block's states into registers, and walks back through them. Dead lanes (past the last channel, state
+or step) load zeros but are still left out of sums: next to an infinity they would be NaN.
 """
 
 import triton
@@ -64,13 +65,22 @@ def _load_vector(pointer, channel, is_channel):
 
 
 @triton.jit
-def _load_delta(row, step, stride, channel, mask, bias, SOFTPLUS: tl.constexpr):
-    """One step's delta before and after softplus, the latter zero in dead lanes, which thus keep their states."""
-    before = _load(row, step, stride, channel, mask) + bias
-    after = before
+def _load_delta(row, step, stride, channel, mask, bias, SOFTPLUS: tl.constexpr, READY: tl.constexpr):
+    """One step's delta after bias and softplus, zero in dead lanes, which thus keep their states."""
+    delta = _load(row, step, stride, channel, mask)
+    if READY:
+        return delta
+    delta += bias
     if SOFTPLUS:
-        after = _softplus(before)
-    return before, tl.where(mask, after, 0.0)
+        delta = _softplus(delta)
+    return tl.where(mask, delta, 0.0)
+
+
+@triton.jit
+def _softplus_slope(delta):
+    """The derivative of softplus, `1 - exp(-delta)`, by its value; by a series where the difference is inexact."""
+    series = delta * (1.0 - delta * (1.0 / 2 - delta * (1.0 / 6 - delta * (1.0 / 24 - delta * (1.0 / 120)))))
+    return tl.where(delta < 0.125, series, 1.0 - tl.exp2(delta * -LOG2E))
 
 
 @triton.jit
@@ -112,6 +122,7 @@ def chunk_state_kernel(
     A,
     B,
     bias,
+    deltas,
     ends,
     totals,
     channels,
@@ -130,8 +141,12 @@ def chunk_state_kernel(
     CHANNELS: tl.constexpr,
     LANE_CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """The final state of a chunk that starts from zeros (`ends`), and the sum of its deltas (`totals`)."""
+    """
+    The final state of a chunk that starts from zeros (`ends`), and the sum of its deltas (`totals`), which it also
+    writes (`deltas`).
+    """
     row, _, channel, state, is_channel, is_real, tile = _place(
         blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS
     )
@@ -140,20 +155,29 @@ def chunk_state_kernel(
     u += row * u_row
     delta += row * delta_row
     B += row * B_row
+    if deltas is not None:
+        deltas += row * length * channels
     rates = tl.load(A + tile, mask=is_real, other=0.0) * LOG2E
     bias_ = _load_vector(bias, channel, is_channel)
 
     h = tl.zeros([STATE_ROWS, CHANNELS], tl.float32)
     total = tl.zeros([CHANNELS], tl.float32)
-    for block in range(tl.cdiv(tl.minimum(length - start, chunk_steps), STEPS)):
+    for block in tl.range(tl.cdiv(tl.minimum(length - start, chunk_steps), STEPS), num_stages=STAGES):
+        written = ()  # after the block's last load, as a store would stall the loads after it
         for index in tl.static_range(STEPS):
             step = start + block * STEPS + index
             is_valid = _existing(channel, channels, step, length)
-            _before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
+            delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS, False)
             x = delta_ * _load(u, step, u_step, channel, is_valid)
             B_ = _load(B, step, B_step, state, _existing(state, STATES, step, length))
             h = _advance(h, x, delta_, rates, B_)
             total += delta_
+            written = written + (delta_,)
+        if deltas is not None:
+            for index in tl.static_range(STEPS):
+                step = start + block * STEPS + index
+                is_valid = _existing(channel, channels, step, length)
+                tl.store(deltas + step * channels + channel, written[index], mask=is_valid)
     tl.store(ends + chunk * STATES * channels + tile, h, mask=is_real)
     tl.store(totals + chunk * channels + channel, total, mask=is_channel)
 
@@ -166,6 +190,7 @@ def chunk_gradient_kernel(
     C,
     z,
     bias,
+    deltas,
     ends,
     totals,
     channels,
@@ -186,8 +211,12 @@ def chunk_gradient_kernel(
     CHANNELS: tl.constexpr,
     LANE_CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """The gradient of the state before a chunk from the chunk's own outputs (`ends`), and the sum of its deltas."""
+    """
+    The gradient of the state before a chunk from the chunk's own outputs (`ends`), and the sum of its deltas, which it
+    also writes (`deltas`).
+    """
     row, _, channel, state, is_channel, is_real, tile = _place(
         blocks, channels, STATES, STATE_ROWS, CHANNELS, LANE_CHANNELS
     )
@@ -198,17 +227,20 @@ def chunk_gradient_kernel(
     C += row * C_row
     if z is not None:
         z += row * z_row
+    if deltas is not None:
+        deltas += row * length * channels
     rates = tl.load(A + tile, mask=is_real, other=0.0) * LOG2E
     bias_ = _load_vector(bias, channel, is_channel)
 
     carried = tl.zeros([STATE_ROWS, CHANNELS], tl.float32)
     total = tl.zeros([CHANNELS], tl.float32)
     num_blocks = tl.cdiv(tl.minimum(length - start, chunk_steps), STEPS)
-    for block in range(num_blocks):
+    for block in tl.range(num_blocks, num_stages=STAGES):
+        written = ()
         for index in tl.static_range(STEPS):
             step = start + (num_blocks - block) * STEPS - 1 - index
             is_valid = _existing(channel, channels, step, length)
-            _before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
+            delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS, False)
             grad_y = _load(grad, step, grad_step, channel, is_valid)
             if z is not None:
                 gate, _slope = silu_and_slope(_load(z, step, z_step, channel, is_valid))
@@ -216,6 +248,12 @@ def chunk_gradient_kernel(
             C_ = _load(C, step, C_step, state, _existing(state, STATES, step, length))
             carried = tl.exp2(delta_[None, :] * rates) * (carried + C_[:, None] * grad_y[None, :])
             total += delta_
+            written = written + (delta_,)
+        if deltas is not None:
+            for index in tl.static_range(STEPS):
+                step = start + (num_blocks - block) * STEPS - 1 - index
+                is_valid = _existing(channel, channels, step, length)
+                tl.store(deltas + step * channels + channel, written[index], mask=is_valid)
     tl.store(ends + chunk * STATES * channels + tile, carried, mask=is_real)
     tl.store(totals + chunk * channels + channel, total, mask=is_channel)
 
@@ -297,6 +335,8 @@ def forward_kernel(
     LANE_CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
     KEPT_STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    READY: tl.constexpr,
 ):
     """The outputs of a chunk and, with `kept`, the states that enter its steps 0, `KEPT_STEPS`, 2 `KEPT_STEPS`, ..."""
     row, _, channel, state, is_channel, is_real, tile = _place(
@@ -318,7 +358,7 @@ def forward_kernel(
     if entering is not None:
         chunk = row * tl.num_programs(1) + tl.program_id(1)
         h = tl.load(entering + chunk * STATES * channels + tile, mask=is_real, other=0.0)
-    for block in range(tl.cdiv(tl.minimum(length - start, chunk_steps), STEPS)):
+    for block in tl.range(tl.cdiv(tl.minimum(length - start, chunk_steps), STEPS), num_stages=STAGES):
         if kept is not None:
             first = start + block * STEPS
             if first % KEPT_STEPS == 0:
@@ -329,7 +369,7 @@ def forward_kernel(
             step = start + block * STEPS + index
             is_valid = _existing(channel, channels, step, length)
             is_state = _existing(state, STATES, step, length)
-            _before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
+            delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS, READY)
             u_ = _load(u, step, u_step, channel, is_valid)
             h = _advance(h, delta_ * u_, delta_, rates, _load(B, step, B_step, state, is_state))
             C_ = _load(C, step, C_step, state, is_state)
@@ -389,6 +429,7 @@ def backward_kernel(
     LANE_CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
     KEPT_STEPS: tl.constexpr,
+    READY: tl.constexpr,
 ):
     """
     The gradients of a chunk.
@@ -434,7 +475,7 @@ def backward_kernel(
         for skipped in range((first - kept_at * KEPT_STEPS) // STEPS):
             for index in tl.static_range(STEPS):
                 step = kept_at * KEPT_STEPS + skipped * STEPS + index
-                _before, delta_ = _load_delta(delta, step, delta_step, channel, is_channel, bias_, SOFTPLUS)
+                delta_ = _load_delta(delta, step, delta_step, channel, is_channel, bias_, SOFTPLUS, READY)
                 x = delta_ * _load(u, step, u_step, channel, is_channel)
                 h = _advance(h, x, delta_, rates, _load(B, step, B_step, state, state < STATES))
         states = ()  # the state that enters each step
@@ -442,7 +483,7 @@ def backward_kernel(
             step = first + index
             is_valid = _existing(channel, channels, step, length)
             states = states + (h,)
-            _before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
+            delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS, READY)
             x = delta_ * _load(u, step, u_step, channel, is_valid)
             h = _advance(h, x, delta_, rates, _load(B, step, B_step, state, _existing(state, STATES, step, length)))
 
@@ -450,7 +491,7 @@ def backward_kernel(
             step = first + STEPS - 1 - index
             is_valid = _existing(channel, channels, step, length)
             is_state = _existing(state, STATES, step, length)
-            before, delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS)
+            delta_ = _load_delta(delta, step, delta_step, channel, is_valid, bias_, SOFTPLUS, READY)
             u_ = _load(u, step, u_step, channel, is_valid)
             B_ = _load(B, step, B_step, state, is_state)
             C_ = _load(C, step, C_step, state, is_state)
@@ -472,7 +513,7 @@ def backward_kernel(
             grad_x = _sum_states(B_[:, None] * g, state, STATES)
             grad_delta_ = u_ * grad_x + _sum_states(grad_exponent * rates, state, STATES) * LN2
             if SOFTPLUS:
-                grad_delta_ /= 1.0 + tl.exp2(before * -LOG2E)
+                grad_delta_ *= _softplus_slope(delta_)
             grad_delta_ = tl.where(is_valid, grad_delta_, 0.0)
             grad_u_ = delta_ * grad_x
             if D is not None:

@@ -35,6 +35,15 @@ BACKWARD_CHANNELS, BACKWARD_LANE_CHANNELS = 32, 4
 STEPS = 4  # unrolled in both directions; the backward holds as many states in registers, and 8 would spill
 KEPT_STEPS = 2 * STEPS  # between states kept for the backward
 STATES_PER_WARP = 16  # more would also spill
+# A short sequence is walked in one chunk, so by one kernel instead of three, whose programs have fewer channels, with
+# their states spread over lanes. Beyond this length, its instructions outweigh the two other kernels.
+SHORT_LENGTH = 96
+SHORT_CHANNELS, SHORT_LANE_CHANNELS = 16, 2
+# Blocks of steps whose loads are in flight at once; compiled for an H100, one more would spill registers.
+FORWARD_STAGES, CHUNK_STAGES = 3, 2
+# In chunks, softplus takes a fifth of the first pass's instructions, and the conversion of B and C to float32, which
+# all programs of a batch row read, a twelfth of the second's: both passes share one float32 result.
+SHARED_DELTAS, SHARED_FLOATS = True, True
 JOINED = 8  # chunks whose states are loaded at once for joining
 JOIN_ELEMENTS = 128  # of a state, per joining program
 # There are enough chunks to fill a large GPU, which runs this many programs at once, as long as a chunk's steps
@@ -72,10 +81,14 @@ def split_length(batch: int, blocks: int, length: int) -> tuple[int, int]:
 class _Launch:
     """The sizes that all kernels of one scan share, and their launches."""
 
-    def __init__(self, u: torch.Tensor, states: int, delta_softplus: bool):
+    def __init__(self, u: torch.Tensor, states: int, delta_softplus: bool, may_be_short: bool = False):
         self.batch, self.channels, self.length = u.shape
         self.states = states
+        self.layout = CHANNELS, LANE_CHANNELS
         self.chunks, self.chunk_steps = split_length(self.batch, ceil_div(self.channels, CHANNELS), self.length)
+        if may_be_short and self.chunks > 1 and self.length <= SHORT_LENGTH:
+            self.layout = SHORT_CHANNELS, SHORT_LANE_CHANNELS
+            self.chunks, self.chunk_steps = 1, ceil_div(self.length, KEPT_STEPS) * KEPT_STEPS
         self.device = u.device
         rows = 1 << (self.states - 1).bit_length()  # tile sizes are powers of two
         self.walk = {"STATES": self.states, "STATE_ROWS": rows, "SOFTPLUS": delta_softplus, "STEPS": STEPS}
@@ -90,26 +103,32 @@ class _Launch:
 
     def start(self, kernel, *tensors, strides: list[int], layout: tuple[int, int] | None = None, **constants) -> None:
         """One program per batch row, block and chunk; `layout`: the channels per block and per lane."""
-        block, lane = layout or (CHANNELS, LANE_CHANNELS)
+        block, lane = layout or self.layout
         blocks = ceil_div(self.channels, block)
         sizes = (self.channels, self.length, self.chunk_steps, blocks, *strides)
         constants |= {"CHANNELS": block, "LANE_CHANNELS": lane, **self.walk}
         with torch.cuda.device_of(tensors[0]):
             kernel[self.batch * blocks, self.chunks](*tensors, *sizes, **constants)
 
-    def enter(self, kernel, *tensors, A: torch.Tensor, strides: list[int], reverse: bool) -> torch.Tensor | None:
-        """The state that enters each chunk (B, chunks, N, D): the first two passes, given the first's kernel."""
+    def enter(
+        self, kernel, *tensors, A: torch.Tensor, strides: list[int], reverse: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        The state that enters each chunk (B, chunks, N, D), and deltas after bias and softplus, as `u`: the first two
+        passes, given the first's kernel.
+        """
         if self.chunks == 1:
-            return None
+            return None, None
         ends, totals, entering = self.chunk_sums(self.states), self.chunk_sums(), self.chunk_sums(self.states)
-        self.start(kernel, *tensors, ends, totals, strides=strides)
+        deltas = self.empty(self.batch, self.length, self.channels).mT if SHARED_DELTAS else None
+        self.start(kernel, *tensors, deltas, ends, totals, strides=strides, STAGES=CHUNK_STAGES)
         elements = self.states * self.channels
         blocks = ceil_div(elements, JOIN_ELEMENTS)
         sizes = (self.channels, self.chunks, elements, blocks)
         constants = {"REVERSE": reverse, "ELEMENTS": JOIN_ELEMENTS, "JOINED": JOINED, "num_warps": 1}
         with torch.cuda.device_of(A):
             _kernels().join_kernel[self.batch * blocks,](A, ends, totals, entering, *sizes, **constants)
-        return entering
+        return entering, deltas
 
 
 def _prepare(u, delta, A, B, C, D, z, delta_bias):
@@ -148,15 +167,20 @@ def _scan(
     if out.numel() == 0:  # an empty grid cannot be launched
         return out, kept
     u, delta, A, B, C, D, z, delta_bias = _prepare(u, delta, A, B, C, D, z, delta_bias)
-    launch = _Launch(u, A.shape[0], delta_softplus)
-    entering = launch.enter(
+    launch = _Launch(u, A.shape[0], delta_softplus, may_be_short=True)
+    if launch.chunks > 1 and SHARED_FLOATS:
+        B, C = B.float(), C.float()
+    entering, deltas = launch.enter(
         _kernels().chunk_state_kernel, u, delta, A, B, delta_bias, A=A, strides=strides_of(u, delta, B), reverse=False
     )
+    delta = delta if deltas is None else deltas
     launch.start(
         _kernels().forward_kernel,
         *(u, delta, A, B, C, D, z, delta_bias, entering, out, kept if keep_states else None),
         strides=strides_of(u, delta, B, C, z),
         KEPT_STEPS=KEPT_STEPS,
+        STAGES=FORWARD_STAGES,
+        READY=deltas is not None,
     )
     return out, kept
 
@@ -193,13 +217,16 @@ def _scan_backward(
     grad_A, grad_D, grad_bias = launch.chunk_sums(launch.states), launch.chunk_sums(), launch.chunk_sums()
     blocks = ceil_div(launch.channels, BACKWARD_CHANNELS)
     grad_B, grad_C = launch.empty(2, blocks, launch.batch, launch.length, launch.states)
-    entering = launch.enter(
+    if launch.chunks > 1 and SHARED_FLOATS:
+        B, C = B.float(), C.float()
+    entering, deltas = launch.enter(
         _kernels().chunk_gradient_kernel,
         *(grad_out, delta, A, C, z, delta_bias),
         A=A,
         strides=strides_of(grad_out, delta, C, z),
         reverse=True,
     )
+    delta = delta if deltas is None else deltas
     launch.start(
         _kernels().backward_kernel,
         *(grad_out, u, delta, A, B, C, D, z, delta_bias, kept, entering),
@@ -207,6 +234,7 @@ def _scan_backward(
         strides=strides_of(grad_out, u, delta, B, C, z),
         layout=(BACKWARD_CHANNELS, BACKWARD_LANE_CHANNELS),
         KEPT_STEPS=KEPT_STEPS,
+        READY=deltas is not None,
     )
     _, _, A, B, C, D, z, delta_bias = inputs
     return [

@@ -44,7 +44,7 @@ def small_sizes(request, monkeypatch):
     if "full_sizes" in request.fixturenames:
         return
     sizes = {"CHANNELS": 8, "BACKWARD_CHANNELS": 4, "STEPS": 2, "KEPT_STEPS": 4, "MIN_CHUNK_STEPS": 4}
-    sizes |= {"JOINED": 2, "JOIN_ELEMENTS": 8}
+    sizes |= {"JOINED": 2, "JOIN_ELEMENTS": 8, "SHORT_LENGTH": 6, "SHORT_CHANNELS": 4}
     for name, size in sizes.items():
         monkeypatch.setattr(scan_module, name, size)
 
@@ -76,7 +76,7 @@ def assert_matches_reference(inputs, output_tolerance=1e-6, gradient_tolerance=5
         assert gradient.shape == inputs[name].shape
 
 
-# Unrolled steps in twos, states kept every 4 steps, chunks of 4 or 8: lengths below, at and above each of these.
+# Unrolled steps in twos, states kept every 4 steps, chunks of 4 or 8 above 6 steps: lengths below, at and above each.
 @pytest.mark.parametrize(
     ("batch", "channels", "length", "state_size", "optional"),
     [
@@ -98,6 +98,7 @@ def test_equals_reference(batch, channels, length, state_size, optional):
 def test_equals_reference_at_full_sizes(full_sizes, monkeypatch):
     # Two blocks of channels, three chunks; the last of each is not full. Only the chunks are shorter than usual.
     monkeypatch.setattr(scan_module, "MIN_CHUNK_STEPS", scan_module.KEPT_STEPS)
+    monkeypatch.setattr(scan_module, "SHORT_LENGTH", 0)
     assert split_length(1, 2, 35) == (3, 16)
     assert_matches_reference(make_inputs(1, 129, 35, 5))
 
@@ -109,6 +110,58 @@ def test_equals_reference_in_one_chunk_and_in_long_ones(programs, monkeypatch):
     monkeypatch.setattr(scan_module, "MAX_ROUNDS", 1)
     assert split_length(1, 1, 21) == {1: (1, 24), 3: (3, 8), 5: (3, 8)}[programs]
     assert_matches_reference(make_inputs(1, 3, 21, 5))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"SHARED_DELTAS": False},
+        {"SHARED_FLOATS": False},
+        {"FORWARD_STAGES": 1, "CHUNK_STAGES": 1},
+        {"SHORT_LENGTH": 0},
+        {"SHORT_LENGTH": 99},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [5, 9])
+def test_every_way_gives_the_same(sizes, length, monkeypatch):
+    inputs = on_device(make_inputs(1, 5, length, 3))
+    halves = {k: v.bfloat16() if k in ("u", "delta", "B", "C", "z") else v for k, v in inputs.items()}
+    wanted = [gradients_of(x) for x in (inputs, halves)]
+    for name, size in sizes.items():
+        monkeypatch.setattr(scan_module, name, size)
+    for (out, gradients), (wanted_out, wanted_gradients) in zip([gradients_of(x) for x in (inputs, halves)], wanted):
+        tolerance = 1e-6 if out.dtype == torch.float32 else 8e-3
+        assert out.dtype == wanted_out.dtype and relative_error(out, wanted_out.double()) <= tolerance
+        for name, gradient in gradients.items():
+            assert gradient.dtype == wanted_gradients[name].dtype
+            assert relative_error(gradient, wanted_gradients[name].double()) <= tolerance, name
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_slope_of_softplus_is_exact_for_small_and_large_steps(shared, monkeypatch):
+    """Each gradient by itself: next to the largest, an error of the smallest would not show."""
+    monkeypatch.setattr(scan_module, "SHARED_DELTAS", shared)
+    inputs = make_inputs(1, 3, 41, 2)
+    inputs["delta"] = torch.linspace(-20, 20, 3 * 41, dtype=torch.float64).view(1, 41, 3).mT
+    inputs["delta_bias"] = torch.zeros(3, dtype=torch.float64)
+    inputs["A"] = -torch.full((3, 2), 1e-3, dtype=torch.float64)  # steps up to 20 do not forget
+    _, wanted = run(inputs, "reference")
+    _, gradients = gradients_of(on_device(inputs))
+    error = (gradients["delta"].double().cpu() - wanted["delta"]).abs() / wanted["delta"].abs()
+    assert error.quantile(0.9) <= 1e-5 and error.max() <= 1e-3  # where terms cancel
+
+
+def test_short_sequences_run_in_one_kernel(full_sizes):
+    launches = {}
+    for length in (96, 97):
+        u = torch.empty(2, 3072, length, device="meta")
+        launches[length] = scan_module._Launch(u, 16, True, may_be_short=True)
+    assert (launches[96].chunks, launches[96].layout) == (1, (16, 2))
+    assert launches[97].chunks > 1 and launches[97].layout == (128, 4)
+    assert scan_module._Launch(torch.empty(2, 3072, 64, device="meta"), 16, True).chunks > 1  # the backward
+    full = scan_module._Launch(torch.empty(99, 3072, 64, device="meta"), 16, True, may_be_short=True)
+    assert full.layout == (128, 4)  # the batch fills the GPU
 
 
 def test_chunks_cover_the_sequence(full_sizes):
@@ -336,7 +389,7 @@ from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops.scan import triton_kernels as kernels
 
 sizes = {"CHANNELS": 32, "STEPS": 2, "KEPT_STEPS": 4, "STATES": 5, "STATE_ROWS": 8, "SOFTPLUS": True, "REVERSE": True}
-sizes |= {"LANE_CHANNELS": 4, "JOINED": 2, "ELEMENTS": 128}
+sizes |= {"LANE_CHANNELS": 4, "JOINED": 2, "ELEMENTS": 128, "STAGES": 2, "READY": True}
 integers = ("channels", "length", "chunk_steps", "blocks", "chunks", "elements")
 for name in ("chunk_state", "chunk_gradient", "join", "forward", "backward"):
     kernel = getattr(kernels, f"{name}_kernel")
