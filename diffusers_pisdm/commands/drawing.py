@@ -155,10 +155,11 @@ def _read_settings(args: argparse.Namespace, pipe: DiffusionPipeline) -> SampleS
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     """Loads a pipeline by its own class, whose checks `DiffusionPipeline.from_pretrained` would leave out."""
-    with hub_or_cache(model):
-        name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
-    name = name[-1] if isinstance(name, list) else name  # a published repository also names its code
-    pipeline_class = getattr(diffusers, name or "", None)
-    if pipeline_class is None:
-        raise ValueError(f"{model} is a pipeline of class {name}, which diffusers does not have.")
-    return pipeline_class.from_pretrained(model, revision=revision, dtype=dtype)
+    with hub_or_cache(model) as local_files_only:
+        options = {"revision": revision, "local_files_only": local_files_only}
+        name = DiffusionPipeline.load_config(model, **options).get("_class_name")
+        name = name[-1] if isinstance(name, list) else name  # a published repository also names its code
+        pipeline_class = getattr(diffusers, name or "", None)
+        if pipeline_class is None:
+            raise ValueError(f"{model} is a pipeline of class {name}, which diffusers does not have.")
+        return pipeline_class.from_pretrained(model, dtype=dtype, **options)

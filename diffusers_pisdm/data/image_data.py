@@ -15,6 +15,7 @@ import fsspec
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.cache.cache import Cache
 
 from ..utils.folder_scan import ReportLeftOut, describe_left_out, read_regular_file, size_and_end, warn_of_left_out
 from ..utils.hub_names import hub_or_cache
@@ -243,7 +244,9 @@ def _load(
         if is_folder:
             options = (streaming, label_column, cache_dir, config_name, report_left_out)
             return load_folder(os.path.abspath(name), split, *options)
-        with hub_or_cache(name, "dataset"):
+        with hub_or_cache(name, "dataset") as local_files_only:
+            if local_files_only:
+                return _load_cached(name, split, streaming, cache_dir, config_name)
             return load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
     except (DataError, PermissionError):
         raise
@@ -261,6 +264,17 @@ def _load(
             f"Cannot read split {split!r} of {name}: {one_line(error.__cause__ or error)}. A file may be damaged, or"
             " not hold images and labels as rows."
         ) from error
+
+
+def _load_cached(
+    name: str, split: str, streaming: bool, cache_dir: str | Path | None, config_name: str | None
+) -> Dataset | IterableDataset:
+    """Loads what `load_dataset` keeps of a data set on the Hub; by itself, it would ask there first, many times."""
+    try:
+        builder = Cache(cache_dir, name.split("/")[-1], config_name, version="auto", hash="auto", repo_id=name)
+    except ValueError as error:  # it lists the configurations that there are
+        raise FileNotFoundError(one_line(error)) from error
+    return builder.as_streaming_dataset(split=split) if streaming else builder.as_dataset(split=split)
 
 
 def _folders_of_images(dataset: Dataset | IterableDataset, top: str | Path) -> list[str]:

@@ -121,7 +121,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             _check_name(source if os.path.isfile(source) else weight_name)
             is_here = os.path.isfile(source) or local_files_only
             try:
-                with contextlib.nullcontext() if is_here else hub_or_cache(source, token=token):
+                with hub_or_cache(source, token=token, local_files_only=is_here) as local_files_only:
                     file = _get_model_file(
                         source,
                         weights_name=weight_name,
