@@ -174,7 +174,7 @@ def generate(args: argparse.Namespace) -> str:
     pipe = load_pipeline(args)
     num_classes = pipe.transformer.config.num_classes
     if args.classes:
-        classes = find_class_ids(pipe, args.classes)
+        classes = find_class_ids(pipe, args.classes, args.model)
     else:
         classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     pipe = place(pipe, args.device)

@@ -52,7 +52,10 @@ def test_generate_draws_what_the_pipeline_draws(client, model):
     "arguments, words",
     [
         ({"class_labels": []}, "at least one"),
-        ({"class_labels": ["noto/cat-fac"]}, "noto/cat-face"),
+        (
+            {"class_labels": ["noto/cat-fac", "zzz", "0"]},
+            "'noto/cat-face'.*'zzz'.*class box .*`/classes`.* lists them",
+        ),
         ({"class_labels": ["99"]}, "0 to 4"),
         ({"class_labels": ["0"] * 9, "images_per_class": 2}, "at most 16"),
         ({"class_labels": ["0"], "seed": -1}, "seed"),
