@@ -19,6 +19,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.utils import USE_PEFT_BACKEND, _get_model_file, logging
 from safetensors import SafetensorError, safe_open
 
+from ..models.stage_models import RIGHTS_KEY
 from ..models.transformer_pisdm import PISDMTransformer2DModel, get_class_embedding, set_class_embedding
 from ..utils.files import write_whole
 from ..utils.hub_names import hub_or_cache
@@ -358,8 +359,12 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             if with_classes:
                 weight = get_class_embedding(transformer).detach()
                 layers[name] = {**layers.get(name, {}), CLASS_EMBEDDING: weight}
-        if with_classes:
-            metadata[PIPELINE] = {"id2label": self.config.id2label}
+        of_pipeline = {"id2label": self.config.id2label} if with_classes else {}
+        rights = [config[RIGHTS_KEY] for name in layers if RIGHTS_KEY in (config := getattr(self, name).config)]
+        if rights:  # as a saved stage says it
+            of_pipeline[RIGHTS_KEY] = rights[0]
+        if of_pipeline:
+            metadata[PIPELINE] = of_pipeline
         return layers, metadata
 
     def unload_lora_weights(self) -> None:

@@ -16,6 +16,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..models.stage_models import RIGHTS_KEY
+from ..pipelines.lora_fit import PIPELINE
 from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
 from .model_card import add_rights, check_links, find_pictures, holds_lora, make_model_card
 
@@ -27,7 +29,6 @@ WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.inde
 CONFIGS = re.compile(r"(scheduler_)?config\.json")
 SAMPLES = re.compile(r"samples/(stage_\d+/)?step-\d+\.png")
 INDEX = "model_index.json"
-RIGHTS_KEY = "_rights"  # in a model's configuration: who has rights in weights that came without a licence
 PLACE_KEY = "_name_or_path"
 REMOTE_PIPELINE = Path(__file__).with_name("remote_pipeline.py")
 # The base of huggingface_hub's errors in its HTTP library: also of those of the connection.
@@ -114,8 +115,8 @@ def prepare_upload(
             Save the weights again, in float32, in files of at most this size, e.g. `"5GB"`. By default, the folder's
             files are published unchanged.
         i_have_the_right_to_publish (`bool`, defaults to `False`):
-            Your word for weights that came without a licence (of `pisdm convert-dim`, or trained from those), without
-            which they are refused. Their folder's own README.md is then the default card.
+            Your word for weights that came without a licence (of `pisdm convert-dim`, or trained from those, adapters
+            included), without which they are refused. A cascade's folder's own README.md is then the default card.
 
     Returns:
         `dict[str, Path]`: Local files by their path in the repository.
@@ -129,32 +130,33 @@ def prepare_upload(
     unknown = set(variants) - VARIANTS.keys()
     if unknown:
         raise ValueError(f"`variants` can be {', '.join(VARIANTS)} but contains {', '.join(sorted(unknown))}.")
-    lora, rights = folder / LORA_WEIGHT_NAME_SAFE, None
+    lora = folder / LORA_WEIGHT_NAME_SAFE
     is_lora = holds_lora(folder)
     if is_lora:
         if variants or max_shard_size is not None:
             raise ValueError(f"{folder} holds LoRA adapters: `variants` and `max_shard_size` are for whole cascades.")
         check_links(folder, [lora])
-        PISDMCascadePipeline.lora_state_dict(folder)  # fails here if it would fail for users
+        # Fails here if it would fail for users.
+        _, metadata = PISDMCascadePipeline.lora_state_dict(folder, return_lora_metadata=True)
+        rights = (metadata or {}).get(f"{PIPELINE}.{RIGHTS_KEY}")
     else:
         components = _check_files(folder)
         configs = _find(folder, components, CONFIGS.fullmatch)
         weights = _find(folder, components, WEIGHTS.fullmatch)
         check_links(folder, [folder / INDEX, *configs.values(), *weights.values()])
         rights = _find_rights(configs.values())
-        if rights is not None and not i_have_the_right_to_publish:
-            raise ValueError(
-                f"{folder} holds weights of others: {rights}. If you may publish them, say so with"
-                " `i_have_the_right_to_publish=True`, or --i_have_the_right_to_publish on the command line."
-            )
-        if rights is not None and model_card is None and (folder / "README.md").is_file():
-            model_card = folder / "README.md"
+    holds = f"holds {'adapters of ' if is_lora else ''}weights of others: {rights}"
+    if rights is not None and not i_have_the_right_to_publish:
+        raise ValueError(
+            f"{folder} {holds}. If you may publish them, say so with `i_have_the_right_to_publish=True`, or"
+            " --i_have_the_right_to_publish on the command line."
+        )
+    if rights is not None and not is_lora and model_card is None and (folder / "README.md").is_file():
+        model_card = folder / "README.md"
     card = make_model_card(folder, repo_id, model_card, license, datasets, base_model)
     if rights is not None:
         if card.data.license is not None:
-            raise ValueError(
-                f"`license` is {card.data.license!r}, but {folder} holds weights of others: {rights}. Leave it out."
-            )
+            raise ValueError(f"`license` is {card.data.license!r}, but {folder} {holds}. Leave it out.")
         add_rights(card)
     pictures = find_pictures(card, [folder] if model_card is None else [folder, Path(model_card).parent])
     card.save(work_dir / "README.md")
