@@ -126,7 +126,7 @@ def prepare_upload(
         ValueError: The folder is not a cascade, or an argument or the model card is invalid.
     """
     folder, work_dir = Path(folder), Path(work_dir)
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     unknown = set(variants) - VARIANTS.keys()
     if unknown:
         raise ValueError(f"`variants` can be {', '.join(VARIANTS)} but contains {', '.join(sorted(unknown))}.")
@@ -211,7 +211,7 @@ def upload(
     """
     api = HfApi(token=True)
     check_login(repo_id)
-    with _plain_errors(repo_id):
+    with plain_errors(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(
@@ -240,7 +240,7 @@ def upload(
 
 def check_login(repo_id: str) -> None:
     """Raises PermissionError unless you are logged in to the Hub with a token that may write, as far as it tells."""
-    with _plain_errors(repo_id):
+    with plain_errors(repo_id):
         user = HfApi(token=True).whoami()  # without a token, fails before any request
     # Fine-grained tokens show what they may do only when they are used.
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -251,7 +251,7 @@ def check_login(repo_id: str) -> None:
 
 
 @contextmanager
-def _plain_errors(repo_id: str) -> Iterator[None]:
+def plain_errors(repo_id: str) -> Iterator[None]:
     """Says in a sentence what the Hub's refusals mean here, and what to do."""
     try:
         yield
@@ -277,7 +277,8 @@ def _plain_errors(repo_id: str) -> Iterator[None]:
         raise OSError(f"The Hub cannot be reached ({error}). Check the connection and publish again.") from error
 
 
-def _check_repo_id(repo_id: str) -> None:
+def check_repo_id(repo_id: str) -> None:
+    """Raises a ValueError unless a name is one that the Hub takes, with an owner."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"`repo_id` has to be `owner/name` but is {repo_id!r}: add your user or organisation.")
