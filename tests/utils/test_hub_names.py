@@ -4,11 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets.data_files import DataFilesDict
+from datasets.load import configure_builder_class
+from datasets.packaged_modules.parquet.parquet import Parquet, ParquetConfig
 from huggingface_hub import constants
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.image_data import load_image_data
+from diffusers_pisdm.data.rows import DataError
 from diffusers_pisdm.utils.hub_names import hub_or_cache, is_path
+from tests.data.image_folders import write_parquet
 from tests.pipelines.tiny_cascade import make_cascade
 from tests.support.hub_server import connect, serve_hub
 
@@ -114,3 +119,26 @@ def test_the_hub_is_asked_once_and_without_it_the_cache_is_read(tmp_path):
     assert once == with_class
     assert "PISDMCascadePipeline\nPISDMCascadePipeline" in "\n".join(loaded)
     assert "OFFLINE" not in process.stderr and "connect" not in process.stderr
+
+
+def fill_cache(folder, cache):
+    """Leaves in the cache what loading `owner/name` from the Hub does."""
+    files = DataFilesDict.from_patterns({"train": ["train.parquet"]}, str(folder))
+    builder_class = configure_builder_class(Parquet, [ParquetConfig("default", data_files=files)], "default", "name")
+    builder_class(str(cache), dataset_name="name", hash="0123").download_and_prepare()
+    (cache / "name").rename(cache / "owner___name")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_the_hub_a_cached_data_set_is_read(streaming, no_retries, monkeypatch, tmp_path, real_image_files):
+    folder = write_parquet(real_image_files[:4], tmp_path / "parquet", [0, 1, 0, 1])
+    with serve_hub(tokens={}) as server:
+        connect(monkeypatch, server, None, tmp_path)
+    fill_cache(folder, tmp_path / "cache")
+    columns = {"image_column": "picture", "label_column": "kind", "class_names": ["a", "b"]}
+    data = load_image_data("owner/name", "train", streaming, cache_dir=tmp_path / "cache", **columns)
+    assert [row["kind"] for row in data.dataset] == [0, 1, 0, 1]
+    with pytest.raises(FileNotFoundError, match="no dataset of this name in the cache"):
+        load_image_data("owner/name", "train", cache_dir=tmp_path / "cache", config_name="other")
+    with pytest.raises(DataError, match="split 'test'"):
+        load_image_data("owner/name", "test", cache_dir=tmp_path / "cache")
