@@ -23,8 +23,8 @@ from .. import DIM_SIZES, DiMTransformer2DModel, PISDMCascadePipeline
 from ..models.dim_conversion import PUBLISHED_PADDINGS, convert_dim_weights, dim_config, dim_names
 from ..models.dim_file import EMA_NAME, read_weights
 from ..models.latents import load_vae, vae_scale_factor
-from ..models.stage_models import RIGHTS_KEY
 from ..models.transformer_dim import PADDINGS
+from ..pipelines.saved_files import RIGHTS_KEY
 from ..publishing.model_card import DIM_CARD
 from ..utils.files import check_writable, save_in_place
 from ..utils.messages import count_of

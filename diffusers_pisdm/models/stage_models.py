@@ -13,7 +13,6 @@ StageModel = PISDMTransformer2DModel | DiMTransformer2DModel
 
 CLASS_KEY = "_class_name"
 STAGE_CLASSES = {cls.__name__: cls for cls in (PISDMTransformer2DModel, DiMTransformer2DModel)}
-RIGHTS_KEY = "_rights"  # in a stage's configuration: who has rights in weights that came without a licence
 OF_THE_DATA = ("num_classes", "class_factors")  # arguments that a stage's configuration leaves to the data
 
 

@@ -19,7 +19,6 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.utils import USE_PEFT_BACKEND, _get_model_file, logging
 from safetensors import SafetensorError, safe_open
 
-from ..models.stage_models import RIGHTS_KEY
 from ..models.transformer_pisdm import PISDMTransformer2DModel, get_class_embedding, set_class_embedding
 from ..utils.files import write_whole
 from ..utils.hub_names import hub_or_cache
@@ -34,6 +33,7 @@ from .lora_fit import (
     read_id2label,
     split_by_component,
 )
+from .saved_files import RIGHTS_KEY
 
 
 logger = logging.get_logger(__name__)

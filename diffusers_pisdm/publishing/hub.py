@@ -16,9 +16,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..models.stage_models import RIGHTS_KEY
 from ..pipelines.lora_fit import PIPELINE
 from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
+from ..pipelines.saved_files import RIGHTS_KEY
 from .model_card import add_rights, check_links, find_pictures, holds_lora, make_model_card
 
 
