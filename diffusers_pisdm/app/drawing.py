@@ -95,7 +95,7 @@ def plan_drawing(
     _check_whole("The seed", seed, 0, LARGEST_SEED, is_valid=_is_whole(seed) and SEEDS.fault(seed) is None)
     steps = _per_stage(model, "num_inference_steps", num_inference_steps)
     scales = _per_stage(model, "guidance_scale", guidance_scale)
-    class_ids = [model.find_class(label) for label in class_labels for _ in range(int(images_per_class))]
+    class_ids = [class_id for class_id in model.find_classes(class_labels) for _ in range(int(images_per_class))]
     return Drawing(class_ids, int(seed), [int(value) for value in steps], [float(value) for value in scales], image)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ..models.latents import vae_scale_factor
 from ..pipelines import PISDMCascadePipeline
-from ..pipelines.class_names import get_class_id, ids_by_name
+from ..pipelines.class_names import for_each_label, get_class_id, ids_by_name
 from ..utils.messages import cause_of
 from ..utils.names import show_name
 from ..utils.shipped_files import find_model, model_name
@@ -19,6 +19,7 @@ from .class_sheet import find_sheet
 
 
 MOST_LOADED = 2
+CLASS_LISTS = "The page's class box (for programs, `/classes`)"
 LOADING_ERRORS = (OSError, ValueError, TypeError, ImportError, AttributeError, RuntimeError)
 
 
@@ -41,12 +42,15 @@ class Model:
         value = self.pipe.config[f"default_{name}"]
         return list(value) if isinstance(value, (list, tuple)) else [value] * self.pipe.num_stages
 
-    def find_class(self, label: str | int) -> int:
-        """The id of a class, by name or by number; raises a TypeError or ValueError if there is none."""
+    def find_classes(self, labels: list[str | int]) -> list[int]:
+        """The ids of classes, by name or by number; raises a TypeError or ValueError naming all others."""
+        return for_each_label(self._find_class, labels, self.pipe.config.id2label, len(self.labels))
+
+    def _find_class(self, label: str | int, id2label: dict[int, str] | None, num_classes: int) -> int:
         known = self.labels.index(label) if label in self.labels else None
         is_number = isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10
         label = int(label) if is_number else label
-        return known if known is not None else get_class_id(label, self.pipe.config.id2label, len(self.labels))
+        return known if known is not None else get_class_id(label, id2label, num_classes, CLASS_LISTS)
 
 
 class Models:

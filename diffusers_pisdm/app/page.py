@@ -399,7 +399,7 @@ def _add_endpoints(studio: _Studio) -> None:
         """Enlarges a picture by the stages above its size; returns the file.
 
         Parameters:
-            image: A picture of your own.
+            image: A picture of your own; with gradio_client, `handle_file(path)`.
             class_label: What it shows: the name of a class, or its number as text.
             size: The stage to start from, by its pixels; by default, the highest that the picture fills.
             seed: Of the noise.

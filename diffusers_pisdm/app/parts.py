@@ -9,7 +9,11 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
+from gradio.data_classes import ImageData
+from pydantic import ValidationError
+from typing_extensions import Self
 
+from ..utils.names import show_name
 from .class_sheet import COLUMNS
 from .models import Model
 from .own_picture import NOT_READABLE
@@ -84,9 +88,25 @@ def sentences() -> Iterator[None]:
         raise gr.Error(str(error), title="That did not work", duration=12, print_exception=False) from error
 
 
+class OwnPictureData(ImageData):
+    """What comes in place of a visitor's picture: what is no file, but a path or an address, ends in a sentence."""
+
+    @classmethod
+    def model_validate(cls, value: Any, **options: Any) -> Self:
+        try:
+            return super().model_validate(value, **options)
+        except ValidationError as error:
+            with sentences():
+                raise ValueError(
+                    f"The picture has to be a file, not {show_name(repr(value))}. With gradio_client, pass"
+                    " `handle_file(...)` of a path or an address."
+                ) from error
+
+
 def own_picture(**arguments: Any) -> gr.Image:
     """Takes a visitor's picture, by its path: a file that is none ends in a sentence, not in Gradio's bare "Error"."""
     image = gr.Image(type="filepath", image_mode=None, **arguments)
+    image.data_model = OwnPictureData
     read = image.preprocess
 
     def preprocess(payload: Any) -> str | None:

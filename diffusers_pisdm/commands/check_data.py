@@ -74,23 +74,32 @@ def check_data(args: argparse.Namespace) -> int:
         for reason, paths in by_reason.items():
             left_out[reason] += paths
 
-    data = load_data(args, report_left_out=collect)
+    try:
+        data = load_data(args, report_left_out=collect)
+    except (OSError, ValueError):  # what was left out may be why
+        print_lines(args, describe_left_out(args, left_out))
+        raise
     reports = list(tqdm(inspect_images(data), total=len(data.dataset), desc="reading images", leave=False))
     good = [report for report in reports if report.fault is None]
     faults = [report.fault for report in reports if report.fault is not None]
     lines = describe_classes(args, data) + describe_sizes(good, args.size) + describe_duplicates(good)
-    for reason, paths in [*left_out.items(), ("not images", stray_files(args, left_out))]:
-        lines += list_paths(f"Left out: {reason}", paths)
+    lines += describe_left_out(args, left_out)
     if faults:
         lines += [f"Unreadable: {count_of(len(faults), 'image')}", *(f"  {fault}" for fault in faults)]
-    folder = f"{os.path.abspath(args.train_data_dir)}/" if args.train_data_dir else ""
-    print("\n".join(lines).replace(folder, ""))  # paths in the folder that was named
+    print_lines(args, lines)
     if args.output is not None and good:
         save_image(draw_sheet(data, good), args.output)
         print(f"Wrote {args.output}")
     next_step = f"pisdm new-recipe {source_options(args)} --size {args.size} --minutes 30"
     print(f"Next: fix or remove {count_of(len(faults), 'unreadable image')}" if faults else f"Next: {next_step}")
     return len(faults)
+
+
+def print_lines(args: argparse.Namespace, lines: list[str]) -> None:
+    """Prints lines, with paths as they are in the folder that was named."""
+    folder = f"{os.path.abspath(args.train_data_dir)}/" if args.train_data_dir else ""
+    if lines:
+        print("\n".join(lines).replace(folder, ""))
 
 
 def describe_classes(args: argparse.Namespace, data: ImageData) -> list[str]:
@@ -130,6 +139,12 @@ def describe_duplicates(reports: list[ImageReport]) -> list[str]:
         places[report.digest].append(report.place)
     copies = [f"{copy} = {first}" for first, *others in places.values() for copy in others]
     return list_paths("Duplicates, pixel by pixel", copies)
+
+
+def describe_left_out(args: argparse.Namespace, left_out: Mapping[str, list[str]]) -> list[str]:
+    """What lies in the folder and is not read, by reason."""
+    by_reason = {**left_out, "not images": stray_files(args, left_out)}
+    return [line for reason, paths in by_reason.items() for line in list_paths(f"Left out: {reason}", paths)]
 
 
 def stray_files(args: argparse.Namespace, left_out: Mapping[str, list[str]]) -> list[str]:

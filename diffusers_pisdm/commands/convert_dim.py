@@ -24,7 +24,7 @@ from ..models.dim_conversion import PUBLISHED_PADDINGS, convert_dim_weights, dim
 from ..models.dim_file import EMA_NAME, read_weights
 from ..models.latents import load_vae, vae_scale_factor
 from ..models.transformer_dim import PADDINGS
-from ..publishing.hub import RIGHTS_KEY
+from ..pipelines.saved_files import RIGHTS_KEY
 from ..publishing.model_card import DIM_CARD
 from ..utils.files import check_writable, save_in_place
 from ..utils.messages import count_of

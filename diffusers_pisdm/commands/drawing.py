@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,6 +21,7 @@ from diffusers import DiffusionPipeline
 from .. import PISDMCascadePipeline
 from ..evaluation import SampleSettings, write_sample_set
 from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_classes, sample_classes
+from ..pipelines.class_names import for_each_label, get_class_id, list_labels
 from ..utils.arguments import COUNT, SHARE, Bounds, bounded
 from ..utils.hub_names import hub_or_cache
 from ..utils.shipped_files import CHECKPOINT
@@ -133,14 +136,16 @@ def parse_classes(words: list[str], names: set[str]) -> list[int | str]:
     return classes
 
 
-def find_class_ids(pipe: DiffusionPipeline, words: list[str]) -> list[int]:
-    """The ids of the classes that `--classes` lists."""
+def find_class_ids(pipe: DiffusionPipeline, words: list[str], model: str) -> list[int]:
+    """The ids of the classes that `--classes` lists, for the pipeline of `--model`."""
     names = set(getattr(pipe, "labels", ()))  # DiT's, whose configuration has none
     for label in (pipe.config.get("id2label") or {}).values():
         names |= {label, *map(str.strip, label.split(","))}
     classes = parse_classes(words, names)
     if isinstance(pipe, PISDMCascadePipeline):
-        return pipe.get_label_ids(classes)
+        option = "" if model == str(CHECKPOINT) else f" --model {shlex.quote(model)}"
+        find = partial(get_class_id, listed_by=f"`pisdm generate --list_classes{option}`")
+        return for_each_label(find, list_labels(classes), pipe.config.id2label, count_classes(pipe))
     unknown = [name for name in classes if isinstance(name, str)]
     if unknown and not hasattr(pipe, "get_label_ids"):
         raise ValueError(f"{type(pipe).__name__} has no class names: pass class ids to --classes, not {unknown[0]!r}.")
@@ -149,16 +154,17 @@ def find_class_ids(pipe: DiffusionPipeline, words: list[str]) -> list[int]:
 
 def _read_settings(args: argparse.Namespace, pipe: DiffusionPipeline) -> SampleSettings:
     is_rule = len(args.classes) == 1 and args.classes[0] in CLASS_RULES
-    classes = args.classes[0] if is_rule else find_class_ids(pipe, args.classes)
+    classes = args.classes[0] if is_rule else find_class_ids(pipe, args.classes, args.model)
     return SampleSettings(args.num_samples, args.seed, classes, scheduler=args.scheduler, **call_arguments(args))
 
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     """Loads a pipeline by its own class, whose checks `DiffusionPipeline.from_pretrained` would leave out."""
-    with hub_or_cache(model):
-        name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
-    name = name[-1] if isinstance(name, list) else name  # a published repository also names its code
-    pipeline_class = getattr(diffusers, name or "", None)
-    if pipeline_class is None:
-        raise ValueError(f"{model} is a pipeline of class {name}, which diffusers does not have.")
-    return pipeline_class.from_pretrained(model, revision=revision, dtype=dtype)
+    with hub_or_cache(model) as local_files_only:
+        options = {"revision": revision, "local_files_only": local_files_only}
+        name = DiffusionPipeline.load_config(model, **options).get("_class_name")
+        name = name[-1] if isinstance(name, list) else name  # a published repository also names its code
+        pipeline_class = getattr(diffusers, name or "", None)
+        if pipeline_class is None:
+            raise ValueError(f"{model} is a pipeline of class {name}, which diffusers does not have.")
+        return pipeline_class.from_pretrained(model, dtype=dtype, **options)

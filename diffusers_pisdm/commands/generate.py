@@ -104,9 +104,10 @@ def load_pipeline(args: argparse.Namespace) -> PISDMCascadePipeline:
 
 def list_classes(model: str, word: str) -> None:
     """Prints the ids and names of the classes whose name contains a word, without loading weights."""
-    with hub_or_cache(model):
-        names = PISDMCascadePipeline.load_config(model).get("id2label")
-        num_classes = PISDMTransformer2DModel.load_config(model, subfolder="transformer")["num_classes"]
+    with hub_or_cache(model) as local_files_only:
+        options = {"local_files_only": local_files_only}
+        names = PISDMCascadePipeline.load_config(model, **options).get("id2label")
+        num_classes = PISDMTransformer2DModel.load_config(model, subfolder="transformer", **options)["num_classes"]
     names = check_id2label(names, num_classes)
     if not names:
         raise ValueError(f"This model's classes have no names: they are 0 to {num_classes - 1}.")
@@ -173,7 +174,7 @@ def generate(args: argparse.Namespace) -> str:
     pipe = load_pipeline(args)
     num_classes = pipe.transformer.config.num_classes
     if args.classes:
-        classes = find_class_ids(pipe, args.classes)
+        classes = find_class_ids(pipe, args.classes, args.model)
     else:
         classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     pipe = place(pipe, args.device)

@@ -38,7 +38,8 @@ from ..data.latent_cache import LatentCache
 from ..data.rows import DataError
 from ..models.latents import are_latents, load_vae, vae_scale_factor
 from ..models.stage_models import StageModel, stage_config
-from ..publishing.hub import RIGHTS_KEY, check_login, publish_cascade
+from ..pipelines.saved_files import RIGHTS_KEY
+from ..publishing.hub import check_login, publish_cascade
 from ..publishing.model_card import public_base
 from ..schedulers import sampling_schedulers, stage_noise_schedules
 from ..training import LOSS_WEIGHTINGS, CascadeObjective

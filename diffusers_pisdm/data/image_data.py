@@ -6,7 +6,7 @@ import hashlib
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +15,11 @@ import fsspec
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.cache.cache import Cache
 
-from ..utils.folder_scan import ReportLeftOut, read_regular_file, size_and_end, warn_of_left_out
+from ..utils.folder_scan import ReportLeftOut, describe_left_out, read_regular_file, size_and_end, warn_of_left_out
 from ..utils.hub_names import hub_or_cache
-from ..utils.messages import count_of, one_line
+from ..utils.messages import count_of, list_first, one_line
 from .image_folders import load_folder, sort_class_names
 from .rows import DataError
 
@@ -159,8 +160,15 @@ def load_image_data(
         FileNotFoundError: The folder or data set does not exist, or holds nothing readable.
         ValueError: The split or a column does not exist, or the labels do not match the class names.
     """
+    left_out: dict[str, list[str]] = defaultdict(list)
+
+    def note_left_out(folder: str | Path, by_reason: Mapping[str, list[str]]) -> None:
+        for reason, paths in by_reason.items():
+            left_out[reason] += paths
+        report_left_out(folder, by_reason)
+
     try:
-        dataset = _load(name_or_path, split, streaming, cache_dir, config_name, label_column, report_left_out)
+        dataset = _load(name_or_path, split, streaming, cache_dir, config_name, label_column, note_left_out)
     except PermissionError as error:
         raise DataError(f"Cannot read {name_or_path}: {error}.") from error
     if isinstance(dataset, Dataset) and len(dataset) == 0:
@@ -176,8 +184,9 @@ def load_image_data(
         if name == "label" and column not in features and (folders := _folders_of_images(dataset, name_or_path)):
             found = "one folder" if len(folders) == 1 else "folders that are splits"
             raise DataError(
-                f"{name_or_path} holds {count_of(len(dataset), 'image')} in {found}, {_first(folders)}, so there are"
-                " no classes to learn: make one subfolder per class, and at least two."
+                f"{name_or_path} holds {count_of(len(dataset), 'image')} in {found}, {list_first(folders)}, so there"
+                " are no classes to learn: make one subfolder per class, at least two, all at the same depth."
+                f" {describe_left_out(name_or_path, left_out)}".rstrip()
             )
         if column is not None and column not in features:
             raise DataError(
@@ -235,7 +244,9 @@ def _load(
         if is_folder:
             options = (streaming, label_column, cache_dir, config_name, report_left_out)
             return load_folder(os.path.abspath(name), split, *options)
-        with hub_or_cache(name, "dataset"):
+        with hub_or_cache(name, "dataset") as local_files_only:
+            if local_files_only:
+                return _load_cached(name, split, streaming, cache_dir, config_name)
             return load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
     except (DataError, PermissionError):
         raise
@@ -253,6 +264,17 @@ def _load(
             f"Cannot read split {split!r} of {name}: {one_line(error.__cause__ or error)}. A file may be damaged, or"
             " not hold images and labels as rows."
         ) from error
+
+
+def _load_cached(
+    name: str, split: str, streaming: bool, cache_dir: str | Path | None, config_name: str | None
+) -> Dataset | IterableDataset:
+    """Loads what `load_dataset` keeps of a data set on the Hub; by itself, it would ask there first, many times."""
+    try:
+        builder = Cache(cache_dir, name.split("/")[-1], config_name, version="auto", hash="auto", repo_id=name)
+    except ValueError as error:  # it lists the configurations that there are
+        raise FileNotFoundError(one_line(error)) from error
+    return builder.as_streaming_dataset(split=split) if streaming else builder.as_dataset(split=split)
 
 
 def _folders_of_images(dataset: Dataset | IterableDataset, top: str | Path) -> list[str]:
@@ -284,7 +306,7 @@ def _classes(
     ids = {name: i for i, name in enumerate(class_names)}
     if len(ids) < len(class_names):
         raise DataError(
-            f"Class names must be unique; given twice: {_first({n for n in ids if class_names.count(n) > 1})}."
+            f"Class names must be unique; given twice: {list_first({n for n in ids if class_names.count(n) > 1})}."
         )
     if is_text:
         return class_names, ids
@@ -296,19 +318,15 @@ def _classes(
     if len(feature.names) == len(class_names):
         return class_names, {i: i for i in range(len(class_names))}
     raise DataError(
-        f"The data set has {count_of(len(feature.names), 'class')} ({_first(feature.names)}), but you"
-        f" named {len(class_names)} others ({_first(class_names)}): name as many, or use the data set's own names."
+        f"The data set has {count_of(len(feature.names), 'class')} ({list_first(feature.names)}), but you"
+        f" named {len(class_names)} others ({list_first(class_names)}): name as many, or use the data set's own"
+        " names."
     )
 
 
 def _unknown_labels(labels: list, class_names: list[str], place: str) -> str:
     return (
-        f"Unknown labels in {place}: {_first(map(repr, labels))}. The data set has"
-        f" {count_of(len(class_names), 'class')} ({_first(class_names)}). Negative labels and None usually mean a test"
-        " split with hidden labels: use another split. To name other classes, see --class_names_file."
+        f"Unknown labels in {place}: {list_first(map(repr, labels))}. The data set has"
+        f" {count_of(len(class_names), 'class')} ({list_first(class_names)}). Negative labels and None usually mean a"
+        " test split with hidden labels: use another split. To name other classes, see --class_names_file."
     )
-
-
-def _first(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(map(one_line, names[:5])) + (", ..." if len(names) > 5 else "")

@@ -185,7 +185,8 @@ def _read_images(
     """
     The rows of each split, sorted by path: an image's path and, if there are at least two class folders, its label.
 
-    Most images decide at which depth the class folders are. Folders above them that are named train, validation or
+    Most images decide at which depth the class folders are; a depth of one folder, which makes no classes, yields to
+    one of several. Folders above them that are named train, validation or
     test (or valid, dev, ...) are splits, unless `split_folders` says which are; class folders and files can have any
     name. Splits may also lie in the class folders. Metadata files are read instead if they have labels, or nothing
     else has.
@@ -193,7 +194,9 @@ def _read_images(
     folders, sizes = Counter(map(len, content.images)), Counter()
     for parts, names in content.images.items():
         sizes[len(parts)] += len(names)
-    depth = max(sizes, key=lambda depth: (depth == 0 or folders[depth] > 1, sizes[depth], -depth))
+    several = {depth for depth in sizes if folders[depth] > 1}
+    depths = {0, *several} if several else {*sizes}
+    depth = max(depths, key=lambda depth: (sizes[depth], -depth))
     candidates = [parts for parts in content.images if len(parts) == depth]
     if split_folders is None:
         split_of, class_part = _find_splits(candidates)

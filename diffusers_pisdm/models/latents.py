@@ -32,8 +32,9 @@ def load_vae(
         is_pipeline = (path / "vae" / "config.json").is_file()
         place = "its `vae` subfolder" if is_pipeline else "the folder of a saved autoencoder, e.g. a pipeline's `vae`"
         raise ValueError(f"{name_or_path} holds no autoencoder (`config.json`). Pass {place}.")
-    with hub_or_cache(name_or_path):
-        vae = AutoModel.from_pretrained(name_or_path, torch_dtype=torch.float32 if dtype == torch.float16 else dtype)
+    loaded_dtype = torch.float32 if dtype == torch.float16 else dtype
+    with hub_or_cache(name_or_path) as local_files_only:
+        vae = AutoModel.from_pretrained(name_or_path, torch_dtype=loaded_dtype, local_files_only=local_files_only)
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny, AutoencoderDC)):
         raise ValueError(
             f"{name_or_path} is a {type(vae).__name__}: it must be an AutoencoderKL, AutoencoderTiny or AutoencoderDC."

@@ -6,7 +6,6 @@ import difflib
 import inspect
 import os
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +51,9 @@ class StrictLoadingMixin:
         default_dtype = torch.get_default_dtype()
         try:
             options = {**kwargs, "output_loading_info": True} if is_model else kwargs
-            with (
-                nullcontext()
-                if kwargs.get("local_files_only")
-                else hub_or_cache(pretrained_model_name_or_path, token=kwargs.get("token"))
-            ):
+            asked = {"token": kwargs.get("token"), "local_files_only": bool(kwargs.get("local_files_only"))}
+            with hub_or_cache(pretrained_model_name_or_path, **asked) as local_files_only:
+                options = {**options, "local_files_only": local_files_only}
                 loaded = super().from_pretrained(pretrained_model_name_or_path, **options)
         except OSError as error:
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")

@@ -149,14 +149,19 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def look_up(embed: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """The embeddings of class labels; raises a `ValueError` for unknown ones, on the CPU."""
+def look_up(
+    embed: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, no_class: int | torch.Tensor
+) -> torch.Tensor:
+    """
+    The embeddings of class labels; raises a `ValueError` for unknown ones, on the CPU. To read them back from a GPU
+    would hold up each step, and break CUDA graphs: there, the pipeline tells of them, before any step.
+    """
     try:
         return embed(labels)
     except IndexError as error:
-        raise ValueError(
-            f"`class_labels` has to be in 0 to {num_classes} (no class) but holds {labels.min()} to {labels.max()}."
-        ) from error
+        low, high = labels.min().item(), labels.max().item()
+        limit = no_class.tolist() if isinstance(no_class, torch.Tensor) else no_class
+        raise ValueError(f"`class_labels` has to be in 0 to {limit} (no class) but holds {low} to {high}.") from error
 
 
 def mix_embeddings(embeddings: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -605,8 +610,18 @@ class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin
             return mix_embeddings(embeddings, class_weights)  # (B, D)
         if self.class_factor_ids is None:
             return look_up(self.class_embedding, class_labels, self.config.num_classes)  # (B, D)
-        factors = self.class_factor_ids[class_labels] if class_labels.ndim == 1 else class_labels  # (B, F)
-        return self.class_embedding(factors + self.class_factor_starts).sum(dim=1)  # (B, D)
+        no_class = self.class_factor_ids[-1]  # (F,)
+
+        def embed(factors: torch.Tensor) -> torch.Tensor:
+            is_known = (factors >= 0) & (factors <= no_class)
+            rows = torch.where(is_known, factors + self.class_factor_starts, -1)  # none, not another factor's
+            return self.class_embedding(rows)  # (B, F, D)
+
+        factors = class_labels
+        if class_labels.ndim == 1:
+            find_factors = partial(F.embedding, weight=self.class_factor_ids)
+            factors = look_up(find_factors, class_labels, self.config.num_classes)  # (B, F)
+        return look_up(embed, factors, no_class).sum(dim=1)  # (B, D)
 
     def _sinusoids(
         self, values: torch.Tensor | int | float, hidden_states: torch.Tensor, scale: float = 1.0

@@ -39,11 +39,11 @@ def _flatten(labels: ClassLabels) -> Iterator[Any]:
 
 
 def for_each_label(
-    convert: Callable[..., T], labels: ClassLabels, id2label: dict[int, str] | None, num_classes: int
+    convert: Callable[..., T], labels: list[Any], id2label: dict[int, str] | None, num_classes: int
 ) -> list[T]:
-    """Converts each label; raises one ValueError for all wrong ones, or a TypeError for the first that is no label."""
+    """Converts labels; raises one ValueError for all wrong ones, or a TypeError for the first that is no label."""
     converted, faults = [], {}
-    for label in list_labels(labels):
+    for label in labels:
         try:
             converted.append(convert(label, id2label, num_classes))
         except ValueError as error:
@@ -103,20 +103,25 @@ def ids_by_name(id2label: dict[int, str] | None) -> dict[str, list[int]]:
     return ids
 
 
-def get_class_id(label: int | str, id2label: dict[int, str] | None, num_classes: int) -> int:
-    """The id of a class given by id or name; raises a TypeError or ValueError if there is no such class."""
+def get_class_id(
+    label: int | str, id2label: dict[int, str] | None, num_classes: int, listed_by: str = "Its `config.id2label`"
+) -> int:
+    """
+    The id of a class given by id or name; raises a TypeError or ValueError if there is no such class, which says what
+    lists them where no name is near.
+    """
     if isinstance(label, bool) or not isinstance(label, (Integral, str)):
         raise TypeError(
             f"`class_labels` has to hold class ids (`int`) or names (`str`) but has {label!r}, a {type(label)}."
         )
     if isinstance(label, str):
-        label = _find_class(label, id2label)
+        label = _find_class(label, id2label, listed_by)
     if not 0 <= label < num_classes:
         raise ValueError(f"`class_labels` contains {label}, but this pipeline's classes are 0 to {num_classes - 1}.")
     return int(label)
 
 
-def _find_class(name: str, id2label: dict[int, str] | None) -> int:
+def _find_class(name: str, id2label: dict[int, str] | None, listed_by: str) -> int:
     known = ids_by_name(id2label)
     if not known:
         raise ValueError(
@@ -126,7 +131,7 @@ def _find_class(name: str, id2label: dict[int, str] | None) -> int:
     if name not in known:
         raise ValueError(
             f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline."
-            f" {did_you_mean(name, known) or 'Its `config.id2label` lists them.'}"
+            f" {did_you_mean(name, known) or f'{listed_by} lists them.'}"
         )
     if len(known[name]) > 1:
         raise ValueError(

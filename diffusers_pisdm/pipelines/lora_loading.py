@@ -33,6 +33,7 @@ from .lora_fit import (
     read_id2label,
     split_by_component,
 )
+from .saved_files import RIGHTS_KEY
 
 
 logger = logging.get_logger(__name__)
@@ -121,7 +122,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             _check_name(source if os.path.isfile(source) else weight_name)
             is_here = os.path.isfile(source) or local_files_only
             try:
-                with contextlib.nullcontext() if is_here else hub_or_cache(source, token=token):
+                with hub_or_cache(source, token=token, local_files_only=is_here) as local_files_only:
                     file = _get_model_file(
                         source,
                         weights_name=weight_name,
@@ -358,8 +359,12 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
             if with_classes:
                 weight = get_class_embedding(transformer).detach()
                 layers[name] = {**layers.get(name, {}), CLASS_EMBEDDING: weight}
-        if with_classes:
-            metadata[PIPELINE] = {"id2label": self.config.id2label}
+        of_pipeline = {"id2label": self.config.id2label} if with_classes else {}
+        rights = [config[RIGHTS_KEY] for name in layers if RIGHTS_KEY in (config := getattr(self, name).config)]
+        if rights:  # as a saved stage says it
+            of_pipeline[RIGHTS_KEY] = rights[0]
+        if of_pipeline:
+            metadata[PIPELINE] = of_pipeline
         return layers, metadata
 
     def unload_lora_weights(self) -> None:

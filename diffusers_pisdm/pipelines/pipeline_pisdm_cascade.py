@@ -41,6 +41,7 @@ from .class_names import (
     get_class_id,
     get_class_mix,
     ids_by_name,
+    list_labels,
     stack_mixes,
 )
 from .cuda_graphs import CudaGraphs
@@ -382,7 +383,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             ValueError: There are no labels, an id is out of range, or a name is unknown or that of several classes.
         """
         num_classes = self.transformer.config.num_classes
-        return for_each_label(get_class_id, class_labels, self.config.id2label, num_classes)
+        return for_each_label(get_class_id, list_labels(class_labels), self.config.id2label, num_classes)
 
     def get_class_mixes(self, class_labels: ClassLabels) -> list[dict[int, float]]:
         """
@@ -400,7 +401,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             ValueError: A class is none of the pipeline's, a weight is not in [0, 1], or weights do not sum to 1.
         """
         num_classes = self.transformer.config.num_classes
-        return for_each_label(get_class_mix, class_labels, self.config.id2label, num_classes)
+        return for_each_label(get_class_mix, list_labels(class_labels), self.config.id2label, num_classes)
 
     def check_stages(self) -> None:
         """Raises a `ValueError` if a stage is missing or does not fit the one before, or a scheduler its stage."""

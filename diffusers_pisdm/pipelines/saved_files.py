@@ -1,4 +1,4 @@
-"""Checks the JSON files of a saved pipeline, where diffusers would fail with an obscure error."""
+"""The JSON files of a saved pipeline, checked where diffusers would fail with an obscure error."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import diffusers
 from diffusers import SchedulerMixin
 
 
+# In the configuration of a stage, and of adapters: who has rights in weights that came without a licence.
+RIGHTS_KEY = "_rights"
 # Schedulers compute a table of all their timesteps when they are made, and plans hold all steps of a run.
 MAX_TIMESTEPS = 100_000
 REMEDY = "Correct it, or copy or download the file again."

@@ -16,7 +16,9 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..pipelines.lora_fit import PIPELINE
 from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
+from ..pipelines.saved_files import RIGHTS_KEY
 from .model_card import add_rights, check_links, find_pictures, holds_lora, make_model_card
 
 
@@ -27,7 +29,6 @@ WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.inde
 CONFIGS = re.compile(r"(scheduler_)?config\.json")
 SAMPLES = re.compile(r"samples/(stage_\d+/)?step-\d+\.png")
 INDEX = "model_index.json"
-RIGHTS_KEY = "_rights"  # in a model's configuration: who has rights in weights that came without a licence
 PLACE_KEY = "_name_or_path"
 REMOTE_PIPELINE = Path(__file__).with_name("remote_pipeline.py")
 # The base of huggingface_hub's errors in its HTTP library: also of those of the connection.
@@ -114,8 +115,8 @@ def prepare_upload(
             Save the weights again, in float32, in files of at most this size, e.g. `"5GB"`. By default, the folder's
             files are published unchanged.
         i_have_the_right_to_publish (`bool`, defaults to `False`):
-            Your word for weights that came without a licence (of `pisdm convert-dim`, or trained from those), without
-            which they are refused. Their folder's own README.md is then the default card.
+            Your word for weights that came without a licence (of `pisdm convert-dim`, or trained from those, adapters
+            included), without which they are refused. A cascade's folder's own README.md is then the default card.
 
     Returns:
         `dict[str, Path]`: Local files by their path in the repository.
@@ -125,36 +126,37 @@ def prepare_upload(
         ValueError: The folder is not a cascade, or an argument or the model card is invalid.
     """
     folder, work_dir = Path(folder), Path(work_dir)
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     unknown = set(variants) - VARIANTS.keys()
     if unknown:
         raise ValueError(f"`variants` can be {', '.join(VARIANTS)} but contains {', '.join(sorted(unknown))}.")
-    lora, rights = folder / LORA_WEIGHT_NAME_SAFE, None
+    lora = folder / LORA_WEIGHT_NAME_SAFE
     is_lora = holds_lora(folder)
     if is_lora:
         if variants or max_shard_size is not None:
             raise ValueError(f"{folder} holds LoRA adapters: `variants` and `max_shard_size` are for whole cascades.")
         check_links(folder, [lora])
-        PISDMCascadePipeline.lora_state_dict(folder)  # fails here if it would fail for users
+        # Fails here if it would fail for users.
+        _, metadata = PISDMCascadePipeline.lora_state_dict(folder, return_lora_metadata=True)
+        rights = (metadata or {}).get(f"{PIPELINE}.{RIGHTS_KEY}")
     else:
         components = _check_files(folder)
         configs = _find(folder, components, CONFIGS.fullmatch)
         weights = _find(folder, components, WEIGHTS.fullmatch)
         check_links(folder, [folder / INDEX, *configs.values(), *weights.values()])
         rights = _find_rights(configs.values())
-        if rights is not None and not i_have_the_right_to_publish:
-            raise ValueError(
-                f"{folder} holds weights of others: {rights}. If you may publish them, say so with"
-                " `i_have_the_right_to_publish=True`, or --i_have_the_right_to_publish on the command line."
-            )
-        if rights is not None and model_card is None and (folder / "README.md").is_file():
-            model_card = folder / "README.md"
+    holds = f"holds {'adapters of ' if is_lora else ''}weights of others: {rights}"
+    if rights is not None and not i_have_the_right_to_publish:
+        raise ValueError(
+            f"{folder} {holds}. If you may publish them, say so with `i_have_the_right_to_publish=True`, or"
+            " --i_have_the_right_to_publish on the command line."
+        )
+    if rights is not None and not is_lora and model_card is None and (folder / "README.md").is_file():
+        model_card = folder / "README.md"
     card = make_model_card(folder, repo_id, model_card, license, datasets, base_model)
     if rights is not None:
         if card.data.license is not None:
-            raise ValueError(
-                f"`license` is {card.data.license!r}, but {folder} holds weights of others: {rights}. Leave it out."
-            )
+            raise ValueError(f"`license` is {card.data.license!r}, but {folder} {holds}. Leave it out.")
         add_rights(card)
     pictures = find_pictures(card, [folder] if model_card is None else [folder, Path(model_card).parent])
     card.save(work_dir / "README.md")
@@ -209,7 +211,7 @@ def upload(
     """
     api = HfApi(token=True)
     check_login(repo_id)
-    with _plain_errors(repo_id):
+    with plain_errors(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(
@@ -238,7 +240,7 @@ def upload(
 
 def check_login(repo_id: str) -> None:
     """Raises PermissionError unless you are logged in to the Hub with a token that may write, as far as it tells."""
-    with _plain_errors(repo_id):
+    with plain_errors(repo_id):
         user = HfApi(token=True).whoami()  # without a token, fails before any request
     # Fine-grained tokens show what they may do only when they are used.
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -249,7 +251,7 @@ def check_login(repo_id: str) -> None:
 
 
 @contextmanager
-def _plain_errors(repo_id: str) -> Iterator[None]:
+def plain_errors(repo_id: str) -> Iterator[None]:
     """Says in a sentence what the Hub's refusals mean here, and what to do."""
     try:
         yield
@@ -275,7 +277,8 @@ def _plain_errors(repo_id: str) -> Iterator[None]:
         raise OSError(f"The Hub cannot be reached ({error}). Check the connection and publish again.") from error
 
 
-def _check_repo_id(repo_id: str) -> None:
+def check_repo_id(repo_id: str) -> None:
+    """Raises a ValueError unless a name is one that the Hub takes, with an owner."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"`repo_id` has to be `owner/name` but is {repo_id!r}: add your user or organisation.")

@@ -281,7 +281,8 @@ def public_base(name: object) -> str:
     if not isinstance(name, str) or is_path(name) or Path(name).exists():
         raise ValueError(
             "LoRA adapters need the cascade that they adapt, and the one they were trained from is a folder of yours,"
-            " or unknown. Publish it, too, and pass its repository as `base_model`."
+            " or unknown. Publish it, too, and pass its repository as `base_model`, or to training as"
+            " `pretrained_model_name_or_path`."
         )
     return name
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from diffusers.utils import logging
 from PIL import Image
 
-from .messages import one_line
+from .messages import list_first, one_line
 
 
 Parts = tuple[str, ...]  # the folders from the top to a file
@@ -149,12 +149,15 @@ def size_and_end(path: str | Path) -> tuple[int, bytes] | None:
         return None
 
 
+def describe_left_out(folder: str | Path, left_out: Mapping[str, list[str]]) -> str:
+    """Which files of a folder are not read, for each reason; nothing if all are."""
+    reasons = [f"{reason}: {len(paths):,} ({list_first(paths)})" for reason, paths in left_out.items() if paths]
+    if not reasons:
+        return ""
+    return f"Left out of {one_line(folder)}: {'; '.join(reasons)}. Move or rename them to have them read."
+
+
 def warn_of_left_out(folder: str | Path, left_out: Mapping[str, list[str]]) -> None:
     """Logs which files of a folder are not read, for each reason."""
-    reasons = [
-        f"{reason}: {len(paths)} ({', '.join(map(one_line, paths[:5]))}{', ...' if len(paths) > 5 else ''})"
-        for reason, paths in left_out.items()
-        if paths
-    ]
-    if reasons:
-        warn_once(f"Left out of {one_line(folder)}: {'; '.join(reasons)}. Move or rename them to have them read.")
+    if described := describe_left_out(folder, left_out):
+        warn_once(described)

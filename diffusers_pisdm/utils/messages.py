@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from textwrap import shorten
 
 
@@ -14,6 +15,13 @@ def one_line(text: object) -> str:
         return character.encode("unicode_escape").decode("ascii")
 
     return "".join(c if c.isprintable() else escape(c) for c in str(text))
+
+
+def list_first(things: Iterable[object], most: int = 5) -> str:
+    """The first of some names, and how many more there are: a, b and 3 more."""
+    things = list(things)
+    more = f" and {len(things) - most:,} more" if len(things) > most else ""
+    return ", ".join(map(one_line, things[:most])) + more
 
 
 def cause_of(error: BaseException, width: int = 500) -> str:

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+
+from diffusers_pisdm.publishing.hub import check_login, check_repo_id, plain_errors
 
 
 HERE = Path(__file__).parent
@@ -40,26 +40,20 @@ def prepare_space(repo_id: str, folder: Path) -> None:
     (folder / "requirements.txt").write_text(f"{requirement} @ {address}\n", encoding="utf-8")
 
 
-def check_space_name(repo_id: str) -> None:
-    """Raises a ValueError unless a name is that of a Space."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name for a Space: pass owner/name.") from error
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repo_id", metavar="owner/name", help="The Space; created if needed.")
     args = parser.parse_args(arguments)
     try:
-        check_space_name(args.repo_id)
+        check_repo_id(args.repo_id)
+        check_login(args.repo_id)
         with tempfile.TemporaryDirectory() as folder:
             prepare_space(args.repo_id, Path(folder))
             api = HfApi(token=True)
-            api.create_repo(args.repo_id, repo_type="space", space_sdk="gradio", private=False, exist_ok=True)
-            api.upload_folder(repo_id=args.repo_id, repo_type="space", folder_path=folder)
-    except (ValueError, LocalTokenNotFoundError, HfHubHTTPError, subprocess.CalledProcessError) as error:
+            with plain_errors(args.repo_id):
+                api.create_repo(args.repo_id, repo_type="space", space_sdk="gradio", private=False, exist_ok=True)
+                api.upload_folder(repo_id=args.repo_id, repo_type="space", folder_path=folder)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")
     print(f"Published {constants.ENDPOINT}/spaces/{args.repo_id}: it builds for some minutes.")
 

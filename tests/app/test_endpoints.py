@@ -52,7 +52,10 @@ def test_generate_draws_what_the_pipeline_draws(client, model):
     "arguments, words",
     [
         ({"class_labels": []}, "at least one"),
-        ({"class_labels": ["noto/cat-fac"]}, "noto/cat-face"),
+        (
+            {"class_labels": ["noto/cat-fac", "zzz", "0"]},
+            "'noto/cat-face'.*'zzz'.*class box .*`/classes`.* lists them",
+        ),
         ({"class_labels": ["99"]}, "0 to 4"),
         ({"class_labels": ["0"] * 9, "images_per_class": 2}, "at most 16"),
         ({"class_labels": ["0"], "seed": -1}, "seed"),
@@ -92,12 +95,16 @@ def test_upscale_keeps_the_picture(client, real_image_files):
         ({"seed": "abc"}, "seed .*whole.*'abc'"),
         ({"image": None}, "no picture"),
         ({"image": "text.png"}, "not a picture .*PNG"),
+        ({"image": b"icon.png"}, r"a file, not 'icon\.png'.*`handle_file"),
+        ({"image": b"https://example.org/icon.png"}, r"a file, not 'https.*`handle_file"),
     ],
 )
 def test_upscale_refuses_in_a_sentence(client, real_image_files, tmp_path, arguments, words):
     (tmp_path / "text.png").write_text("text")
     arguments = {"image": str(real_image_files[0]), "class_label": "noto/heart"} | arguments
-    if arguments["image"] is not None:
+    if isinstance(arguments["image"], bytes):
+        arguments["image"] = arguments["image"].decode()  # without handle_file
+    elif arguments["image"] is not None:
         arguments["image"] = handle_file(tmp_path / arguments["image"])
     with pytest.raises(Exception, match=words):
         client.predict(**arguments, api_name="/upscale")

@@ -1,4 +1,5 @@
 import re
+import shutil
 
 import pytest
 from datasets import ClassLabel, Dataset, Features
@@ -64,6 +65,17 @@ def test_what_is_wrong_is_named_by_path_and_ends_with_1(images, capsys):
     assert re.search(r"^Left out: not images: 1\n  heart/notes\.txt$", out, re.MULTILINE)
     assert re.search(r"^  single +1  few$", out, re.MULTILINE)
     assert re.search(r"^Next: fix or remove 1 unreadable image$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("stray", ["heart/deep/1.png", "heart/1.heic"])
+def test_what_was_left_out_is_listed_before_a_refusal(images, stray, capsys):
+    file, *_ = (images / "animal-mammal").iterdir()
+    shutil.rmtree(images / "heart")
+    (images / stray).parent.mkdir(parents=True)
+    shutil.copy(file, images / stray)
+    with pytest.raises(SystemExit, match=rf"in one folder, animal-mammal, .*{stray}"):
+        check_data.main([str(images)])
+    assert re.search(rf"^Left out: .*: 1\n  {stray}$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_class_of_a_data_set_may_have_no_images(real_image_files, tmp_path, capsys):

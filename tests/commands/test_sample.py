@@ -73,16 +73,16 @@ def test_classes_mean_the_same_as_in_generate(tmp_path):
     ids = [1, 5, 3, 9]
     assert read_sample_set(tmp_path / "samples")["settings"]["classes"] == ids
     pipe = PISDMCascadePipeline.from_pretrained(tmp_path / "model")
-    assert drawing.find_class_ids(pipe, ["9,5", "b 7"]) == pipe.get_label_ids(["9", 5, "b", "7"]) == ids
+    assert drawing.find_class_ids(pipe, ["9,5", "b 7"], "m") == pipe.get_label_ids(["9", 5, "b", "7"]) == ids
 
 
 def test_names_of_another_pipeline():
     dit = make_dit()
     dit = type(dit)(dit.transformer, dit.vae, dit.scheduler, id2label={0: "tench, Tinca tinca", 1: "2"})
-    assert drawing.find_class_ids(dit, ["Tinca tinca", "2", "0"]) == [0, 1, 0]
+    assert drawing.find_class_ids(dit, ["Tinca tinca", "2", "0"], "m") == [0, 1, 0]
     unnamed = DDPMPipeline(UNet2DModel(block_out_channels=(32, 32, 32, 32)), DDPMScheduler())
     with pytest.raises(ValueError, match="pass class ids to --classes, not 'cat'"):
-        drawing.find_class_ids(unnamed, ["1", "cat"])
+        drawing.find_class_ids(unnamed, ["1", "cat"], "m")
 
 
 @pytest.mark.parametrize(

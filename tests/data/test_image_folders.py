@@ -153,6 +153,31 @@ def test_one_deep_folder_with_most_images_does_not_hide_the_classes(folder, cach
     assert "not in a class folder: 5 (bird/x/0.png" in said()
 
 
+ONE_CLASS = {  # the images, which of them are taken, and what is said of the others
+    "a tie": (
+        "cat/0 cat/1 dog/deep/0 dog/deep/1",
+        "2 images in one folder, cat",
+        "2 (dog/deep/0.png, dog/deep/1.png)",
+    ),
+    "one stray": ("cat/0 cat/1 stray", "2 images in one folder, cat", "1 (stray.png)"),
+    "most are deep": ("cat/0 dog/deep/0 dog/deep/1", "2 images in one folder, dog/deep", "1 (cat/0.png)"),
+    "most are in no folder": ("0 1 2 cat/0 dog/0", "3 images in one folder, .", "2 (cat/0.png, dog/0.png)"),
+    "many strays": (
+        "cat/0 cat/1 cat/2 cat/3 cat/4 cat/5 cat/6 1 2 3 4 5 6",
+        "7 images in one folder, cat",
+        "6 (1.png, 2.png, 3.png, 4.png, 5.png and 1 more)",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", ONE_CLASS)
+def test_images_at_another_depth_than_most_are_named_with_the_refusal(tmp_path, cache, put, layout):
+    images, taken, strays = ONE_CLASS[layout]
+    put(*(tmp_path / "d" / f"{path}.png" for path in images.split()))
+    with pytest.raises(DataError, match=rf"holds {re.escape(taken)}, .*: {re.escape(strays)}"):
+        load(tmp_path / "d", cache)
+
+
 @pytest.mark.parametrize("file", ["00", "1.nef", "2.png~", "3.jpg_large", None])
 def test_a_class_without_images_is_named(folder, cache, said, file):
     (folder / "hen").mkdir()

@@ -57,6 +57,26 @@ def test_factors_become_rows_and_rows_factors(tmp_path):
     assert [torch.equal(run(model, label), image) for label, image in zip((3, 10), expected)] == [True, True]
 
 
+@pytest.mark.parametrize("unknown", [-1, 11])
+@pytest.mark.parametrize("factors", [None, tuple((i % 2, i // 2) for i in range(10))])
+def test_an_unknown_label_is_refused(factors, unknown):
+    model = make_model(class_factors=factors)
+    with pytest.raises(ValueError, match=rf"`class_labels` has to be in 0 to 10 .* holds {unknown} to {unknown}"):
+        run(model, unknown)
+
+
+@pytest.mark.parametrize("unknown", [(-1, 0), (3, 0), (0, -1), (0, 6)])
+def test_an_unknown_factor_is_refused_and_none_of_another_taken(unknown):
+    model = make_model(class_factors=tuple((i % 2, i // 2) for i in range(10)))
+    inputs = make_inputs(model)
+    known = torch.tensor([2, 5]).expand(len(inputs["hidden_states"]), -1)  # no class
+    assert torch.equal(model(**{**inputs, "class_labels": known}).sample, run(model, 10))
+    labels = known.clone()
+    labels[-1] = torch.tensor(unknown)
+    with pytest.raises(ValueError, match=rf"`class_labels` has to be in 0 to \[2, 5\] .* holds {min(*unknown, 2)} to"):
+        model(**{**inputs, "class_labels": labels})
+
+
 def test_factors_are_read_off_names():
     names = ["noto/animal", "fluent/face", "noto/face", "twemoji/animal"]
     assert class_factors_from_names(names, "/") == ((1, 0), (0, 1), (1, 1), (2, 0))

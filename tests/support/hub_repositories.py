@@ -1,4 +1,7 @@
-"""The content of the tests' Hub: model repositories with branches and commits, and who may write to them."""
+"""
+The content of the tests' Hub: repositories of models, and of Spaces as `spaces/owner/name`, with branches and commits,
+and who may write to them.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ class Hub:
 
     def read(self, name: str, token: str | None) -> Repository:
         repository = self.repositories.get(name)
-        if repository is None or (repository.private and self.tokens.get(token) != name.split("/")[0]):
+        if repository is None or (repository.private and self.tokens.get(token) != name.split("/")[-2]):
             raise Refused(404 if token in self.tokens else 401, "Repository not found", "RepoNotFound")
         return repository
 
@@ -84,7 +87,7 @@ class Hub:
         return repository
 
     def _check_owner(self, name: str, token: str | None) -> None:
-        owner = name.split("/")[0]
+        owner = name.split("/")[-2]
         if token not in self.tokens:
             raise Refused(401, "Invalid username or password.")
         if token.startswith("read"):
@@ -113,7 +116,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 def is_large(path: str) -> bool:
-    return path.endswith(".safetensors")
+    return path.endswith((".safetensors", ".whl"))
 
 
 def git_hash(body: bytes) -> str:

@@ -17,22 +17,23 @@ import pytest
 from tests.support.hub_repositories import Hub, Refused, file_hash, git_hash, is_large
 
 
-NAME, REVISION = "(?P<name>[^/]+/[^/]+)", "(?P<revision>[^/]+)"
+NAME, REVISION = "(?P<name>(?:spaces/)?[^/]+/[^/]+)", "(?P<revision>[^/]+)"
+API = f"/api/(?:models/|(?=spaces/)){NAME}"
 # The requests we handle: HTTP method, path, and the method of `HubHandler` that answers.
 ROUTES = [
     ("GET", "/api/whoami-v2", "whoami"),
-    ("GET", f"/api/models/{NAME}(?:/revision/{REVISION})?", "info"),
-    ("GET", f"/api/models/{NAME}/tree/{REVISION}", "tree"),
-    ("GET", f"/api/models/{NAME}/refs", "refs"),
+    ("GET", f"{API}(?:/revision/{REVISION})?", "info"),
+    ("GET", f"{API}/tree/{REVISION}", "tree"),
+    ("GET", f"{API}/refs", "refs"),
     ("GET", f"/{NAME}/resolve/{REVISION}/(?P<path>.+)", "resolve"),
     ("POST", "/api/repos/create", "create"),
     ("POST", "/api/validate-yaml", "validate_card"),
-    ("POST", f"/api/models/{NAME}/branch/(?P<branch>[^/]+)", "create_branch"),
-    ("POST", f"/api/models/{NAME}/preupload/{REVISION}", "choose_upload_modes"),
+    ("POST", f"{API}/branch/(?P<branch>[^/]+)", "create_branch"),
+    ("POST", f"{API}/preupload/{REVISION}", "choose_upload_modes"),
     ("POST", f"/{NAME}\\.git/info/lfs/objects/batch", "plan_large_files"),
     ("PUT", "/large-files/(?P<oid>[0-9a-f]{64})", "store_large_file"),
     ("POST", "/large-files/(?P<oid>[0-9a-f]{64})/verify", "verify_large_file"),
-    ("POST", f"/api/models/{NAME}/commit/{REVISION}", "commit"),
+    ("POST", f"{API}/commit/{REVISION}", "commit"),
 ]
 
 
@@ -117,10 +118,14 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def create(self) -> dict | None:
         wanted = json.loads(self.body)
+        is_space = wanted.get("type") == "space"
+        if is_space and wanted.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refused(400, "A Space needs an SDK")
         name = f"{wanted['organization'] or self.hub.tokens.get(self.token)}/{wanted['name']}"
+        name = f"spaces/{name}" if is_space else name
         url = f"{self.server.url}/{name}"
         if not self.hub.create(name, wanted.get("visibility") == "private", self.token):
-            return self.refuse(Refused(409, "You already created this model repo"), url=url)
+            return self.refuse(Refused(409, "You already created this repo"), url=url)
         return {"url": url}
 
     def validate_card(self) -> dict:
@@ -174,7 +179,7 @@ def serve_hub(
     repositories: dict[str, Path] | None = None, tokens: dict[str, str] | None = None
 ) -> Iterator[ThreadingHTTPServer]:
     """
-    Serves model repositories within the context.
+    Serves repositories of models and Spaces within the context.
 
     Args:
         repositories (`dict[str, Path]`, *optional*): Folders by `owner/name`, each served as a single commit.

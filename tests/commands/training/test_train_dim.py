@@ -7,6 +7,7 @@ import torch
 from diffusers import DPMSolverSinglestepScheduler
 
 from diffusers_pisdm import DiMTransformer2DModel, PISDMCascadePipeline
+from diffusers_pisdm.commands import publish
 from diffusers_pisdm.models.stage_models import stage_config
 from tests.commands.training.tiny_training import CASCADE, STAGE
 from tests.support.hub_server import connect, serve_hub
@@ -64,6 +65,27 @@ def test_weights_of_others_are_not_trained_for_the_hub(tmp_path, train, monkeypa
         hub = ("--push_to_hub", "--hub_model_id", "someone/dim")
         with pytest.raises(ValueError, match=r"--push_to_hub.*weights of others: theirs.*`pisdm publish`"):
             train("run", 1, "--pretrained_model_name_or_path", str(tmp_path / "dim"), *hub, config=config)
+
+
+def test_adapters_of_weights_of_others_are_published_with_your_word(tmp_path, train, real_image_dir, capsys):
+    names = sorted(folder.name for folder in real_image_dir.iterdir() if folder.is_dir())
+    dim = save_dim(tmp_path / "dim", names)
+    config = write_recipe(tmp_path / "one.json", [stage_config(dim)], **SCHEDULE, prediction_type="epsilon")
+    base = ("--pretrained_model_name_or_path", str(tmp_path / "dim"), "--lora_rank", "2")
+    adapter = train("adapter", 1, *base, config=config)
+    pipe = PISDMCascadePipeline.from_pretrained(tmp_path / "dim")
+    pipe.load_lora_weights(adapter)
+    pipe.save_lora_weights(tmp_path / "again")
+    for folder in (adapter, tmp_path / "again"):
+        arguments = [str(folder), "someone/lora", "--base_model", "someone/dim", "--dry_run"]
+        with pytest.raises(SystemExit, match=r"adapters of weights of others: theirs.*--i_have_the_right_to_publish"):
+            publish.main(arguments)
+        capsys.readouterr()
+        publish.main([*arguments, "--i_have_the_right_to_publish"])
+        out = capsys.readouterr().out
+        assert out.count("**No licence is stated") == out.count("2405.14224") == 1 and "# PIS-DM LoRA" in out
+        with pytest.raises(SystemExit, match=r"`license` is 'mit', but .* adapters of weights of others"):
+            publish.main([*arguments, "--i_have_the_right_to_publish", "--license", "mit"])
 
 
 def test_latents_without_an_autoencoder_are_told_before_training(tmp_path, train, capsys):

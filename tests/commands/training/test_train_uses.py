@@ -17,7 +17,7 @@ from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.commands import cache_latents
 from diffusers_pisdm.commands import train as train_command
 from diffusers_pisdm.training.metrics import read_metrics
-from tests.commands.training.tiny_training import CASCADE, weights
+from tests.commands.training.tiny_training import CASCADE, STAGE, weights
 from tests.support.hub_server import connect, serve_hub
 
 
@@ -206,6 +206,27 @@ def test_lora_adapters_load_back_into_the_pipeline(train, tmp_path, new_class_di
     assert np.abs(generate(pipe, ["animal-mammal"]) - plain).max() > 1e-4
     resumed = train("lora", 6, *lora, "--train_stages", "1", data=new_class_dir)
     assert differing(adapter, load_file(resumed / "pytorch_lora_weights.safetensors")) != []
+
+
+def test_adapters_for_the_hub_need_a_base_there_before_training(train, tmp_path, monkeypatch, capsys):
+    base = train("base", 1)
+    capsys.readouterr()
+    lora = ["--pretrained_model_name_or_path", str(base), "--lora_rank", "2"]
+    with serve_hub(tokens={"token": "someone"}) as server:
+        connect(monkeypatch, server, "token", tmp_path)
+        with pytest.raises(ValueError, match=r"folder of yours.*to training as `pretrained_model_name_or_path`"):
+            train("lora", 1, *lora, "--push_to_hub", "--hub_model_id", "someone/lora")
+        assert not (tmp_path / "lora" / "checkpoint-1").exists() and "Training:" not in capsys.readouterr().out
+        assert "someone/lora" not in server.hub.repositories
+
+
+def test_adapters_cannot_add_stages(train, tmp_path):
+    base = train("base", 1)
+    third = {"sample_size": 16, "low_res_channels": 3, **STAGE}
+    (tmp_path / "three.json").write_text(json.dumps({**CASCADE, "stages": [*CASCADE["stages"], third]}))
+    lora = ["--pretrained_model_name_or_path", str(base), "--lora_rank", "2"]
+    with pytest.raises(ValueError, match=r"only adapts pretrained stages"):
+        train("lora", 1, *lora, config=tmp_path / "three.json")
 
 
 # Watching and publishing
