@@ -18,12 +18,12 @@ def _load(row, step, stride, channel, mask):
 
 
 @triton.jit
-def _load_parameter(pointer, channel, is_channel):
+def _load_parameter(pointer, index, is_channel):
     """The block's part of a filter tap or of the bias (1, channels); zero if absent."""
     if pointer is None:
-        return tl.zeros_like(channel).to(tl.float32)[None, :]
+        return tl.zeros_like(index).to(tl.float32)[None, :]
     else:
-        return tl.load(pointer + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+        return tl.load(pointer + index, mask=is_channel, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -36,6 +36,8 @@ def conv_forward_kernel(
     length,
     chunk_steps,
     blocks,
+    weight_channel,
+    weight_tap,
     x_row,
     x_step,
     SILU: tl.constexpr,
@@ -43,7 +45,7 @@ def conv_forward_kernel(
     STEPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The outputs of a chunk; `weight` is (taps, channels)."""
+    """The outputs of a chunk."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     channel = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
@@ -57,7 +59,7 @@ def conv_forward_kernel(
         for tap in tl.static_range(TAPS):
             source = step + tap - (TAPS - 1)
             is_valid = ((source >= 0) & (source < length))[:, None] & is_channel[None, :]
-            taps = _load_parameter(weight + tap * channels, channel, is_channel)
+            taps = _load_parameter(weight + tap * weight_tap, channel * weight_channel, is_channel)
             y += taps * _load(x, source, x_step, channel, is_valid)
         if SILU:
             y, _slope = silu_and_slope(y)
@@ -78,6 +80,8 @@ def conv_backward_kernel(
     length,
     chunk_steps,
     blocks,
+    weight_channel,
+    weight_tap,
     grad_row,
     grad_step,
     x_row,
@@ -103,7 +107,7 @@ def conv_backward_kernel(
     filters = ()
     sums = ()  # of the taps' gradients over tiles; steps within a tile are summed at the end
     for tap in tl.static_range(TAPS):
-        filters = filters + (_load_parameter(weight + tap * channels, channel, is_channel),)
+        filters = filters + (_load_parameter(weight + tap * weight_tap, channel * weight_channel, is_channel),)
         sums = sums + (tl.zeros([STEPS, CHANNELS], tl.float32),)
     sum_bias = tl.zeros([STEPS, CHANNELS], tl.float32)
 

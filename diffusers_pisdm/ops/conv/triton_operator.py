@@ -42,13 +42,15 @@ def split_steps(batch: int, blocks: int, length: int, tile: int, programs: int) 
     return ceil_div(length, steps), steps
 
 
-def _start(kernel, chunks: int, chunk_steps: int, x: torch.Tensor, tensors, strides, taps: int, **constants) -> None:
+def _start(
+    kernel, chunks: int, chunk_steps: int, x: torch.Tensor, tensors, strides, weight: torch.Tensor, **constants
+) -> None:
     """One program per batch row, block of channels and chunk."""
     batch, channels, length = x.shape
     blocks = ceil_div(channels, CHANNELS)
-    sizes = (channels, length, chunk_steps, blocks, *strides)
+    sizes = (channels, length, chunk_steps, blocks, *weight.stride(), *strides)
     with torch.cuda.device_of(x):
-        kernel[batch * blocks, chunks](*tensors, *sizes, TAPS=taps, CHANNELS=CHANNELS, **constants)
+        kernel[batch * blocks, chunks](*tensors, *sizes, TAPS=weight.shape[1], CHANNELS=CHANNELS, **constants)
 
 
 @torch.library.custom_op("diffusers_pisdm::causal_conv_triton", mutates_args=())
@@ -58,10 +60,10 @@ def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, acti
         return out
     check_device(x, _kernels().conv_forward_kernel)
     x = adjacent_channels(x)
-    tensors = (x, weight.t().contiguous(), None if bias is None else bias.contiguous(), out)
+    tensors = (x, weight, None if bias is None else bias.contiguous(), out)
     split = split_steps(1, 1, x.shape[2], STEPS, programs=x.shape[2])  # a tile each, unless there are too many
     constants = {"SILU": activation == "silu", "STEPS": STEPS}
-    _start(_kernels().conv_forward_kernel, *split, x, tensors, strides_of(x), weight.shape[1], **constants)
+    _start(_kernels().conv_forward_kernel, *split, x, tensors, strides_of(x), weight, **constants)
     return out
 
 
@@ -82,10 +84,10 @@ def _conv_backward(
     chunks, chunk_steps = split_steps(batch, blocks, length, BACKWARD_STEPS, WANTED_PROGRAMS)
     grad_weight = torch.empty(batch * chunks, taps, channels, device=x.device)
     grad_bias = torch.empty(batch * chunks, channels, device=x.device)
-    tensors = (grad_out, x, weight.t().contiguous(), None if bias is None else bias.contiguous())
+    tensors = (grad_out, x, weight, None if bias is None else bias.contiguous())
     _start(
         _kernels().conv_backward_kernel,
-        *(chunks, chunk_steps, x, (*tensors, grad_x, grad_weight, grad_bias), strides_of(grad_out, x), taps),
+        *(chunks, chunk_steps, x, (*tensors, grad_x, grad_weight, grad_bias), strides_of(grad_out, x), weight),
         SILU=activation == "silu",
         STEPS=BACKWARD_STEPS,
     )

@@ -39,7 +39,8 @@ STATES_PER_WARP = 16  # more would also spill
 # their states spread over lanes. Beyond this length, its instructions outweigh the two other kernels.
 SHORT_LENGTH = 96
 SHORT_CHANNELS, SHORT_LANE_CHANNELS = 16, 2
-# Blocks of steps whose loads are in flight at once; compiled for an H100, one more would spill registers.
+# Blocks of steps whose loads are in flight at once; compiled for an H100, one more would spill registers, as would more
+# than one where the forward keeps states.
 FORWARD_STAGES, CHUNK_STAGES = 3, 2
 # In chunks, softplus takes a fifth of the first pass's instructions, and the conversion of B and C to float32, which
 # all programs of a batch row read, a twelfth of the second's: both passes share one float32 result.
@@ -179,7 +180,7 @@ def _scan(
         *(u, delta, A, B, C, D, z, delta_bias, entering, out, kept if keep_states else None),
         strides=strides_of(u, delta, B, C, z),
         KEPT_STEPS=KEPT_STEPS,
-        STAGES=FORWARD_STAGES,
+        STAGES=1 if keep_states else FORWARD_STAGES,
         READY=deltas is not None,
     )
     return out, kept
