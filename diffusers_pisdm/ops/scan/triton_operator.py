@@ -39,8 +39,8 @@ STATES_PER_WARP = 16  # more would also spill
 # their states spread over lanes. Beyond this length, its instructions outweigh the two other kernels.
 SHORT_LENGTH = 96
 SHORT_CHANNELS, SHORT_LANE_CHANNELS = 16, 2
-# Blocks of steps whose loads are in flight at once; compiled for an H100, one more would spill registers, as would more
-# than one where the forward keeps states.
+# Blocks of steps whose loads are in flight at once. Compiled for an H100, one more would spill registers; so would
+# more than one where the forward keeps states.
 FORWARD_STAGES, CHUNK_STAGES = 3, 2
 # In chunks, softplus takes a fifth of the first pass's instructions, and the conversion of B and C to float32, which
 # all programs of a batch row read, a twelfth of the second's: both passes share one float32 result.

@@ -92,7 +92,8 @@ from diffusers_pisdm.ops import causal_conv
 from diffusers_pisdm.ops.conv import triton_kernels as kernels
 
 sizes = {"SILU": True, "TAPS": 3, "STEPS": 16, "CHANNELS": 64}
-integers = ("channels", "length", "chunk_steps", "blocks", "weight_channel", "weight_tap", "x_row", "x_step", "grad_row", "grad_step")
+integers = ("channels", "length", "chunk_steps", "blocks", "weight_channel", "weight_tap")
+integers += ("x_row", "x_step", "grad_row", "grad_step")
 for name in ("forward", "backward"):
     kernel = getattr(kernels, f"conv_{name}_kernel")
     signature = {x: "i32" if x in integers else "*fp32" for x in kernel.arg_names}
