@@ -112,7 +112,10 @@ PARTS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "scan": ("diffusers_pisdm::selective_scan", "_scan_fwd"),
     "convolution": ("diffusers_pisdm::causal_conv",),
-    "norm, modulation, gate": ("aten::native_layer_norm", "aten::addcmul", "aten::add", "aten::mul"),
+    "norm, modulation, gate": (
+        *("aten::native_layer_norm", "aten::addcmul", "aten::add", "aten::mul"),
+        *("diffusers_pisdm::modulated_norm", "diffusers_pisdm::gated_residual"),  # the former reorders, too
+    ),
     "reordering": ("aten::index_select", "aten::gather", "aten::cat", "aten::copy_"),
 }
 ELSEWHERE = "elsewhere"

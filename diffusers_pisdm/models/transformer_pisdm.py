@@ -20,8 +20,9 @@ from diffusers.utils import BaseOutput
 
 from ..ops.cached_table import cached_table
 from ..ops.conv.dispatch import causal_conv
+from ..ops.modulation.dispatch import gated_residual, modulated_norm, moves_with_norm
 from ..ops.scan.dispatch import selective_scan
-from ..ops.scan_paths import SCAN_DIRECTIONS, check_scan_direction, move_tokens, scan_transitions
+from ..ops.scan_paths import SCAN_DIRECTIONS, TokenMove, check_scan_direction, move_tokens, scan_transitions
 from .adapter_saving import AdapterSavingMixin
 from .strict_loading import StrictLoadingMixin
 
@@ -263,7 +264,7 @@ class PISDMMambaMixer(nn.Module):
 
 class PISDMBlock(nn.Module):
     """
-    One layer: modulated norm, Mamba mixer, gated residual.
+    One layer: the tokens' move to its scan order, modulated norm, Mamba mixer, gated residual.
 
     All layers share the modulation; each shifts it by its own `scale_shift_table` (PixArt's adaLN-single). At width
     1536, a separate projection would add half as many parameters again to each layer.
@@ -271,17 +272,17 @@ class PISDMBlock(nn.Module):
 
     def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, time_step_rank: int):
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mixer = PISDMMambaMixer(hidden_size, state_size, conv_kernel, expand, time_step_rank)
         table = torch.zeros(3, hidden_size)
         table[2] = 1.0  # shift 0, scale 0, gate 1: initially a plain pre-norm residual layer
         self.scale_shift_table = nn.Parameter(table)
 
-    def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        modulation = modulation + self.scale_shift_table.to(modulation.dtype)  # (B, 3, D)
-        shift, scale, gate = modulation.chunk(3, dim=1)  # (B, 1, D) each
-        normed = torch.addcmul(shift, self.norm(hidden_states), 1 + scale)  # (B, L, D)
-        return torch.addcmul(hidden_states, gate, self.mixer(normed))  # (B, L, D)
+    def forward(
+        self, hidden_states: torch.Tensor, modulation: torch.Tensor, move: TokenMove | None = None
+    ) -> torch.Tensor:
+        table = self.scale_shift_table
+        hidden_states, normed = modulated_norm(hidden_states, modulation, table, move)  # (B, L, D) each
+        return gated_residual(hidden_states, self.mixer(normed), modulation, table)  # (B, L, D)
 
 
 class PISDMSkipBlock(PISDMBlock):
@@ -297,7 +298,15 @@ class PISDMSkipBlock(PISDMBlock):
             self.skip_proj.weight.copy_(torch.eye(hidden_size, 2 * hidden_size))
             self.skip_proj.bias.zero_()
 
-    def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        skip: torch.Tensor,
+        move: TokenMove | None = None,
+    ) -> torch.Tensor:
+        if move is not None:
+            hidden_states = move_tokens(hidden_states, move)  # (B, L, D)
         hidden_states = self.skip_proj(torch.cat([hidden_states, skip], dim=-1))  # (B, L, D)
         return super().forward(hidden_states, modulation)  # (B, L, D)
 
@@ -554,12 +563,17 @@ class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin
         )
         num_layers = len(self.transformer_blocks)
         skips = []
+        moves_in_blocks = moves_with_norm(hidden_states, modulation)
         for i, (block, move) in enumerate(zip(self.transformer_blocks, moves)):
-            if move is not None:
+            # A compiled block would be compiled anew for each kind of move.
+            moves_in_block = moves_in_blocks and block._compiled_call_impl is None
+            if move is not None and not moves_in_block:
                 hidden_states = move_tokens(hidden_states, move)  # (B, L, D)
             block_inputs = (hidden_states, modulation)
             if self.config.long_skips and i >= num_layers - num_layers // 2:
                 block_inputs = (*block_inputs, skips.pop())
+            if move is not None and moves_in_block:
+                block_inputs = (*block_inputs, move)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *block_inputs)
             else:

@@ -16,7 +16,8 @@ from diffusers_pisdm.models.transformer_pisdm import (
     PISDMSkipBlock,
     sincos_position_embedding,
 )
-from diffusers_pisdm.ops import SCAN_DIRECTIONS, invert_scan_path, scan_path
+from diffusers_pisdm.ops import SCAN_DIRECTIONS, TokenMove, invert_scan_path, scan_path
+from diffusers_pisdm.ops.common.backends import force_backends, missing_backend
 from tests.models.tiny_model import CONFIG, NUM_CLASSES, make_inputs, make_model
 
 
@@ -38,6 +39,9 @@ class Operations(TorchDispatchMode):
         self.names.append(str(func.overloadpacket))
         self.elements += sum(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
         return out
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def operations(model, **arguments):
@@ -244,8 +248,34 @@ def test_a_layer_is_a_modulated_norm_the_mixer_and_a_gate():
     with torch.autocast("cpu", dtype=torch.bfloat16):  # the table's precision is not the tokens'
         assert plain(joined.bfloat16(), modulation.bfloat16()).dtype == torch.bfloat16
     faint = 1e-3 * tokens  # where the norm's 1e-6 is as large as the variance
-    for norm in (plain.norm, make_model(hidden_size=12).norm_out):
-        torch.testing.assert_close(norm(faint), layer_norm(faint))
+    torch.testing.assert_close(make_model(hidden_size=12).norm_out(faint), layer_norm(faint))
+    expected = faint + gate * plain.mixer(layer_norm(faint) * (1 + scale) + shift)
+    torch.testing.assert_close(plain(faint, modulation), expected, atol=1e-5, rtol=1e-5)
+    move = TokenMove(torch.tensor([3, 0, 4, 1, 2]), torch.tensor([1, 3, 4, 0, 2]))  # tokens move before all else
+    torch.testing.assert_close(plain(tokens, modulation, move), plain(tokens[:, move.index], modulation))
+    torch.testing.assert_close(block(tokens, modulation, skip, move), block(tokens[:, move.index], modulation, skip))
+
+
+@pytest.mark.skipif(missing_backend("triton") is not None, reason="needs Triton")
+def test_tokens_move_in_the_blocks_where_one_kernel_does_both():
+    """As on a GPU; blocks that are compiled get moved tokens, or each kind of move would be compiled."""
+    model, given = make_model(num_layers=5), []
+    inputs = {name: value.to(DEVICE) for name, value in make_inputs(model).items()}
+    model.to(DEVICE)
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda _, args: given.append(any(isinstance(x, TokenMove) for x in args)))
+    with force_backends(modulation="torch"):
+        wanted = model(**inputs).sample
+    assert not any(given)
+    given.clear()
+    with force_backends(modulation="triton"):  # in Triton's interpreter without a GPU
+        torch.testing.assert_close(model(**inputs).sample, wanted)
+        assert all(given)  # the path changes from layer to layer
+        given.clear()
+        for block in model.transformer_blocks:
+            block._compiled_call_impl = block._call_impl
+        torch.testing.assert_close(model(**inputs).sample, wanted)
+        assert not any(given)
 
 
 @pytest.mark.parametrize("snake", [False, True])

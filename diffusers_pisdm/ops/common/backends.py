@@ -99,7 +99,7 @@ def refuse_float64(backend: str, tensors: Iterable[torch.Tensor | None]) -> None
         raise NotImplementedError(f"The {backend!r} backend computes in float32: use backend='torch' for float64.")
 
 
-_FORCED: dict[str, str | None] = {"selective_scan": None, "causal_conv": None}
+_FORCED: dict[str, str | None] = {"selective_scan": None, "causal_conv": None, "modulation": None}
 
 
 @contextlib.contextmanager
