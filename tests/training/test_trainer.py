@@ -410,7 +410,7 @@ def test_what_a_run_has_reached_is_kept_whole():
     assert other == state
 
 
-def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_resumes_to_the_same_bits(make, monkeypatch):
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_resumes_to_the_same_bits(make, monkeypatch, capsys):
     options = {"max_train_steps": 6, "checkpointing_steps": 0, "validation_steps": 0}
     whole = make(settings=options)
     whole.resume()
@@ -428,6 +428,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_resumes_to_the_same
     first.resume()
     first.train()
     assert first.stopped_by == signal.SIGTERM and not validated
+    assert "Stopped after step 3. Rerun" in capsys.readouterr().out
     assert [path.name for path in find_checkpoints(first.output_dir)[0]] == ["checkpoint-3"]
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.setattr(Trainer, "train_step", step)
