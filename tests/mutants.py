@@ -81,7 +81,7 @@ TESTS = {
     ],
 }
 # Tests of these words are slow, or run in a process of their own, which has the file as it is.
-LEFT_OUT = ("compile", "export", "last_digits", "lora", "lowers", "one_graph", "two_processes_give")
+LEFT_OUT = ("compile_once", "export", "last_digits", "lora", "lowers", "one_graph", "two_processes_give")
 # What does not find failures costs a second a mutant: plugins, and asserts that explain themselves.
 PYTEST_ARGS = [
     *("-p", "pytest_timeout", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception"),

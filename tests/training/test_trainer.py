@@ -259,6 +259,7 @@ def test_the_time_a_run_will_take_is_told_after_five_steps(make, monkeypatch, ca
         assert f"denoising_2={losses['train/denoising_2']:.3g}" in progress.postfix.replace(" ", "")
         assert "_t" not in progress.postfix and "learning_rate=" in progress.postfix
         assert "Two stages" in said.err
+    assert [row["step"] for row in read_metrics(trainer.metrics_file)] == [*range(1, 21)]
     trainer.total_steps = None  # as for a benchmark
     trainer.tell_time(5.0)
     assert capsys.readouterr().out == ""
