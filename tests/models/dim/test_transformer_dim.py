@@ -202,6 +202,16 @@ def test_positions_of_another_grid_are_resized_bilinearly():
     assert torch.equal(positions, model.position_embedding[:, 2:])
 
 
+def test_all_is_computed_on_the_inputs_device():
+    """Whatever the default device: there, nothing could be computed."""
+    model = make_model()
+    inputs = make_inputs(model, height=8, width=26) | {"timestep": 7}  # of no other test: not in the cache
+    with torch.no_grad(), torch.device("meta"):
+        sample = model(**inputs).sample
+    with torch.no_grad():
+        assert torch.equal(sample, model(**inputs).sample)
+
+
 @pytest.mark.parametrize(("height", "width"), [(6, 20), (20, 6), (2, 2), (24, 24)])
 def test_any_size(height, width):
     model = make_model()
@@ -265,6 +275,60 @@ def test_inputs_that_do_not_fit():
         model(**{**inputs, "hidden_states": torch.zeros(2, 3, 6, 6)})
     with pytest.raises(ValueError, match=r"first stage.*`low_res`.*`noise_level`"):
         model(**inputs, low_res=torch.zeros(2, 4, 12, 12), noise_level=torch.zeros(2))
+
+
+# --- A new model -----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_model_starts_as_stated():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 5, "hidden_size": 64, "num_classes": 500, "num_padding_tokens": 50, "patch_size": 4}
+    parameters = dict(DiMTransformer2DModel(**sizes).named_parameters())
+    assert parameters["position_embedding"].shape == (1, 2 + 8 * 8, 64)
+    assert parameters["class_embedding.weight"].shape == (500 + 1, 64)  # and the null label
+    normal = ("position_embedding", "padding_tokens", "prefix_padding_tokens", "class_embedding.weight")
+    for name in (*normal, "class_token_embedding.weight", "proj_out.weight"):
+        values = parameters[name].detach()
+        assert values.std().item() == pytest.approx(0.02, rel=0.05) and values.abs().max() > 3 * 0.02, name
+    zero = ("modulation", "modulation_out")
+    biases = ("proj_out", "first_smoother", "last_smoother", "skip_projections.0", "skip_projections.1")
+    for name in (*(f"{layer}.weight" for layer in zero), *(f"{layer}.bias" for layer in (*zero, *biases))):
+        assert not parameters[name].any(), name
+    for name in ("first_smoother.weight", "last_smoother.weight"):  # the identity
+        assert torch.equal(parameters[name], torch.eye(9)[4].view(3, 3).expand(64, 1, 3, 3)), name
+    for i in range(2):  # a skip starts closed
+        assert torch.equal(parameters[f"skip_projections.{i}.weight"], torch.eye(64, 128))
+    for i in range(5):
+        block = f"transformer_blocks.{i}"
+        assert (parameters[f"{block}.norm.weight"] == 1).all() and not parameters[f"{block}.scale_shift_table"].any()
+        # 128 channels inside; what five layers add up to has the variance of one.
+        out_proj = parameters[f"{block}.mixer.out_proj.weight"]
+        assert out_proj.std().item() == pytest.approx((128 * 3 * 5) ** -0.5, rel=0.05)
+
+
+def test_sizes_are_those_of_the_paper():
+    stated = {name: (size["num_layers"], size["hidden_size"]) for name, size in DIM_SIZES.items()}
+    assert stated == {"S": (25, 512), "L": (49, 1024), "H": (49, 1536)}
+    with torch.device("meta"):
+        model = DiMTransformer2DModel()
+    defaults = {"sample_size": 32, "in_channels": 4, "num_classes": 1000, "padding": "lateral", **DIM_SIZES["H"]}
+    assert {name: model.config[name] for name in defaults} == defaults
+    for config, rank in [({"hidden_size": 34}, 3), ({"hidden_size": 32}, 2), ({"time_step_rank": 5}, 5)]:
+        model = DiMTransformer2DModel(**{"hidden_size": 32, "num_layers": 1, "num_classes": 2, **config})
+        assert model.transformer_blocks[0].mixer.dt_proj.in_features == rank
+
+
+def test_directions_cycle_and_mirror():
+    model = DiMTransformer2DModel(num_layers=11, hidden_size=32, num_classes=2)
+    rows, columns = ("row_top_left", "row_bottom_right"), ("column_top_left", "column_bottom_right")
+    first = (*rows, *columns, rows[0])
+    assert model.layer_directions == (*first, rows[1], *reversed(first))
+    assert (model.first_skip, len(model.skip_projections)) == (6, 5)
+
+
+def test_outputs_may_have_channels_of_their_own():
+    model = DiMTransformer2DModel(sample_size=8, out_channels=6, num_layers=1, hidden_size=32, num_classes=2)
+    assert run(model, height=8, width=8).shape == (2, 6, 8, 8)
 
 
 # --- All that our models do ------------------------------------------------------------------------------------------
@@ -342,6 +406,11 @@ def test_lora(tmp_path):
     assert torch.equal(run(model), before)
     model.load_lora_adapter(tmp_path / "lora", prefix=None, use_safetensors=True)
     torch.testing.assert_close(run(model), adapted)
+
+
+def test_blocks_are_not_split_and_are_what_repeats():
+    (block,) = {type(module).__name__ for module in make_model().transformer_blocks}
+    assert DiMTransformer2DModel._no_split_modules == DiMTransformer2DModel._repeated_blocks == [block]
 
 
 def test_blocks_compile_once():
