@@ -150,7 +150,7 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def look_up(embed: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """The embeddings of class labels; raises a `ValueError` for unknown ones, on the CPU."""
+    """The embeddings (or ids of factors) of class labels; raises a `ValueError` for unknown ones, on the CPU."""
     try:
         return embed(labels)
     except IndexError as error:
@@ -605,7 +605,10 @@ class PISDMTransformer2DModel(StrictLoadingMixin, AdapterSavingMixin, ModelMixin
             return mix_embeddings(embeddings, class_weights)  # (B, D)
         if self.class_factor_ids is None:
             return look_up(self.class_embedding, class_labels, self.config.num_classes)  # (B, D)
-        factors = self.class_factor_ids[class_labels] if class_labels.ndim == 1 else class_labels  # (B, F)
+        factors = class_labels  # (B, F)
+        if class_labels.ndim == 1:
+            ids_of = partial(F.embedding, weight=self.class_factor_ids)
+            factors = look_up(ids_of, class_labels, self.config.num_classes)  # (B, F)
         return self.class_embedding(factors + self.class_factor_starts).sum(dim=1)  # (B, D)
 
     def _sinusoids(
