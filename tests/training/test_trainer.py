@@ -469,13 +469,15 @@ def test_what_a_run_can_do_without_is_told_once_and_costs_no_step(make, monkeypa
     monkeypatch.setattr(trainer.accelerator, "log", lambda *args, **kwargs: {}["no such run"])
     (trainer.output_dir / "samples" / "strips").mkdir(parents=True)
     (trainer.output_dir / "samples" / "strips" / "step-best.png").touch()
+    (trainer.output_dir / "samples" / "step-0000009.png").mkdir()  # cannot be removed as a file
     trainer.resume()
     trainer.train()
     said = capsys.readouterr().out
-    assert trainer.is_done and said.count("Warning") == 3
+    assert trainer.is_done and said.count("Warning") == 4
     assert said.count("drawing failed") == 1 and "ZeroDivisionError" in said
     assert said.count("logging to the tracker failed") == 1 and "no such run" in said
-    assert said.count("marking a checkpoint as validated failed") == 1
+    for what in ("removing old samples", "marking a checkpoint as validated"):
+        assert said.count(f"{what} failed") == 1
 
 
 def test_a_full_disk_between_checkpoints_says_how_to_go_on(make, monkeypatch):
@@ -555,6 +557,10 @@ def test_another_runs_checkpoint_is_refused(make, objective, change, told):
     first.train()
     with pytest.raises(CheckpointError, match="class 0 was 'a', is 'b'; class 1 was 'b', is 'a'"):
         make(class_names=["b", "a"]).resume()
+    trainer = make(class_names=["a", "b"])
+    trainer.settings.use_8bit_adam = True
+    with pytest.raises(CheckpointError, match="use_8bit_adam was False, is True"):
+        trainer.resume()
     change(objective)
     with pytest.raises(CheckpointError, match=told):
         make(class_names=["a", "b"]).resume()

@@ -296,10 +296,11 @@ def test_a_pass_that_cannot_be_recorded_is_told_once(caplog):
     fail.device_type = "cpu"
     pipe = make_cascade(1)
     pipe._cuda_graphs = CudaGraphs(8, fail)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger=CudaGraphs.__module__):
         latents = draw(pipe)
     assert torch.equal(latents, draw(make_cascade(1)))
     (warning,) = caplog.messages
+    assert caplog.records[0].name == CudaGraphs.__module__
     assert "PISDMTransformer2DModel" in warning and "not permitted" in warning
 
 
