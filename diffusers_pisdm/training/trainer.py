@@ -219,7 +219,7 @@ class Trainer:
         seed = noise_seed(self.settings.seed, self.state.step, micro_step)
         losses = self.model(self.make_pyramid(batch, seed), batch.labels.to(self.accelerator.device), seed)
         # All processes step and stop together: one alone would wait for the others forever.
-        finite = losses.total.detach().isfinite().float()
+        finite = losses.total.isfinite().float()
         stop = finite.new_tensor(float(self.signals.received is not None))
         finite, stop = self.accelerator.reduce(torch.stack([finite, stop]), "mean").tolist()
         self.stop_wanted = stop > 0
@@ -325,7 +325,7 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Raises FloatingPointError if a weight is not finite: it must neither be resumed from nor published."""
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters]).all().float()
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all().float()
         if self.accelerator.reduce(finite, "mean").item() < 1:
             raise FloatingPointError(
                 f"A weight is not finite after step {self.state.step}, so nothing was saved at this step. Resume from"

@@ -217,9 +217,12 @@ def test_speed_and_counts_are_those_since_the_last_time(make, monkeypatch):
         step(self)
         now[0] += 4.0
 
+    tracked = []
+    monkeypatch.setattr(trainer.accelerator, "log", lambda values, step: tracked.append({"step": step, **values}))
     monkeypatch.setattr(Trainer, "train_step", slow_step)
     trainer.train()
     logged = read_metrics(trainer.metrics_file)
+    assert tracked == [{**row, "step": step} for step, row in zip((2, 4, 6, 7), logged, strict=True)]
     assert [row["images_per_second"] for row in logged] == [2 * 6 / 8, 2 * 6 / 8, 2 * 6 / 8, 6 / 4]
     assert [row["learning_rate"] for row in logged] == [1e-2, 1e-2, 1e-2, 5e-3]
     others = {"step", "images_per_second", "learning_rate", "peak_memory_gib", "skipped_steps", "bad_images"}
@@ -227,6 +230,8 @@ def test_speed_and_counts_are_those_since_the_last_time(make, monkeypatch):
     told = (trainer.output_dir / "bad_images.txt").read_text().splitlines()
     assert set(told) == {"four.png: torn", "nine.png: empty"}
     assert logged[-1]["bad_images"] == len(told) == trainer.state.bad_images > 2
+    with torch.device("meta"):  # nothing can be counted on the default device
+        assert trainer.counts()["bad_images"] == len(told)
     assert read_state(trainer.output_dir / "checkpoint-7")["elapsed_seconds"] == 28.0
 
 
