@@ -268,6 +268,12 @@ def test_the_time_a_run_will_take_is_told_after_five_steps(make, monkeypatch, ca
     trainer.total_steps = None  # as for a benchmark
     trainer.tell_time(5.0)
     assert capsys.readouterr().out == ""
+    monkeypatch.setattr(Accelerator, "is_local_main_process", False)  # only one process of a machine tells
+    trainer = make(name="other", settings={"max_train_steps": 6, "validation_steps": 0, "checkpointing_steps": 0})
+    trainer.resume()
+    trainer.train()
+    said = capsys.readouterr()
+    assert "a step" not in said.out and "6/6" not in said.err
 
 
 @pytest.fixture
