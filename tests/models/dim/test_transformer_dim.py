@@ -21,7 +21,7 @@ from torch.export import Dim
 
 from diffusers_pisdm import DIM_SIZES, DiMTransformer2DModel
 from diffusers_pisdm.models.dim_conversion import convert_dim_weights, dim_config
-from diffusers_pisdm.models.transformer_dim import padded_grid
+from diffusers_pisdm.models.transformer_dim import DiMRMSNorm, padded_grid
 from tests.models.tiny_model import make_inputs, mean_square_error_gradients
 
 
@@ -181,6 +181,15 @@ def test_padded_grids():
     raster = [[0, 1, 2, 6, 7], [3, 4, 5, 6, 7], [6, 7, 6, 7, 6], [7, 6, 7, 6, 7]]
     assert padded_grid(2, 3, 2, "lateral").view(4, 5).tolist() == lateral
     assert padded_grid(2, 3, 2, "raster").view(4, 5).tolist() == raster
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_computes_in_the_precision_of_its_input(weight_dtype):
+    norm = DiMRMSNorm(32).to(weight_dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = 1e-3 * torch.randn(2, 5, 32)  # so small that epsilon counts
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.float()
+    torch.testing.assert_close(norm(x), expected)
 
 
 def test_positions_of_another_grid_are_resized_bilinearly():
