@@ -81,7 +81,7 @@ class DiMBlock(nn.Module):
         modulated = modulation.to(hidden_states.dtype) + self.scale_shift_table  # (B, 3, D)
         shift, scale, gate = modulated.chunk(3, dim=1)  # (B, 1, D) each
         normed = torch.addcmul(shift, self.norm(hidden_states), 1 + scale)  # (B, L, D)
-        mixed = self.mixer(normed.to(modulation.dtype)).to(hidden_states.dtype)  # (B, L, D)
+        mixed = self.mixer(normed.to(modulation.dtype))  # (B, L, D)
         return torch.addcmul(hidden_states, 1 + gate, mixed)  # (B, L, D)
 
 

@@ -21,7 +21,7 @@ from torch.export import Dim
 
 from diffusers_pisdm import DIM_SIZES, DiMTransformer2DModel
 from diffusers_pisdm.models.dim_conversion import convert_dim_weights, dim_config
-from diffusers_pisdm.models.transformer_dim import DiMRMSNorm, padded_grid
+from diffusers_pisdm.models.transformer_dim import DiMBlock, DiMRMSNorm, padded_grid
 from tests.models.tiny_model import make_inputs, mean_square_error_gradients
 
 
@@ -397,6 +397,35 @@ def test_mixed_precision():
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
         assert F.cosine_similarity(gradient.flatten(), exact[name].flatten(), 0) > 0.9, name
+
+
+def test_half_precision_inputs_under_autocast():
+    """All but the stream is in the inputs' precision, as it is with weights of that precision."""
+    model, seen, streams = make_model(), {}, []
+    layers = ("time_embedding", "first_smoother", "modulation", "skip_projections.0", "last_smoother")
+    for name in (*layers, "modulation_out"):
+        hook = lambda module, args, name=name: seen.update({name: args[0].dtype})  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda block, args: streams.append(args[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sample = run(model, dtype=torch.bfloat16)
+    assert sample.dtype == torch.bfloat16 and set(seen.values()) == {torch.bfloat16} and len(seen) == 6
+    assert {stream.dtype for stream in streams} == {torch.float32}
+    assert torch.equal(streams[0], streams[0].bfloat16().float())
+    expected = run(make_model())
+    assert (sample.float() - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_block_is_modulated_in_the_precision_of_the_stream():
+    torch.manual_seed(0)
+    block = DiMBlock(32, state_size=4, conv_kernel=3, expand=2, time_step_rank=2)
+    torch.nn.init.normal_(block.scale_shift_table)
+    block.bfloat16().mixer.register_forward_hook(lambda mixer, args, out: 100 * args[0])
+    x, modulation = torch.randn(2, 5, 32), torch.randn(2, 3, 32).bfloat16()
+    shift, scale, gate = (modulation.float() + block.scale_shift_table.float()).chunk(3, dim=1)
+    normed = (shift + block.norm(x) * (1 + scale)).bfloat16()
+    torch.testing.assert_close(block(x, modulation), x + (1 + gate) * (100 * normed).float())
 
 
 def test_lora(tmp_path):
