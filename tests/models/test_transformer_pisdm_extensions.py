@@ -125,6 +125,7 @@ def test_a_mix_of_classes_is_the_mean_of_their_embeddings(config):
     inputs = make_inputs(model)
     labels, weights = torch.tensor([[3, 1, 10], [5, 5, 2]]), torch.tensor([[0.2, 0.5, 0.3], [0.75, 0.25, 0.0]])
     mixed = model(**{**inputs, "class_labels": labels}, class_weights=weights.double()).sample
+    assert model._embed_classes(labels, weights.double()).dtype == torch.float32
     rows = get_class_embedding(model).detach()
     rows[7] = 0.2 * rows[3] + 0.5 * rows[1] + 0.3 * rows[10]
     set_class_embedding(model, rows)
