@@ -54,6 +54,7 @@ TESTS = {
         "models/test_transformer_pisdm_memory.py",
         "models/test_transformer_pisdm_loading.py",
     ],
+    "models/transformer_dim.py": ["models/dim/test_transformer_dim.py", "models/dim/test_stage_models.py"],
     "schedulers.py": [
         "test_schedulers.py",
         "pipelines/test_pipeline_pisdm_cascade_schedulers.py",
@@ -79,7 +80,8 @@ TESTS = {
         "models/test_latents.py",
     ],
 }
-LEFT_OUT = ("compiled", "export", "lora", "two_processes_give", "lowers")  # tests of these words are slow
+# Tests of these words are slow, or run in a process of their own, which has the file as it is.
+LEFT_OUT = ("compile_once", "export", "last_digits", "lora", "lowers", "one_graph", "two_processes_give")
 # What does not find failures costs a second a mutant: plugins, and asserts that explain themselves.
 PYTEST_ARGS = [
     *("-p", "pytest_timeout", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception"),

@@ -78,10 +78,10 @@ class DiMBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(3, hidden_size))
 
     def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        table = self.scale_shift_table.to(hidden_states.dtype)
-        shift, scale, gate = (modulation.to(hidden_states.dtype) + table).chunk(3, dim=1)  # (B, 1, D) each
+        modulated = modulation.to(hidden_states.dtype) + self.scale_shift_table  # (B, 3, D)
+        shift, scale, gate = modulated.chunk(3, dim=1)  # (B, 1, D) each
         normed = torch.addcmul(shift, self.norm(hidden_states), 1 + scale)  # (B, L, D)
-        mixed = self.mixer(normed.to(modulation.dtype)).to(hidden_states.dtype)  # (B, L, D)
+        mixed = self.mixer(normed.to(modulation.dtype))  # (B, L, D)
         return torch.addcmul(hidden_states, 1 + gate, mixed)  # (B, L, D)
 
 

@@ -92,8 +92,7 @@ class CudaGraphs:
         key = (weakref.ref(model), *describe_inputs(inputs), *describe_settings())
         recording = self.recordings.get(key)
         if recording is None:
-            with torch.inference_mode(False):  # an inference tensor could not be written to later
-                recording = Recording({name: tensor.clone() for name, tensor in inputs.items()})
+            recording = Recording({name: tensor.clone() for name, tensor in inputs.items()})
             self.recordings[key] = recording
             while len(self.recordings) > self.max_graphs:
                 self.recordings.popitem(last=False)

@@ -240,7 +240,7 @@ class Trainer:
         seed = noise_seed(self.settings.seed, self.state.step, micro_step)
         labels = batch.labels.to(self.accelerator.device, non_blocking=True)
         losses = self.model(self.make_pyramid(batch, seed), labels, seed)
-        finite = losses.total.detach().isfinite()
+        finite = losses.total.isfinite()
         self.meter.add(losses, finite)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its backward pass takes the step, too
             finite = self.accelerator.reduce(finite.float(), "mean") == 1
@@ -352,7 +352,7 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Raises FloatingPointError if a weight is not finite: it must neither be resumed from nor published."""
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters]).all().float()
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all().float()
         if self.accelerator.reduce(finite, "mean").item() < 1:
             raise FloatingPointError(
                 f"A weight is not finite after step {self.state.step}, so nothing was saved at this step. Resume from"

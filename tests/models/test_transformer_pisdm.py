@@ -14,6 +14,7 @@ from diffusers_pisdm.models.transformer_pisdm import (
     SIZE_RANGES,
     PISDMBlock,
     PISDMSkipBlock,
+    check_sizes,
     sincos_position_embedding,
 )
 from diffusers_pisdm.ops import SCAN_DIRECTIONS, TokenMove, invert_scan_path, scan_path
@@ -618,6 +619,15 @@ def test_a_first_stage_takes_no_condition(name):
     del inputs["noise_level" if name == "low_res" else "low_res"]
     with pytest.raises(ValueError, match=r"first stage .*`low_res_channels`.* neither `low_res` nor `noise_level`"):
         first(**inputs)
+
+
+def test_sizes_begin_with_one_and_end_with_round_numbers():
+    for name, (least, most) in SIZE_RANGES.items():
+        assert least == {"hidden_size": 4, "num_padding_tokens": 0}.get(name, 1), name
+        assert most in (8, 64, 256, 1000, 4096, 8192, 16_384, 1_000_000), name
+        check_sizes({name: least}), check_sizes({name: most})
+        with pytest.raises(ValueError, match=rf"`{name}` .* from {least} to {most}, got {most + 1}"):
+            check_sizes({name: most + 1})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from torch.export import Dim
 
 from diffusers_pisdm import PISDMTransformer2DModel
+from diffusers_pisdm.models.transformer_pisdm import get_class_embedding, set_class_embedding
 from tests.models.tiny_model import make_inputs, make_model, mean_square_error_gradients
 
 
@@ -116,6 +117,30 @@ def test_factors_are_what_the_model_sees():
     assert torch.equal(model(**{**inputs, "class_labels": factors}).sample, expected)
     other = model(**{**inputs, "class_labels": (inputs["class_labels"] + 1) % 10}).sample
     assert (other - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("config", [{}, {"class_factors": FACTORS}], ids=["rows", "factors"])
+def test_a_mix_of_classes_is_the_mean_of_their_embeddings(config):
+    model = make_model(**config)
+    inputs = make_inputs(model)
+    labels, weights = torch.tensor([[3, 1, 10], [5, 5, 2]]), torch.tensor([[0.2, 0.5, 0.3], [0.75, 0.25, 0.0]])
+    mixed = model(**{**inputs, "class_labels": labels}, class_weights=weights.double()).sample
+    assert model._embed_classes(labels, weights.double()).dtype == torch.float32
+    rows = get_class_embedding(model).detach()
+    rows[7] = 0.2 * rows[3] + 0.5 * rows[1] + 0.3 * rows[10]
+    set_class_embedding(model, rows)
+    expected = model(**{**inputs, "class_labels": torch.tensor([7, 5])}).sample
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, 11])
+@pytest.mark.parametrize("config", [{}, {"class_factors": FACTORS}], ids=["rows", "factors"])
+def test_unknown_labels_are_told(config, label):
+    model = make_model(**config)
+    inputs = make_inputs(model) | {"class_labels": torch.tensor([2, label])}
+    held = f"{min(2, label)} to {max(2, label)}"
+    with pytest.raises(ValueError, match=rf"`class_labels` .* 0 to 10 .* {held}\."):
+        model(**inputs)
 
 
 # --- All that the paper's model does ---------------------------------------------------------------------------------

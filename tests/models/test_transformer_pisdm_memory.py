@@ -82,6 +82,19 @@ def test_mixed_precision(checkpointing):
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), exact[name].flatten(), 0) > 0.98, name
 
 
+def test_half_precision_inputs_under_autocast():
+    """Conditions and tokens are in the inputs' precision, as they are with weights of that precision."""
+    model, seen = make_model(), {}
+    for name in ("time_embedding", "noise_level_embedding", "local_in", "modulation", "transformer_blocks.0"):
+        hook = lambda module, args, name=name: seen.update({name: args[0].dtype})  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sample = run(model, dtype=torch.bfloat16)
+    assert sample.dtype == torch.bfloat16 and set(seen.values()) == {torch.bfloat16} and len(seen) == 5
+    expected = run(make_model())
+    assert (sample.float() - expected).norm() < 0.1 * expected.norm()
+
+
 def test_determinism():
     first, second = make_model().train(), make_model().train()
     assert torch.equal(run(first), run(second))

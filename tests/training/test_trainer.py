@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -265,6 +266,7 @@ def test_it_logs_validates_and_saves_when_it_is_due_and_at_the_end(make):
     validated = []
     rows = Rows()
     trainer = make(
+        name="runs/first",
         settings={"max_train_steps": 5},
         held_out_rows=rows,
         on_validation=lambda t: validated.append((t.state.step, weights(t), t.objective.training)),
@@ -278,6 +280,7 @@ def test_it_logs_validates_and_saves_when_it_is_due_and_at_the_end(make):
     assert sorted(path.name for path in trainer.output_dir.glob("checkpoint-*")) == [
         *("checkpoint-2", "checkpoint-4", "checkpoint-5")
     ]
+    assert (trainer.output_dir / "checkpoint-4" / "validated").exists()  # as in the folders of earlier runs
     assert trainer.objective.training and not any(training for _, _, training in validated)
     shown, kept = validated[-1][1], weights(trainer)
     for name, shadow in zip(trainer.names, trainer.average.shadow_params):
@@ -312,15 +315,133 @@ def test_speed_and_counts_are_those_since_the_last_time(make, monkeypatch):
         step(self)
         now[0] += 4.0
 
+    tracked = []
+    monkeypatch.setattr(trainer.accelerator, "log", lambda values, step: tracked.append({"step": step, **values}))
     monkeypatch.setattr(Trainer, "train_step", slow_step)
     trainer.train()
     logged = read_metrics(trainer.metrics_file)
+    assert tracked == [{**row, "step": step} for step, row in zip((2, 4, 6, 7), logged, strict=True)]
     assert [row["images_per_second"] for row in logged] == [2 * 6 / 8, 2 * 6 / 8, 2 * 6 / 8, 6 / 4]
     assert [row["learning_rate"] for row in logged] == [1e-2, 1e-2, 1e-2, 5e-3]
+    others = {"step", "images_per_second", "learning_rate", "peak_memory_gib", "skipped_steps", "bad_images"}
+    assert {name for name in logged[0] if "/" not in name} == others and logged[0]["peak_memory_gib"] > 0
     told = (trainer.output_dir / "bad_images.txt").read_text().splitlines()
     assert set(told) == {"four.png: torn", "nine.png: empty"}
     assert logged[-1]["bad_images"] == len(told) == trainer.state.bad_images > 2
+    with torch.device("meta"):  # nothing can be counted on the default device
+        assert trainer.counts()["bad_images"] == len(told)
     assert read_state(trainer.output_dir / "checkpoint-7")["elapsed_seconds"] == 28.0
+
+
+def test_the_time_a_run_will_take_is_told_after_five_steps(make, monkeypatch, capsys):
+    """The first step may compile kernels and does not count; a resumed run counts its own steps."""
+    now, shown = [50.0], []
+    seconds = dict(enumerate([900.0, 2.0, 4.0, 6.0, 8.0], start=1))  # 5 a step
+    monkeypatch.setattr("diffusers_pisdm.training.trainer.time.monotonic", lambda: now[0])
+    step = Trainer.train_step
+
+    def timed_step(self):
+        step(self)
+        now[0] += seconds.get(self.state.step - begun, 1.0)
+
+    monkeypatch.setattr(Trainer, "train_step", timed_step)
+    for begun, total, told in ((0, 7, "5 s a step, about 10 s to go"), (7, 12, None), (12, 20, "about 15 s to go")):
+        trainer = make(
+            settings={"max_train_steps": total, "logging_steps": 1, "validation_steps": 0, "checkpointing_steps": 0},
+            on_validation=lambda trainer: shown.append(trainer.progress),
+            title="Two stages",
+        )
+        trainer.resume()
+        capsys.readouterr()
+        trainer.train()
+        said = capsys.readouterr()
+        assert said.out.count("a step") == (told is not None) and (told or "") in said.out
+        progress = shown.pop()
+        assert (progress.desc, progress.initial, progress.n, progress.total) == ("Two stages", begun, total, total)
+        losses = read_metrics(trainer.metrics_file)[-1]
+        assert f"denoising_2={losses['train/denoising_2']:.3g}" in progress.postfix.replace(" ", "")
+        assert "_t" not in progress.postfix and "learning_rate=" in progress.postfix
+        assert "Two stages" in said.err
+    assert [row["step"] for row in read_metrics(trainer.metrics_file)] == [*range(1, 21)]
+    trainer.total_steps = None  # as for a benchmark
+    trainer.tell_time(5.0)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(Accelerator, "is_local_main_process", False)  # only one process of a machine tells
+    trainer = make(name="other", settings={"max_train_steps": 6, "validation_steps": 0, "checkpointing_steps": 0})
+    trainer.resume()
+    trainer.train()
+    said = capsys.readouterr()
+    assert "a step" not in said.out and "6/6" not in said.err
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """Makes this process the second of two; returns what the first holds in place of the next values reduced."""
+    first = []
+
+    def reduce(self, tensor, reduction):
+        total = tensor + (torch.as_tensor(first.pop(0)) if first else tensor)
+        return {"sum": total, "mean": total / 2}[reduction]
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "process_index", 1)
+    monkeypatch.setattr(Accelerator, "reduce", reduce)
+    return first
+
+
+def test_processes_count_and_stop_together(make, second_of_two):
+    trainer = make(settings={"max_train_steps": 9})
+    trainer.resume()
+    trainer.objective.train()
+    for step, (finite, stop, skipped) in enumerate([(1.0, 0.0, 0), (0.0, 0.0, 1), (1.0, 1.0, 1)], start=1):
+        second_of_two.append([finite, stop])
+        trainer.train_step()
+        assert (trainer.state.step, trainer.state.skipped_steps) == (step, skipped)
+        assert trainer.stop_wanted == (stop == 1) and trainer.failures == (finite < 1)
+    second_of_two.append(0.0)  # the first's weights are not finite
+    with pytest.raises(FloatingPointError, match="weight is not finite"):
+        trainer.check_weights()
+
+
+def test_a_process_that_joins_on_resuming_reads_the_same_data_and_has_counted_nothing(make, second_of_two):
+    first = make(settings={"max_train_steps": 3})
+    first.resume()
+    first.report_bad_images(["four.png: torn"])
+    first.train()
+    for known, bad_images in ((1, 0), (2, 7)):
+        trainer = make()
+        state_file = first.checkpoint / "trainer_state.json"
+        state = read_state(first.checkpoint)
+        state["processes"] = [state["processes"][0], {**state["processes"][0], "bad_images": 7}][:known]
+        state_file.write_text(json.dumps({k: v for k, v in state.items() if k not in ("digest", "digests")}))
+        trainer.resume()
+        assert trainer.state.bad_images == bad_images and trainer.state.step == 3
+        assert trainer.batches.state_dict() == first.batches.state_dict()
+
+
+def test_numbers_logged_are_of_all_processes(make, second_of_two, monkeypatch, capsys):
+    rows = Rows()
+    now = [100.0]
+    monkeypatch.setattr("diffusers_pisdm.training.trainer.time.monotonic", lambda: now[0])
+    trainer = make(rows, held_out_rows=rows)
+    trainer.resume()
+    trainer.objective.train()
+    trainer.report_bad_images(["four.png: torn", "nine.png: empty"])
+    assert capsys.readouterr().out.splitlines()[-2:] == ["Skipped: four.png: torn", "Skipped: nine.png: empty"]
+    trainer.train_step()
+    now[0] += 4.0
+    means, totals = trainer.meter.means("train"), trainer.meter.totals
+    second_of_two += [torch.zeros_like(totals), 5.0]  # the first has no losses, and five bad images
+    trainer.log_losses()
+    (logged,) = read_metrics(trainer.metrics_file)
+    assert logged["images_per_second"] == 2 * 2 * 3 / 4.0 and logged["bad_images"] == 7
+    assert logged["train/denoising_1"] == pytest.approx(means["train/denoising_1"])
+
+    # Every second row is this process's, but all rows where processes run each batch together.
+    labels = [batch.labels.tolist() for _, batch in trainer.held_out_batches()]
+    assert labels == [[1, 3, 0], [2, 4, 1], [3]]
+    monkeypatch.setattr(Accelerator, "distributed_type", "FSDP")
+    assert torch.cat([batch.labels for _, batch in trainer.held_out_batches()]).tolist() == [i % 5 for i in range(14)]
 
 
 def test_a_resumed_run_ends_with_the_same_bits_counts_and_time(make):
@@ -340,8 +461,14 @@ def test_a_resumed_run_ends_with_the_same_bits_counts_and_time(make):
     del state["digest"], state["digests"]  # they would give the change away; early checkpoints have neither
     state_file.write_text(json.dumps({**state, "elapsed_seconds": 1000.0, "skipped_steps": 2}))
 
+    sheets = [first.output_dir / "samples" / f"step-{step:07d}.png" for step in (4, 5)]
+    sheets[0].parent.mkdir()
+    for sheet in sheets:
+        sheet.touch()
+
     second = make(rows, "again", settings=options)
     second.resume()
+    assert [sheet.exists() for sheet in sheets] == [True, False]
     assert (second.state.step, second.state.elapsed_seconds, second.state.skipped_steps) == (4, 1000.0, 2)
     assert second.state.bad_images == state["processes"][0]["bad_images"] > 0
     assert [row["step"] for row in read_metrics(second.metrics_file)] == [3]
@@ -354,7 +481,11 @@ def test_a_resumed_run_ends_with_the_same_bits_counts_and_time(make):
         assert torch.equal(found, expected)
 
 
-def test_images_become_the_latents_of_every_stage(make):
+@pytest.mark.parametrize(("process_index", "num_processes", "places"), [(0, 1, (0, 1)), (1, 3, (1, 4))])
+def test_images_become_the_latents_of_every_stage(make, monkeypatch, process_index, num_processes, places):
+    """An image's noise is that of its place in the batch of all processes."""
+    monkeypatch.setattr(Accelerator, "process_index", process_index)
+    monkeypatch.setattr(Accelerator, "num_processes", num_processes)
     torch.manual_seed(2)
     vae = AutoencoderKL(
         block_out_channels=(4, 4),
@@ -367,7 +498,7 @@ def test_images_become_the_latents_of_every_stage(make):
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
     found = trainer.make_pyramid(TrainingBatch(images, torch.zeros(2), []), seed=11)
     pixels = image_pyramid(images.float() / 127.5 - 1, [8, 16])
-    generators = [torch.Generator().manual_seed(noise_seed(11, place)) for place in (0, 1)]
+    generators = [torch.Generator().manual_seed(noise_seed(11, place)) for place in places]
     for latents, stage in zip(found, pixels, strict=True):
         with torch.no_grad():
             assert torch.equal(latents, encode_latents(vae, stage, generators))
@@ -390,7 +521,7 @@ def test_what_a_run_has_reached_is_kept_whole():
     assert other == state
 
 
-def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_resumes_to_the_same_bits(make, monkeypatch):
+def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_resumes_to_the_same_bits(make, monkeypatch, capsys):
     options = {"max_train_steps": 6, "checkpointing_steps": 0, "validation_steps": 0}
     whole = make(settings=options)
     whole.resume()
@@ -408,6 +539,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_resumes_to_the_same
     first.resume()
     first.train()
     assert first.stopped_by == signal.SIGTERM and not validated
+    assert "Stopped after step 3. Rerun" in capsys.readouterr().out
     assert [path.name for path in find_checkpoints(first.output_dir)[0]] == ["checkpoint-3"]
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.setattr(Trainer, "train_step", step)
@@ -439,16 +571,23 @@ def test_a_checkpoint_comes_before_validation_which_is_made_up_for(make):
 
 
 def test_what_a_run_can_do_without_is_told_once_and_costs_no_step(make, monkeypatch, capsys):
-    trainer = make(on_validation=lambda trainer: trainer.attempt("drawing", lambda: 1 / 0))
+    def validate(trainer):
+        trainer.attempt("drawing", lambda: 1 / 0)
+        shutil.rmtree(trainer.checkpoint)
+
+    trainer = make(on_validation=validate)
     monkeypatch.setattr(trainer.accelerator, "log", lambda *args, **kwargs: {}["no such run"])
     (trainer.output_dir / "samples" / "strips").mkdir(parents=True)
     (trainer.output_dir / "samples" / "strips" / "step-best.png").touch()
+    (trainer.output_dir / "samples" / "step-0000009.png").mkdir()  # cannot be removed as a file
     trainer.resume()
     trainer.train()
     said = capsys.readouterr().out
-    assert trainer.is_done and said.count("Warning") == 2
+    assert trainer.is_done and said.count("Warning") == 4
     assert said.count("drawing failed") == 1 and "ZeroDivisionError" in said
     assert said.count("logging to the tracker failed") == 1 and "no such run" in said
+    for what in ("removing old samples", "marking a checkpoint as validated"):
+        assert said.count(f"{what} failed") == 1
 
 
 def test_a_full_disk_between_checkpoints_says_how_to_go_on(make, monkeypatch):
@@ -516,7 +655,7 @@ def test_changed_data_are_told_by_class(make, capsys):
         ),
         (
             lambda objective: objective.schedulers.__setitem__(0, DDPMScheduler(beta_end=0.1)),
-            "stage 1.*beta_end was 0.02",
+            "stage 1: noise schedule's beta_end was 0.02",
         ),
         (lambda objective: objective.stages[1].register_to_config(snake=True), "stage 2: snake was False, is True"),
         (lambda objective: objective.stages[0].requires_grad_(False), r"trained weights was \d+, is \d+"),
@@ -528,6 +667,10 @@ def test_another_runs_checkpoint_is_refused(make, objective, change, told):
     first.train()
     with pytest.raises(CheckpointError, match="class 0 was 'a', is 'b'; class 1 was 'b', is 'a'"):
         make(class_names=["b", "a"]).resume()
+    trainer = make(class_names=["a", "b"])
+    trainer.settings.use_8bit_adam = True
+    with pytest.raises(CheckpointError, match="use_8bit_adam was False, is True"):
+        trainer.resume()
     change(objective)
     with pytest.raises(CheckpointError, match=told):
         make(class_names=["a", "b"]).resume()

@@ -21,7 +21,7 @@ from torch.export import Dim
 
 from diffusers_pisdm import DIM_SIZES, DiMTransformer2DModel
 from diffusers_pisdm.models.dim_conversion import convert_dim_weights, dim_config
-from diffusers_pisdm.models.transformer_dim import padded_grid
+from diffusers_pisdm.models.transformer_dim import DiMBlock, DiMRMSNorm, padded_grid
 from tests.models.tiny_model import make_inputs, mean_square_error_gradients
 
 
@@ -183,6 +183,15 @@ def test_padded_grids():
     assert padded_grid(2, 3, 2, "raster").view(4, 5).tolist() == raster
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_computes_in_the_precision_of_its_input(weight_dtype):
+    norm = DiMRMSNorm(32).to(weight_dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = 1e-3 * torch.randn(2, 5, 32)  # so small that epsilon counts
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.float()
+    torch.testing.assert_close(norm(x), expected)
+
+
 def test_positions_of_another_grid_are_resized_bilinearly():
     """A rectangle with half as many rows and twice as many columns as the trained 6 x 6, by hand."""
     model = make_model()
@@ -200,6 +209,16 @@ def test_positions_of_another_grid_are_resized_bilinearly():
     torch.testing.assert_close(positions[0].unflatten(0, (3, 12)), expected)
     _, positions = model._positions(6, 6)
     assert torch.equal(positions, model.position_embedding[:, 2:])
+
+
+def test_all_is_computed_on_the_inputs_device():
+    """Whatever the default device: there, nothing could be computed."""
+    model = make_model()
+    inputs = make_inputs(model, height=8, width=26) | {"timestep": 7}  # of no other test: not in the cache
+    with torch.no_grad(), torch.device("meta"):
+        sample = model(**inputs).sample
+    with torch.no_grad():
+        assert torch.equal(sample, model(**inputs).sample)
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 20), (20, 6), (2, 2), (24, 24)])
@@ -267,6 +286,60 @@ def test_inputs_that_do_not_fit():
         model(**inputs, low_res=torch.zeros(2, 4, 12, 12), noise_level=torch.zeros(2))
 
 
+# --- A new model -----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_model_starts_as_stated():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 5, "hidden_size": 64, "num_classes": 500, "num_padding_tokens": 50, "patch_size": 4}
+    parameters = dict(DiMTransformer2DModel(**sizes).named_parameters())
+    assert parameters["position_embedding"].shape == (1, 2 + 8 * 8, 64)
+    assert parameters["class_embedding.weight"].shape == (500 + 1, 64)  # and the null label
+    normal = ("position_embedding", "padding_tokens", "prefix_padding_tokens", "class_embedding.weight")
+    for name in (*normal, "class_token_embedding.weight", "proj_out.weight"):
+        values = parameters[name].detach()
+        assert values.std().item() == pytest.approx(0.02, rel=0.05) and values.abs().max() > 3 * 0.02, name
+    zero = ("modulation", "modulation_out")
+    biases = ("proj_out", "first_smoother", "last_smoother", "skip_projections.0", "skip_projections.1")
+    for name in (*(f"{layer}.weight" for layer in zero), *(f"{layer}.bias" for layer in (*zero, *biases))):
+        assert not parameters[name].any(), name
+    for name in ("first_smoother.weight", "last_smoother.weight"):  # the identity
+        assert torch.equal(parameters[name], torch.eye(9)[4].view(3, 3).expand(64, 1, 3, 3)), name
+    for i in range(2):  # a skip starts closed
+        assert torch.equal(parameters[f"skip_projections.{i}.weight"], torch.eye(64, 128))
+    for i in range(5):
+        block = f"transformer_blocks.{i}"
+        assert (parameters[f"{block}.norm.weight"] == 1).all() and not parameters[f"{block}.scale_shift_table"].any()
+        # 128 channels inside; what five layers add up to has the variance of one.
+        out_proj = parameters[f"{block}.mixer.out_proj.weight"]
+        assert out_proj.std().item() == pytest.approx((128 * 3 * 5) ** -0.5, rel=0.05)
+
+
+def test_sizes_are_those_of_the_paper():
+    stated = {name: (size["num_layers"], size["hidden_size"]) for name, size in DIM_SIZES.items()}
+    assert stated == {"S": (25, 512), "L": (49, 1024), "H": (49, 1536)}
+    with torch.device("meta"):
+        model = DiMTransformer2DModel()
+    defaults = {"sample_size": 32, "in_channels": 4, "num_classes": 1000, "padding": "lateral", **DIM_SIZES["H"]}
+    assert {name: model.config[name] for name in defaults} == defaults
+    for config, rank in [({"hidden_size": 34}, 3), ({"hidden_size": 32}, 2), ({"time_step_rank": 5}, 5)]:
+        model = DiMTransformer2DModel(**{"hidden_size": 32, "num_layers": 1, "num_classes": 2, **config})
+        assert model.transformer_blocks[0].mixer.dt_proj.in_features == rank
+
+
+def test_directions_cycle_and_mirror():
+    model = DiMTransformer2DModel(num_layers=11, hidden_size=32, num_classes=2)
+    rows, columns = ("row_top_left", "row_bottom_right"), ("column_top_left", "column_bottom_right")
+    first = (*rows, *columns, rows[0])
+    assert model.layer_directions == (*first, rows[1], *reversed(first))
+    assert (model.first_skip, len(model.skip_projections)) == (6, 5)
+
+
+def test_outputs_may_have_channels_of_their_own():
+    model = DiMTransformer2DModel(sample_size=8, out_channels=6, num_layers=1, hidden_size=32, num_classes=2)
+    assert run(model, height=8, width=8).shape == (2, 6, 8, 8)
+
+
 # --- All that our models do ------------------------------------------------------------------------------------------
 
 
@@ -326,6 +399,38 @@ def test_mixed_precision():
         assert F.cosine_similarity(gradient.flatten(), exact[name].flatten(), 0) > 0.9, name
 
 
+def test_half_precision_inputs_under_autocast():
+    """All but the stream is in the inputs' precision, as it is with weights of that precision."""
+    model, seen, streams = make_model(), {}, []
+    torch.manual_seed(0)
+    for tokens in (model.padding_tokens, model.prefix_padding_tokens):
+        torch.nn.init.normal_(tokens)  # the data's have few digits
+    expected = run(model)
+    layers = ("time_embedding", "first_smoother", "modulation", "skip_projections.0", "last_smoother")
+    for name in (*layers, "modulation_out"):
+        hook = lambda module, args, name=name: seen.update({name: args[0].dtype})  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda block, args: streams.append(args[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sample = run(model, dtype=torch.bfloat16)
+    assert sample.dtype == torch.bfloat16 and set(seen.values()) == {torch.bfloat16} and len(seen) == 6
+    assert {stream.dtype for stream in streams} == {torch.float32}
+    assert torch.equal(streams[0], streams[0].bfloat16().float())
+    assert (sample.float() - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_block_is_modulated_in_the_precision_of_the_stream():
+    torch.manual_seed(0)
+    block = DiMBlock(32, state_size=4, conv_kernel=3, expand=2, time_step_rank=2)
+    torch.nn.init.normal_(block.scale_shift_table)
+    block.bfloat16().mixer.register_forward_hook(lambda mixer, args, out: 100 * args[0])
+    x, modulation = torch.randn(2, 5, 32), torch.randn(2, 3, 32).bfloat16()
+    shift, scale, gate = (modulation.float() + block.scale_shift_table.float()).chunk(3, dim=1)
+    normed = (shift + block.norm(x) * (1 + scale)).bfloat16()
+    torch.testing.assert_close(block(x, modulation), x + (1 + gate) * (100 * normed).float())
+
+
 def test_lora(tmp_path):
     model = make_model()
     before = run(model)
@@ -342,6 +447,11 @@ def test_lora(tmp_path):
     assert torch.equal(run(model), before)
     model.load_lora_adapter(tmp_path / "lora", prefix=None, use_safetensors=True)
     torch.testing.assert_close(run(model), adapted)
+
+
+def test_blocks_are_not_split_and_are_what_repeats():
+    (block,) = {type(module).__name__ for module in make_model().transformer_blocks}
+    assert DiMTransformer2DModel._no_split_modules == DiMTransformer2DModel._repeated_blocks == [block]
 
 
 def test_blocks_compile_once():

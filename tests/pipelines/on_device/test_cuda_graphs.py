@@ -2,11 +2,13 @@
 
 import copy
 import logging
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from diffusers_pisdm.models.transformer_pisdm import sincos_position_embedding
+from diffusers_pisdm.ops.common.backends import force_backends
 from diffusers_pisdm.pipelines.cuda_graphs import CudaGraphs
 from diffusers_pisdm.training.fine_tuning import add_lora
 from tests.pipelines.tiny_cascade import generators, make_cascade
@@ -101,6 +103,58 @@ def test_outputs_are_kept_apart():
         for one, output in zip(inputs, outputs):
             assert torch.equal(output, model(**one).sample)
     assert graphs(model, inputs[0]).requires_grad  # nothing is recorded where a gradient is wanted
+
+
+@contextmanager
+def autocast(dtype):
+    """`torch.autocast("cuda")`, which does nothing without a GPU."""
+    enabled, before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True), torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", enabled), torch.set_autocast_dtype("cuda", before)
+
+
+@contextmanager
+def setting(get, change, value):
+    before = get()
+    change(value)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+def test_each_setting_has_a_recording_of_its_own():
+    model, recorder = make_cascade(1).transformer, Rerun()
+    graphs = CudaGraphs(99, recorder)
+    graphs.check([model])
+    inputs = {"hidden_states": torch.randn(1, 3, 8, 8), "timestep": torch.tensor(5), "class_labels": torch.tensor([1])}
+    wanted = model(**inputs).sample
+    tf32 = torch.backends.cudnn
+    settings = [
+        nullcontext(),
+        torch.inference_mode(),
+        autocast(torch.bfloat16),
+        autocast(torch.float16),
+        setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"),
+        setting(lambda: tf32.allow_tf32, lambda value: setattr(tf32, "allow_tf32", value), not tf32.allow_tf32),
+        setting(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+        force_backends(selective_scan="torch"),
+        force_backends(causal_conv="torch"),
+    ]
+    for number, context in enumerate(settings, start=1):
+        with torch.no_grad(), context:
+            for _ in range(3):
+                torch.testing.assert_close(graphs(model, inputs), wanted, atol=1e-4, rtol=1e-4)
+        assert recorder.recorded == number
+    with torch.no_grad():
+        graphs(model, inputs)
+    assert recorder.recorded == len(settings)  # back to the first
+    between = {**inputs, "timestep": torch.tensor(5.5)}
+    with torch.no_grad():
+        assert torch.equal(graphs(model, between), model(**between).sample)
 
 
 def test_sizes_batches_and_precisions_are_recorded_apart_and_the_oldest_dropped():
@@ -242,10 +296,11 @@ def test_a_pass_that_cannot_be_recorded_is_told_once(caplog):
     fail.device_type = "cpu"
     pipe = make_cascade(1)
     pipe._cuda_graphs = CudaGraphs(8, fail)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger=CudaGraphs.__module__):
         latents = draw(pipe)
     assert torch.equal(latents, draw(make_cascade(1)))
     (warning,) = caplog.messages
+    assert caplog.records[0].name == CudaGraphs.__module__
     assert "PISDMTransformer2DModel" in warning and "not permitted" in warning
 
 
