@@ -4,9 +4,10 @@ What one GPU does in less than nine minutes: sampling with and without CUDA grap
     python -m benchmarks.gpu_report --minutes 8.5
     python -m benchmarks.gpu_report --rehearse
 
-- `kernels`: kernels that a pass launches, in all and per layer.
-- `sampling`: milliseconds per step of a pipeline with one stage of size H: as ever, with `enable_cuda_graphs()`, and
-  with its repeated blocks compiled by `torch.compile(mode="reduce-overhead")`; the largest difference of the latents.
+- `kernels`: kernels that a pass launches, in all and per layer, now and before.
+- `sampling`: milliseconds per step of a pipeline with one stage of size H: launched one by one, with
+  `enable_cuda_graphs()`, as graphs of the kernels of before, and with its repeated blocks compiled by
+  `torch.compile(mode="reduce-overhead")`; the largest difference of the latents.
 - `scan`: `benchmarks.scan` in bfloat16, forward and backward, against mamba_ssm if it can be imported: our kernels as
   they are, and in other settings, among them those of before.
 - `training`: images per second, memory and the share of the matrix-product peak that this GPU reaches, of sizes S and
@@ -25,9 +26,11 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -43,6 +46,8 @@ from benchmarks.peers import PEERS, equal_parameters
 from benchmarks.speed.candidates import VAE_FACTOR, cast_model
 from diffusers_pisdm import PISDM_SIZES, PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.data.device_images import DeviceBatches, LabelledImages
+from diffusers_pisdm.ops.common.backends import force_backends
+from diffusers_pisdm.ops.scan import triton_operator
 from diffusers_pisdm.training import CascadeObjective
 from diffusers_pisdm.training.cost.flops import StepTrace
 from diffusers_pisdm.training.device_trainer import WARM_UP_STEPS, DeviceStep
@@ -134,6 +139,8 @@ def time_sampling(pixels: int, args: argparse.Namespace) -> dict:
     time_way("eager")
     pipe.enable_cuda_graphs()
     time_way("graphs")
+    with kernels_of_before():
+        time_way("graphs_before")
     pipe.disable_cuda_graphs()
     if args.device.type == "cuda":
         pipe.transformer.compile_repeated_blocks(mode="reduce-overhead")
@@ -141,11 +148,26 @@ def time_sampling(pixels: int, args: argparse.Namespace) -> dict:
     for name in ("graphs", "compiled"):
         if f"{name}_ms_per_step" in row:
             row[f"{name}_times_as_fast"] = row["eager_ms_per_step"] / row[f"{name}_ms_per_step"]
+    row["times_as_fast_as_before"] = row["graphs_before_ms_per_step"] / row["graphs_ms_per_step"]
     return row
 
 
-def count_kernels(pixels: int, args: argparse.Namespace) -> dict:
+@contextmanager
+def kernels_of_before() -> Iterator[None]:
+    """Inside this context, a layer's norm, modulation and gate are plain operators, and the scan is as it was."""
+    with force_backends(modulation="torch"), ExitStack() as settings:
+        for name, value in scan.TRITON_SETTINGS["triton, before"].items():
+            settings.enter_context(patch.object(triton_operator, name, value))
+        yield
+
+
+def count_kernels(pixels: int, before: bool, args: argparse.Namespace) -> dict:
     """Kernels of one pass: of the CUDA profiler's events, or in a rehearsal, torch's operators."""
+    with kernels_of_before() if before else nullcontext():
+        return {"before": before, **_count_kernels(pixels, args)}
+
+
+def _count_kernels(pixels: int, args: argparse.Namespace) -> dict:
     pipe = make_pipeline(pixels // VAE_FACTOR, args)
     draw(pipe, 1)  # compiles kernels, builds tables
     is_cuda = args.device.type == "cuda"
@@ -311,7 +333,9 @@ def main(arguments: list[str] | None = None) -> None:
     report = Report(args)
     print_conditions(report.content["conditions"])
     for pixels in (64,) if args.rehearse else (256, 1024):
-        report.measure("kernels", f"{pixels} px", lambda pixels=pixels: count_kernels(pixels, args))
+        for before in (False, True):
+            name = f"{pixels} px{', before' * before}"
+            report.measure("kernels", name, lambda size=pixels, before=before: count_kernels(size, before, args))
     for pixels in (64,) if args.rehearse else (256, 1024, 512, 2048):
         report.measure("sampling", f"{pixels} px", lambda pixels=pixels: time_sampling(pixels, args))
     report.measure("peak", "matrix product", lambda: matrix_product_peak(args))

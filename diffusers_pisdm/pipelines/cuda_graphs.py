@@ -167,4 +167,5 @@ def describe_settings() -> tuple:
         torch.are_deterministic_algorithms_enabled(),
         forced_backend("selective_scan"),
         forced_backend("causal_conv"),
+        forced_backend("modulation"),
     )

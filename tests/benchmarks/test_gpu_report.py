@@ -3,6 +3,8 @@ import json
 import pytest
 
 from benchmarks import gpu_report
+from diffusers_pisdm.ops.common.backends import forced_backend
+from diffusers_pisdm.ops.scan import triton_operator
 
 
 def read(folder):
@@ -19,8 +21,9 @@ def test_a_rehearsal_measures_every_part_and_keeps_what_was_measured(tmp_path, m
     assert report["left_out"] == {"peak: matrix product": "RuntimeError: out of luck"}
     (sampling,) = report["sampling"]
     assert sampling["graphs_difference"] == 0 and sampling["eager_ms_per_step"] > 0
-    (kernels,) = report["kernels"]
-    assert kernels["kernels_per_layer"] == kernels["kernels"] / 4
+    kernels, before = report["kernels"]
+    assert kernels["kernels_per_layer"] == kernels["kernels"] / 4 and before["before"]
+    assert sampling["times_as_fast_as_before"] > 0
     pisdm, dit, _ = report["training"]
     assert abs(dit["parameters"] / pisdm["parameters"] - 1) < 0.05
     for row in report["training"]:
@@ -42,3 +45,9 @@ def test_a_gpu_is_needed_but_for_a_rehearsal(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_report.main([])
     assert "--rehearse" in capsys.readouterr().err
+
+
+def test_before_is_what_it_says():
+    with gpu_report.kernels_of_before():
+        assert forced_backend("modulation") == "torch" and triton_operator.FORWARD_STAGES == 1
+    assert forced_backend("modulation") is None and triton_operator.FORWARD_STAGES > 1

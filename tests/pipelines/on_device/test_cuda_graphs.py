@@ -143,6 +143,7 @@ def test_each_setting_has_a_recording_of_its_own():
         setting(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
         force_backends(selective_scan="torch"),
         force_backends(causal_conv="torch"),
+        force_backends(modulation="torch"),
     ]
     for number, context in enumerate(settings, start=1):
         with torch.no_grad(), context:
