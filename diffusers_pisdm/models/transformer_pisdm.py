@@ -251,13 +251,14 @@ class PISDMMambaMixer(nn.Module):
         y = selective_scan(
             x,
             delta.transpose(1, 2),
-            -torch.exp(at_least_float32(self.A_log)),
+            at_least_float32(self.A_log),
             B.transpose(1, 2),
             C.transpose(1, 2),
             D=at_least_float32(self.D),
             z=z.transpose(1, 2),
             delta_bias=at_least_float32(self.dt_bias),
             delta_softplus=True,
+            A_is_log=True,
         )  # (B, Di, L)
         return self.out_proj(y.transpose(1, 2))  # (B, L, D)
 

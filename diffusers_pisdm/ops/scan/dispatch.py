@@ -12,7 +12,7 @@ from .blocked import selective_scan_torch
 from .mamba_ssm import selective_scan_mamba_ssm
 from .numba_operator import selective_scan_numba
 from .reference import selective_scan_reference
-from .triton_operator import selective_scan_triton
+from .triton_operator import rates_triton, selective_scan_triton
 
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def selective_scan(
     delta_bias: torch.Tensor | None = None,
     delta_softplus: bool = False,
     backend: str = "auto",
+    A_is_log: bool = False,
 ) -> torch.Tensor:
     """
     Selective state space scan (Mamba, arXiv 2312.00752, algorithm 2), differentiable in every tensor.
@@ -123,6 +124,7 @@ def selective_scan(
             `"reference"` (a loop over time), `"torch"` (blocked, any device), `"numba"` (CPU), `"triton"` (CUDA),
             `"mamba_ssm"` (CUDA), or `"auto"`: Numba on a CPU, Triton or else mamba_ssm on CUDA, if they can be
             imported and support the dtypes, else torch.
+        A_is_log (`bool`, defaults to `False`): Whether `A` holds log(-A), as Mamba's parameter `A_log` does.
 
     Returns:
         `torch.Tensor` of shape `(batch, channels, length)`, with the dtype and memory order of `u`: if `u` is a
@@ -144,6 +146,10 @@ def selective_scan(
         check_backend(backend)
     if backend not in SELECTIVE_SCAN_BACKENDS:
         raise ValueError(f"`backend` must be 'auto' or one of {SELECTIVE_SCAN_BACKENDS}, not {backend!r}.")
+    if A_is_log:
+        # A compiler makes one kernel of it, too.
+        in_one_kernel = backend == "triton" and not torch.compiler.is_compiling()
+        A = rates_triton(A) if in_one_kernel else -torch.exp(A)  # (D, N)
     out = _FUNCTIONS[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus)  # (B, D, L)
     if u.stride(1) < u.stride(2):
         return out.mT.contiguous().mT

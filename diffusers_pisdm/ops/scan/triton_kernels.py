@@ -84,6 +84,26 @@ def _softplus_slope(delta):
 
 
 @triton.jit
+def rates_kernel(
+    A_log,
+    rates,
+    channels,
+    A_log_channel,
+    A_log_state,
+    STATES: tl.constexpr,
+    STATE_ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """`-exp(A_log)` of a block of channels, with adjacent channels (states, channels)."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    state = tl.arange(0, STATE_ROWS)
+    is_real = (state[:, None] < STATES) & (channel < channels)[None, :]
+    place = channel[None, :] * A_log_channel + state[:, None] * A_log_state
+    log = tl.load(A_log + place, mask=is_real, other=0.0).to(tl.float32)
+    tl.store(rates + state[:, None] * channels + channel[None, :], -tl.exp(log), mask=is_real)
+
+
+@triton.jit
 def _place(
     blocks,
     channels,

@@ -253,6 +253,39 @@ def _scan_backward(
 register_scan_autograd(_scan, _scan_backward)
 
 
+@torch.library.custom_op("diffusers_pisdm::scan_rates_triton", mutates_args=())
+def _rates(A_log: torch.Tensor) -> torch.Tensor:
+    """`-exp(A_log)`, transposed to (states, channels), as the kernels read it."""
+    rates = _fake_rates(A_log)
+    check_device(A_log, _kernels().rates_kernel)
+    states, channels = rates.shape
+    constants = {"STATES": states, "STATE_ROWS": 1 << (states - 1).bit_length(), "CHANNELS": CHANNELS}
+    with torch.cuda.device_of(A_log):
+        _kernels().rates_kernel[ceil_div(channels, CHANNELS),](A_log, rates, channels, *A_log.stride(), **constants)
+    return rates
+
+
+def _fake_rates(A_log):
+    return A_log.new_empty(A_log.shape[::-1], dtype=torch.float32)
+
+
+def _rates_context(ctx, inputs, output):
+    ctx.save_for_backward(output)
+    ctx.dtype = inputs[0].dtype
+
+
+_rates.register_fake(_fake_rates)
+_rates.register_autograd(
+    lambda ctx, grad: (grad * ctx.saved_tensors[0]).t().to(ctx.dtype), setup_context=_rates_context
+)
+
+
+def rates_triton(A_log: torch.Tensor) -> torch.Tensor:
+    """`-exp(A_log)` (channels, states) in one kernel, laid out as the scan's kernels read it, differentiable."""
+    refuse_float64("triton", (A_log,))
+    return _rates(A_log).t()
+
+
 def selective_scan_triton(
     u: torch.Tensor,
     delta: torch.Tensor,

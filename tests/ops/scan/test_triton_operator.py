@@ -340,6 +340,28 @@ def test_states_are_kept_only_for_gradients():
     assert kept.numel() == 0
 
 
+@pytest.mark.parametrize("length", [3, 9])
+def test_rates_can_come_as_logarithms(length):
+    inputs = make_inputs(1, 13, length, 5)
+    inputs["A"] = inputs["A"].abs().log()
+    logs = inputs["A"].float().to(DEVICE)
+    wanted = -torch.exp(logs.double())
+    for given in (logs, logs.t().contiguous().t()):
+        torch.testing.assert_close(scan_module.rates_triton(given).double(), wanted, rtol=1e-6, atol=0)
+    assert scan_module.rates_triton(logs).t().is_contiguous()  # as the kernels read it
+
+    def scan(inputs, backend):
+        leaves = {k: v.detach().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        out = selective_scan(**leaves, backend=backend, A_is_log=True)
+        return out.detach(), torch.autograd.grad(out.sum(), leaves["A"])[0]
+
+    (out, gradient), (wanted, wanted_gradient) = scan(on_device(inputs), "triton"), scan(inputs, "reference")
+    assert relative_error(out, wanted) <= 1e-6 and relative_error(gradient, wanted_gradient) <= 5e-6
+    plain = selective_scan(**{**inputs, "A": -inputs["A"].exp()}, backend="reference")
+    assert torch.equal(wanted, plain)
+    torch.library.opcheck(torch.ops.diffusers_pisdm.scan_rates_triton, (logs.requires_grad_(),))
+
+
 @pytest.mark.parametrize("optional", [True, False])
 def test_operators_pass_opcheck(optional):
     inputs = on_device(make_inputs(1, 3, 5, 2, optional))
@@ -390,8 +412,8 @@ from diffusers_pisdm.ops.scan import triton_kernels as kernels
 
 sizes = {"CHANNELS": 32, "STEPS": 2, "KEPT_STEPS": 4, "STATES": 5, "STATE_ROWS": 8, "SOFTPLUS": True, "REVERSE": True}
 sizes |= {"LANE_CHANNELS": 4, "JOINED": 2, "ELEMENTS": 128, "STAGES": 2, "READY": True}
-integers = ("channels", "length", "chunk_steps", "blocks", "chunks", "elements")
-for name in ("chunk_state", "chunk_gradient", "join", "forward", "backward"):
+integers = ("channels", "length", "chunk_steps", "blocks", "chunks", "elements", "A_log_channel", "A_log_state")
+for name in ("rates", "chunk_state", "chunk_gradient", "join", "forward", "backward"):
     kernel = getattr(kernels, f"{name}_kernel")
     signature = {x: "i32" if x in integers or x.endswith(("_row", "_step")) else "*fp32" for x in kernel.arg_names}
     signature |= {x: "*bf16" for x in ("u", "delta", "B", "C", "z", "grad", "out") if x in signature}
@@ -416,7 +438,7 @@ def without_interpreter():
 
 def test_kernels_compile_for_a_gpu(without_interpreter):
     # What the interpreter takes, the compiler may refuse; it needs no GPU.
-    lines = [f"{name} True" for name in ("chunk_state", "chunk_gradient", "join", "forward", "backward")]
+    lines = [f"{name} True" for name in ("rates", "chunk_state", "chunk_gradient", "join", "forward", "backward")]
     assert without_interpreter.stdout.splitlines() == lines, without_interpreter.stderr
 
 
