@@ -103,9 +103,9 @@ def loop_scan(u, delta, A, B, C, D, z, delta_bias):
     outputs = []
     for step in range(u.shape[2]):
         state = decays[:, :, step] * state + inputs[:, :, step]
-        outputs.append(torch.matmul(state, C[:, step, :, None])[..., 0])  # (B, D)
+        outputs.append(torch.matmul(state, C[:, step, :, None].to(state))[..., 0])  # (B, D)
     y = torch.stack(outputs, dim=-1) + u * D[:, None]  # (B, D, L)
-    return (y * F.silu(z)).mT
+    return (y * F.silu(z)).mT.to(u)
 
 
 def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
@@ -115,8 +115,8 @@ def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
     delta = F.softplus(delta + delta_bias)  # (B, L, D)
     decays = torch.exp(delta[..., None] * A)  # (B, L, D, N)
     inputs = delta[..., None] * B[:, :, None] * u[..., None]  # (B, L, D, N)
-    y = torch.matmul(pscan(decays, inputs), C[..., None])[..., 0] + u * D  # (B, L, D)
-    return y * F.silu(z)
+    y = torch.matmul(pscan(decays, inputs), C[..., None].to(decays))[..., 0] + u * D  # (B, L, D)
+    return (y * F.silu(z)).to(u)
 
 
 def in_settings(candidate: str, function: Callable, *arguments: Any) -> Any:

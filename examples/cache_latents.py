@@ -4,8 +4,8 @@
 accelerate launch examples/cache_latents.py --cascade_config imagenet256 --train_data_dir images --output_dir latents
 """
 
-from diffusers_pisdm.commands.cache_latents import main
+from pisdm_command import run_script
 
 
 if __name__ == "__main__":
-    main()
+    run_script("cache_latents")

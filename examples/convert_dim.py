@@ -4,8 +4,8 @@
 python examples/convert_dim.py nnet_ema.pth --output_dir dim-huge-256 --vae stabilityai/sd-vae-ft-ema
 """
 
-from diffusers_pisdm.commands.convert_dim import main
+from pisdm_command import run_script
 
 
 if __name__ == "__main__":
-    main()
+    run_script("convert_dim")

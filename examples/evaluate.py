@@ -4,8 +4,8 @@
 accelerate launch examples/evaluate.py --model outputs/emoji64 --reference data/emoji64
 """
 
-from diffusers_pisdm.commands.evaluate import main
+from pisdm_command import run_script
 
 
 if __name__ == "__main__":
-    main()
+    run_script("evaluate")

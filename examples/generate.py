@@ -4,8 +4,8 @@
 python examples/generate.py --classes noto/animal-bird 207 --output grid.png
 """
 
-from diffusers_pisdm.commands.generate import main
+from pisdm_command import run_script
 
 
 if __name__ == "__main__":
-    main()
+    run_script("generate")

@@ -4,8 +4,8 @@
 python examples/publish.py outputs/emoji64 owner/name --license apache-2.0 --dry_run
 """
 
-from diffusers_pisdm.commands.publish import main
+from pisdm_command import run_script
 
 
 if __name__ == "__main__":
-    main()
+    run_script("publish")

@@ -4,8 +4,8 @@
 accelerate launch examples/sample.py --output_dir samples --num_samples 5000
 """
 
-from diffusers_pisdm.commands.sample import main
+from pisdm_command import run_script
 
 
 if __name__ == "__main__":
-    main()
+    run_script("sample")

@@ -4,8 +4,8 @@
 accelerate launch examples/train_pisdm.py --cascade_config emoji64 --train_data_dir data/emoji64 --output_dir out
 """
 
-from diffusers_pisdm.commands.train import main
+from pisdm_command import run_script
 
 
 if __name__ == "__main__":
-    main()
+    run_script("train")

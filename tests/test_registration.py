@@ -90,8 +90,14 @@ def test_loads_from_a_folder(folder):
     code = f"""
 result["all"] = load({str(folder)!r})
 result["model alone"] = type(AutoModel.from_pretrained({str(folder / "transformer")!r})).__name__
+import os
+result["threads' waiting"] = os.environ.get("OMP_WAIT_POLICY")  # commands set it if need be, the package never
 """
-    assert run_python(code) == {"all": LOADED, "model alone": "PISDMTransformer2DModel"}
+    assert run_python(code) == {
+        "all": LOADED,
+        "model alone": "PISDMTransformer2DModel",
+        "threads' waiting": os.environ.get("OMP_WAIT_POLICY"),
+    }
 
 
 def test_loads_from_a_hub(folder, tmp_path):

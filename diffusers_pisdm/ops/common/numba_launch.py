@@ -1,7 +1,8 @@
 """Launches a compiled kernel: the layout of its tensors, its units of work, its parameter array and its threads.
 
 Kernels need the channels of a sequence tensor (batch, channels, length) adjacent in memory, as in a transposed
-(batch, length, channels) tensor, and accept any strides over batch and length.
+(batch, length, channels) tensor, and accept any strides over batch and length. There is one kernel for float32
+sequences and one for bfloat16; both compute in float32.
 
 A kernel is a C function of one pointer: the address of an int64 array whose first two entries are counters. Each
 thread that enters the kernel takes a slot from the second, then units of work from the first until none is left, so
@@ -37,9 +38,15 @@ MIN_GROUPS = 4
 WORK_PER_THREAD = 1 << 13
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` (B, D, L) in float32 with adjacent channels, copied only if necessary."""
-    return adjacent_channels(x.float())
+def memory_dtype(*sequences: torch.Tensor | None) -> torch.dtype:
+    """The dtype in which kernels read and write a call's sequences: bfloat16 if all are, else float32."""
+    is_bfloat16 = all(x is None or x.dtype == torch.bfloat16 for x in sequences)
+    return torch.bfloat16 if is_bfloat16 else torch.float32
+
+
+def channels_last(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` (B, D, L) in `dtype` with adjacent channels, copied only if necessary."""
+    return adjacent_channels(x.to(dtype))
 
 
 def split_channels(batch: int, channels: int) -> tuple[int, int]:
@@ -64,8 +71,8 @@ def launch(
     Runs a kernel on sequences of `shape` (batch, channels, length).
 
     A step's work is proportional to `size`, the state size or number of taps; `scratch_bytes` gives the scratch a
-    thread needs for `size` and the groups in a unit. Tensors among the other `parameters` are float32 and become
-    addresses; those with three axes are sequence tensors and also pass their strides.
+    thread needs for `size` and the groups in a unit. Tensors among the other `parameters` become addresses; those with
+    three axes are sequence tensors, in the kernel's dtype, and also pass their strides. All others are float32.
     """
     batch, channels, length = shape
     blocks, groups = split_channels(batch, channels)
@@ -88,7 +95,9 @@ def launch(
         elif value is not None:
             values[index] = value.data_ptr()
             if value.ndim == 3:
-                values[index + 1 : index + 4] = array("q", [4 * stride for stride in value.stride()])
+                values[index + 1 : index + 4] = array(
+                    "q", [value.element_size() * stride for stride in value.stride()]
+                )
     run_kernel(address, values, num_threads)
 
 

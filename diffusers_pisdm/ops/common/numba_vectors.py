@@ -2,7 +2,8 @@
 
 Numba's own loops leave `exp` scalar (PyPI's llvmlite ships without SVML), which makes a scan ten times slower. Kernels
 written with these vectors control the registers: on AVX-512 one vector is one register, elsewhere LLVM splits it.
-Memory is accessed through plain integer addresses, so any stride is free.
+Memory is accessed through plain integer addresses, so any stride is free. It may hold bfloat16, for which Numba has no
+type: that is the upper half of a float32, so loading it is a shift, and storing it a rounding.
 
 No fast-math flag is set anywhere: NaN and infinity must propagate, and the rounding trick of `exp2` would be optimised
 away.
@@ -21,6 +22,7 @@ _INT = ir.IntType(32)
 _LONG = ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _INT_VECTOR = ir.VectorType(_INT, LANES)
+_SHORT_VECTOR = ir.VectorType(ir.IntType(16), LANES)
 _MASK = ir.VectorType(ir.IntType(1), LANES)
 
 
@@ -233,46 +235,102 @@ def _first_lanes(builder, count):
     return builder.icmp_signed("<", ir.Constant(_INT_VECTOR, list(range(LANES))), counts)
 
 
-@intrinsic
-def _load_masked(typingctx, address, count):
-    def lower(context, builder, signature, arguments):
-        pointer = _pointer(builder, arguments[0], _VECTOR)
-        function = _declare(builder, "llvm.masked.load.v16f32.p0", _VECTOR, [pointer.type, _INT, _MASK, _VECTOR])
-        mask = _first_lanes(builder, arguments[1])
-        return builder.call(function, [pointer, ir.Constant(_INT, 4), mask, _constant(0.0)])
+def _lane_memory(memory_type, alignment, widen, narrow):
+    """Functions that load and store the first lanes of a vector which are of `memory_type` in memory."""
+    suffix = f"v{LANES}{'f' if memory_type == _VECTOR else 'i'}{8 * alignment}.p0"
+    align = ir.Constant(_INT, alignment)
 
-    return float32x16(types.int64, types.int64), lower
+    @intrinsic
+    def load_all(typingctx, address):
+        def lower(context, builder, signature, arguments):
+            return widen(builder, builder.load(_pointer(builder, arguments[0], memory_type), align=alignment))
+
+        return float32x16(types.int64), lower
+
+    @intrinsic
+    def load_masked(typingctx, address, count):
+        def lower(context, builder, signature, arguments):
+            values = [_pointer(builder, arguments[0], memory_type), align, _first_lanes(builder, arguments[1])]
+            values.append(ir.Constant(memory_type, None))  # zeros
+            types_ = [value.type for value in values]
+            return widen(
+                builder, builder.call(_declare(builder, f"llvm.masked.load.{suffix}", memory_type, types_), values)
+            )
+
+        return float32x16(types.int64, types.int64), lower
+
+    @intrinsic
+    def store_all(typingctx, address, vector):
+        def lower(context, builder, signature, arguments):
+            pointer = _pointer(builder, arguments[0], memory_type)
+            builder.store(narrow(builder, arguments[1]), pointer, align=alignment)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, float32x16), lower
+
+    @intrinsic
+    def store_masked(typingctx, address, vector, count):
+        def lower(context, builder, signature, arguments):
+            address, vector, count = arguments
+            values = [narrow(builder, vector), _pointer(builder, address, memory_type), align]
+            values.append(_first_lanes(builder, count))
+            types_ = [value.type for value in values]
+            builder.call(_declare(builder, f"llvm.masked.store.{suffix}", ir.VoidType(), types_), values)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, float32x16, types.int64), lower
+
+    @njit(forceinline=True)
+    def load_first(address, count):
+        """Load `count` <= 16 lanes at `address`, zero in the others; memory beyond them is not touched."""
+        if count == 16:
+            return load_all(address)
+        return load_masked(address, count)
+
+    @njit(forceinline=True)
+    def store_first(address, vector, count):
+        """Store the first `count` <= 16 lanes at `address`; memory beyond them is not touched."""
+        if count == 16:
+            store_all(address, vector)
+        else:
+            store_masked(address, vector, count)
+
+    return load_first, store_first
 
 
-@intrinsic
-def _store_masked(typingctx, address, vector, count):
-    def lower(context, builder, signature, arguments):
-        pointer = _pointer(builder, arguments[0], _VECTOR)
-        function = _declare(
-            builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), [_VECTOR, pointer.type, _INT, _MASK]
-        )
-        mask = _first_lanes(builder, arguments[2])
-        builder.call(function, [arguments[1], pointer, ir.Constant(_INT, 4), mask])
-        return context.get_dummy_value()
+def _from_bfloat16(builder, halves):
+    return builder.bitcast(builder.shl(builder.zext(halves, _INT_VECTOR), _int_constant(16)), _VECTOR)
 
-    return types.void(types.int64, float32x16, types.int64), lower
+
+def _to_bfloat16(builder, x):
+    # To nearest, ties to even: add half a unit in the last place, less one bit if that place is even. A NaN could
+    # overflow to something else.
+    bits = builder.bitcast(x, _INT_VECTOR)
+    odd = builder.and_(builder.lshr(bits, _int_constant(16)), _int_constant(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, _int_constant(0x7FFF))), _int_constant(16))
+    halves = builder.select(builder.fcmp_unordered("uno", x, x), _int_constant(0x7FC0), rounded)
+    return builder.trunc(halves, _SHORT_VECTOR)
+
+
+load_first, store_first = _lane_memory(_VECTOR, 4, lambda builder, x: x, lambda builder, x: x)
+_load_first_bfloat16, _store_first_bfloat16 = _lane_memory(_SHORT_VECTOR, 2, _from_bfloat16, _to_bfloat16)
 
 
 @njit(forceinline=True)
-def load_first(address, count):
-    """Load `count` <= 16 floats at `address`, zero in the other lanes; memory beyond them is not touched."""
-    if count == 16:
-        return load(address, 0)
-    return _load_masked(address, count)
+def load_sequence(address, count, bfloat16):
+    """Load `count` channels of a sequence; `bfloat16`, a compile-time constant, tells what it is in memory."""
+    if bfloat16:
+        return _load_first_bfloat16(address, count)
+    return load_first(address, count)
 
 
 @njit(forceinline=True)
-def store_first(address, vector, count):
-    """Store the first `count` <= 16 lanes at `address`; memory beyond them is not touched."""
-    if count == 16:
-        store(address, 0, vector)
+def store_sequence(address, vector, count, bfloat16):
+    """Store `count` channels of a sequence."""
+    if bfloat16:
+        _store_first_bfloat16(address, vector, count)
     else:
-        _store_masked(address, vector, count)
+        store_first(address, vector, count)
 
 
 @intrinsic
@@ -352,6 +410,17 @@ def _scalar_memory(llvm_type, numba_type):
 
 load_float, store_float = _scalar_memory(_FLOAT, types.float32)
 load_int, _ = _scalar_memory(_LONG, types.int64)
+
+
+@intrinsic
+def load_bfloat16(typingctx, address):
+    """Load the bfloat16 at `address` as a float."""
+
+    def lower(context, builder, signature, arguments):
+        half = builder.load(_pointer(builder, arguments[0], ir.IntType(16)), align=2)
+        return builder.bitcast(builder.shl(builder.zext(half, _INT), ir.Constant(_INT, 16)), _FLOAT)
+
+    return types.float32(types.int64), lower
 
 
 @intrinsic

@@ -1,8 +1,8 @@
 """The compiled loops of `causal_conv_numba`: forward and backward over raw addresses.
 
-Units, chunks, groups and lanes are as in the scan's kernels; the tour at the top of `ops/scan/numba_kernels.py` draws
-them. Each group of 16 channels runs over all steps of a chunk at once, while the rows under the filter are still in
-the cache.
+Units, chunks, groups, lanes and the two types in memory are as in the scan's kernels; the tour at the top of
+`ops/scan/numba_kernels.py` draws them. Each group of 16 channels runs over all steps of a chunk at once, while the
+rows under the filter are still in the cache.
 """
 
 from numba import njit
@@ -11,13 +11,14 @@ from ..common.numba_vectors import (
     load,
     load_first,
     load_int,
+    load_sequence,
     multiply_add,
     prefetch,
     prefetch_write,
     sigmoid,
     splat,
     store,
-    store_first,
+    store_sequence,
     take_ticket,
 )
 
@@ -43,9 +44,10 @@ def backward_scratch_bytes(taps: int, groups: int) -> int:
 
 
 @njit(forceinline=True)
-def _row(parameters, tensor, batch, channel):
+def _row(parameters, tensor, batch, channel, bfloat16):
     """Address of (batch, channel, 0) in a sequence tensor whose channels are adjacent."""
-    return load_int(parameters, tensor) + batch * load_int(parameters, tensor + 1) + channel * 4
+    row = load_int(parameters, tensor) + batch * load_int(parameters, tensor + 1)
+    return row + channel * (2 if bfloat16 else 4)
 
 
 @njit(forceinline=True)
@@ -64,19 +66,19 @@ def _load_filters(parameters, first_channel, channels, groups, taps, target):
 
 
 @njit(forceinline=True)
-def _before_activation(row, stride, step, filters, taps, lanes):
+def _before_activation(row, stride, step, filters, taps, lanes, bfloat16):
     """The convolution at `step`, whose address is `row`."""
     value = load(filters, taps)
     first = max(0, taps - 1 - step)
     row -= (taps - 1 - first) * stride
     for tap in range(first, taps):
-        value = multiply_add(load(filters, tap), load_first(row, lanes), value)
+        value = multiply_add(load(filters, tap), load_sequence(row, lanes, bfloat16), value)
         row += stride
     return value
 
 
 @njit(forceinline=True)
-def _forward_unit(parameters, unit, scratch):
+def _forward_unit(parameters, unit, scratch, bfloat16):
     blocks = load_int(parameters, BLOCKS)
     length = load_int(parameters, LENGTH)
     taps = load_int(parameters, TAPS)
@@ -93,31 +95,40 @@ def _forward_unit(parameters, unit, scratch):
         for group in range(groups):
             lanes = min(16, channels - group * 16)
             filters = scratch + group * (taps + 1) * VECTOR
-            x_row = _row(parameters, X, batch, first_channel + group * 16) + start * x_stride
-            out_row = _row(parameters, OUT, batch, first_channel + group * 16) + start * out_stride
+            x_row = _row(parameters, X, batch, first_channel + group * 16, bfloat16) + start * x_stride
+            out_row = _row(parameters, OUT, batch, first_channel + group * 16, bfloat16) + start * out_stride
             for step in range(start, stop):
                 # Rows may be a page apart, too far for the hardware prefetcher.
                 prefetch(x_row + VECTOR)
                 prefetch_write(out_row + VECTOR)
-                value = _before_activation(x_row, x_stride, step, filters, taps, lanes)
+                value = _before_activation(x_row, x_stride, step, filters, taps, lanes, bfloat16)
                 if with_silu != 0:
                     value = value * sigmoid(value)
-                store_first(out_row, value, lanes)
+                store_sequence(out_row, value, lanes, bfloat16)
                 x_row += x_stride
                 out_row += out_stride
 
 
-def forward_kernel(parameters):
+@njit(forceinline=True)
+def _forward(parameters, bfloat16):
     """Draw units and run them."""
     scratch = load_int(parameters, SCRATCH) + take_ticket(parameters, 1) * load_int(parameters, SCRATCH_BYTES)
     unit = take_ticket(parameters, 0)
     while unit < load_int(parameters, NUM_UNITS):
-        _forward_unit(parameters, unit, scratch)
+        _forward_unit(parameters, unit, scratch, bfloat16)
         unit = take_ticket(parameters, 0)
 
 
+def forward_kernel(parameters):
+    _forward(parameters, False)
+
+
+def forward_kernel_bfloat16(parameters):
+    _forward(parameters, True)
+
+
 @njit(forceinline=True)
-def _backward_unit(parameters, unit, scratch):
+def _backward_unit(parameters, unit, scratch, bfloat16):
     blocks = load_int(parameters, BLOCKS)
     length = load_int(parameters, LENGTH)
     taps = load_int(parameters, TAPS)
@@ -154,20 +165,20 @@ def _backward_unit(parameters, unit, scratch):
             channel = first_channel + group * 16
             lanes = min(16, channels - group * 16)
             filters = scratch + group * (taps + 1) * VECTOR
-            x_rows = _row(parameters, X, batch, channel)
+            x_rows = _row(parameters, X, batch, channel, bfloat16)
             x_row = x_rows + start * x_stride
-            grad_out_row = _row(parameters, GRAD_OUT, batch, channel) + start * grad_out_stride
-            grad_x_row = _row(parameters, GRAD_X, batch, channel) + start * grad_x_stride
+            grad_out_row = _row(parameters, GRAD_OUT, batch, channel, bfloat16) + start * grad_out_stride
+            grad_x_row = _row(parameters, GRAD_X, batch, channel, bfloat16) + start * grad_x_stride
 
             total = zero
             for step in range(steps):
                 prefetch(x_row + VECTOR)
                 prefetch(grad_out_row + VECTOR)
                 prefetch_write(grad_x_row + step * grad_x_stride)
-                g = load_first(grad_out_row, lanes)
+                g = load_sequence(grad_out_row, lanes, bfloat16)
                 if with_silu != 0:
                     # silu'(v) = s (1 + v (1 - s)) with s = sigmoid(v)
-                    value = _before_activation(x_row, x_stride, start + step, filters, taps, lanes)
+                    value = _before_activation(x_row, x_stride, start + step, filters, taps, lanes, bfloat16)
                     s = sigmoid(value)
                     g = g * (s * multiply_add(value, one - s, one))
                 store(gradient, step, g)
@@ -184,7 +195,7 @@ def _backward_unit(parameters, unit, scratch):
                 value = zero
                 for tap in range(taps):
                     value = multiply_add(load(filters, tap), load(gradient, step + taps - 1 - tap), value)
-                store_first(grad_x_row, value, lanes)
+                store_sequence(grad_x_row, value, lanes, bfloat16)
                 grad_x_row += grad_x_stride
             for tap in range(taps):
                 # Tap `tap` of step t sees x[t - back].
@@ -193,16 +204,25 @@ def _backward_unit(parameters, unit, scratch):
                 row = x_rows + (start + first - back) * x_stride
                 total = zero
                 for step in range(first, steps):
-                    total = multiply_add(load(gradient, step), load_first(row, lanes), total)
+                    total = multiply_add(load(gradient, step), load_sequence(row, lanes, bfloat16), total)
                     row += x_stride
                 target = grad_weight + tap * padded_channels * 4
                 store(target, group, load(target, group) + total)
 
 
-def backward_kernel(parameters):
+@njit(forceinline=True)
+def _backward(parameters, bfloat16):
     """Draw units and run them."""
     scratch = load_int(parameters, SCRATCH) + take_ticket(parameters, 1) * load_int(parameters, SCRATCH_BYTES)
     unit = take_ticket(parameters, 0)
     while unit < load_int(parameters, NUM_UNITS):
-        _backward_unit(parameters, unit, scratch)
+        _backward_unit(parameters, unit, scratch, bfloat16)
         unit = take_ticket(parameters, 0)
+
+
+def backward_kernel(parameters):
+    _backward(parameters, False)
+
+
+def backward_kernel_bfloat16(parameters):
+    _backward(parameters, True)

@@ -22,6 +22,9 @@ reuses within a chunk is in a scratch buffer that fits the caches.
 The backward walks the chunks from last to first and recomputes a chunk's states from the state at its start, which the
 forward kept. Gradients of B and C are sums over channels: lanes and groups are added within a unit, and each unit
 writes its own partial sum, so the result does not depend on which thread did what.
+
+Each kernel is compiled twice: for sequences that are float32 in memory, and for bfloat16. In registers and scratch
+buffers all is float32.
 """
 
 from numba import njit
@@ -32,9 +35,11 @@ from ..common.numba_vectors import (
     exp2,
     exp2_bounded,
     load,
+    load_bfloat16,
     load_first,
     load_float,
     load_int,
+    load_sequence,
     load_splat,
     maximum,
     multiply_add,
@@ -44,9 +49,9 @@ from ..common.numba_vectors import (
     softplus,
     splat,
     store,
-    store_first,
     store_float,
     store_lane_sums,
+    store_sequence,
     take_ticket,
 )
 
@@ -82,14 +87,14 @@ def _stride(parameters, tensor):
 
 
 @njit(forceinline=True)
-def _row(parameters, tensor, batch, step, channel):
+def _row(parameters, tensor, batch, step, channel, bfloat16):
     """Address of (batch, channel, step) in a sequence tensor whose channels are adjacent."""
     row = load_int(parameters, tensor) + batch * load_int(parameters, tensor + 1)
-    return row + step * load_int(parameters, tensor + 3) + channel * 4
+    return row + step * load_int(parameters, tensor + 3) + channel * (2 if bfloat16 else 4)
 
 
 @njit(forceinline=True)
-def _pack(parameters, tensor, batch, start, steps, states, target):
+def _pack(parameters, tensor, batch, start, steps, states, target, bfloat16):
     """Copy B or C of a chunk to `target`: (steps, states) without gaps."""
     row = load_int(parameters, tensor) + batch * load_int(parameters, tensor + 1)
     stride_state = load_int(parameters, tensor + 2)
@@ -97,7 +102,9 @@ def _pack(parameters, tensor, batch, start, steps, states, target):
     row += start * stride_step
     for step in range(steps):
         for state in range(states):
-            store_float(target, step * states + state, load_float(row + state * stride_state, 0))
+            address = row + state * stride_state
+            value = load_bfloat16(address) if bfloat16 else load_float(address, 0)
+            store_float(target, step * states + state, value)
         row += stride_step
 
 
@@ -179,7 +186,7 @@ def _scan_four(bounded, steps, delta, inputs, output, rates, state, b, c, stride
 
 
 @njit(forceinline=True)
-def _forward_unit(parameters, unit, scratch):
+def _forward_unit(parameters, unit, scratch, bfloat16):
     blocks = load_int(parameters, BLOCKS)
     length = load_int(parameters, LENGTH)
     states = load_int(parameters, STATES)
@@ -213,8 +220,8 @@ def _forward_unit(parameters, unit, scratch):
     for chunk in range(chunks):
         start = chunk * CHUNK
         steps = min(CHUNK, length - start)
-        _pack(parameters, B, batch, start, steps, states, b)
-        _pack(parameters, C, batch, start, steps, states, c)
+        _pack(parameters, B, batch, start, steps, states, b, bfloat16)
+        _pack(parameters, C, batch, start, steps, states, c, bfloat16)
         for group in range(groups):
             channel = first_channel + group * 16
             lanes = min(16, channels - group * 16)
@@ -230,18 +237,18 @@ def _forward_unit(parameters, unit, scratch):
             # hardware prefetcher fetches neither those of the next group nor the ones to be written.
             bias = _load_vector(parameters, BIAS, channel, lanes)
             skip = _load_vector(parameters, D, channel, lanes)
-            u_row = _row(parameters, U, batch, start, channel)
-            delta_row = _row(parameters, DELTA, batch, start, channel)
-            z_row = _row(parameters, Z, batch, start, channel)
-            out_row = _row(parameters, OUT, batch, start, channel)
+            u_row = _row(parameters, U, batch, start, channel, bfloat16)
+            delta_row = _row(parameters, DELTA, batch, start, channel, bfloat16)
+            z_row = _row(parameters, Z, batch, start, channel, bfloat16)
+            out_row = _row(parameters, OUT, batch, start, channel, bfloat16)
             peak = zero
             for step in range(steps):
                 prefetch(u_row + VECTOR)
                 prefetch(delta_row + VECTOR)
                 prefetch(z_row + step * z_stride)
                 prefetch_write(out_row + step * out_stride)
-                u = load_first(u_row, lanes)
-                dt = load_first(delta_row, lanes) + bias
+                u = load_sequence(u_row, lanes, bfloat16)
+                dt = load_sequence(delta_row, lanes, bfloat16) + bias
                 if with_softplus != 0:
                     dt = softplus(dt)
                 peak = maximum(peak, absolute(dt))
@@ -285,20 +292,29 @@ def _forward_unit(parameters, unit, scratch):
             for step in range(steps):
                 y = load(output, step)
                 if with_gate != 0:
-                    z = load_first(z_row, lanes)
+                    z = load_sequence(z_row, lanes, bfloat16)
                     y = y * (z * sigmoid(z))
-                store_first(out_row, y, lanes)
+                store_sequence(out_row, y, lanes, bfloat16)
                 z_row += z_stride
                 out_row += out_stride
 
 
-def forward_kernel(parameters):
+@njit(forceinline=True)
+def _forward(parameters, bfloat16):
     """Draw units and run them."""
     scratch = load_int(parameters, SCRATCH) + take_ticket(parameters, 1) * load_int(parameters, SCRATCH_BYTES)
     unit = take_ticket(parameters, 0)
     while unit < load_int(parameters, NUM_UNITS):
-        _forward_unit(parameters, unit, scratch)
+        _forward_unit(parameters, unit, scratch, bfloat16)
         unit = take_ticket(parameters, 0)
+
+
+def forward_kernel(parameters):
+    _forward(parameters, False)
+
+
+def forward_kernel_bfloat16(parameters):
+    _forward(parameters, True)
 
 
 @njit(forceinline=True)
@@ -462,7 +478,7 @@ def _write_sums(sums, steps, states, target):
 
 
 @njit(forceinline=True)
-def _backward_unit(parameters, unit, scratch):
+def _backward_unit(parameters, unit, scratch, bfloat16):
     blocks = load_int(parameters, BLOCKS)
     length = load_int(parameters, LENGTH)
     states = load_int(parameters, STATES)
@@ -516,8 +532,8 @@ def _backward_unit(parameters, unit, scratch):
     for chunk in range(chunks - 1, -1, -1):
         start = chunk * CHUNK
         steps = min(CHUNK, length - start)
-        _pack(parameters, B, batch, start, steps, states, b)
-        _pack(parameters, C, batch, start, steps, states, c)
+        _pack(parameters, B, batch, start, steps, states, b, bfloat16)
+        _pack(parameters, C, batch, start, steps, states, c, bfloat16)
         _clear(sum_b, 2 * states * CHUNK)
         for order in range(groups):
             # The last group first: see below.
@@ -526,13 +542,13 @@ def _backward_unit(parameters, unit, scratch):
             lanes = min(16, channels - group * 16)
             bias = _load_vector(parameters, BIAS, channel, lanes)
             skip = _load_vector(parameters, D, channel, lanes)
-            u_row = _row(parameters, U, batch, start, channel)
-            delta_row = _row(parameters, DELTA, batch, start, channel)
-            z_row = _row(parameters, Z, batch, start, channel)
-            grad_out_row = _row(parameters, GRAD_OUT, batch, start, channel)
-            grad_u_row = _row(parameters, GRAD_U, batch, start, channel)
-            grad_delta_row = _row(parameters, GRAD_DELTA, batch, start, channel)
-            grad_z_row = _row(parameters, GRAD_Z, batch, start, channel)
+            u_row = _row(parameters, U, batch, start, channel, bfloat16)
+            delta_row = _row(parameters, DELTA, batch, start, channel, bfloat16)
+            z_row = _row(parameters, Z, batch, start, channel, bfloat16)
+            grad_out_row = _row(parameters, GRAD_OUT, batch, start, channel, bfloat16)
+            grad_u_row = _row(parameters, GRAD_U, batch, start, channel, bfloat16)
+            grad_delta_row = _row(parameters, GRAD_DELTA, batch, start, channel, bfloat16)
+            grad_z_row = _row(parameters, GRAD_Z, batch, start, channel, bfloat16)
             peak = zero
             for step in range(steps):
                 prefetch(u_row + step * u_stride + VECTOR)
@@ -542,14 +558,14 @@ def _backward_unit(parameters, unit, scratch):
                 prefetch_write(grad_u_row + step * grad_u_stride)
                 prefetch_write(grad_delta_row + step * grad_delta_stride)
                 prefetch_write(grad_z_row + step * grad_z_stride)
-                u = load_first(u_row + step * u_stride, lanes)
-                dt = load_first(delta_row, lanes) + bias
-                gy = load_first(grad_out_row + step * grad_out_stride, lanes)
+                u = load_sequence(u_row + step * u_stride, lanes, bfloat16)
+                dt = load_sequence(delta_row, lanes, bfloat16) + bias
+                gy = load_sequence(grad_out_row + step * grad_out_stride, lanes, bfloat16)
                 if with_softplus != 0:
                     store(slope, step, sigmoid(dt))
                     dt = softplus(dt)
                 if with_gate != 0:
-                    z = load_first(z_row + step * z_stride, lanes)
+                    z = load_sequence(z_row + step * z_stride, lanes, bfloat16)
                     s = sigmoid(z)
                     store(gate, step, s)
                     gy = gy * (z * s)
@@ -621,25 +637,29 @@ def _backward_unit(parameters, unit, scratch):
             grad_skip = zero
             grad_bias = zero
             for step in range(steps):
-                u = load_first(u_row, lanes)
+                u = load_sequence(u_row, lanes, bfloat16)
                 gy = load(grad_y, step)
                 gx = load(grad_inputs, step)
                 gu = gx * load(delta, step)
                 if with_skip != 0:
                     gu = multiply_add(skip, gy, gu)
-                store_first(grad_u_row, gu, lanes)
+                store_sequence(grad_u_row, gu, lanes, bfloat16)
                 gdt = multiply_add(load(grad_delta, step), ln2, gx * u)
                 if with_softplus != 0:
                     gdt = gdt * load(slope, step)
-                store_first(grad_delta_row, gdt, lanes)
+                store_sequence(grad_delta_row, gdt, lanes, bfloat16)
                 grad_skip = multiply_add(gy, u, grad_skip)
                 grad_bias = grad_bias + gdt
                 if with_gate != 0:
                     # silu'(z) = s (1 + z (1 - s)) with s = sigmoid(z)
-                    z = load_first(z_row, lanes)
+                    z = load_sequence(z_row, lanes, bfloat16)
                     s = load(gate, step)
-                    gz = load_first(grad_out_row, lanes) * load(output, step) * (s * multiply_add(z, one - s, one))
-                    store_first(grad_z_row, gz, lanes)
+                    gz = (
+                        load_sequence(grad_out_row, lanes, bfloat16)
+                        * load(output, step)
+                        * (s * multiply_add(z, one - s, one))
+                    )
+                    store_sequence(grad_z_row, gz, lanes, bfloat16)
                 u_row += u_stride
                 z_row += z_stride
                 grad_out_row += grad_out_stride
@@ -662,10 +682,19 @@ def _backward_unit(parameters, unit, scratch):
         target += padded_channels * 4
 
 
-def backward_kernel(parameters):
+@njit(forceinline=True)
+def _backward(parameters, bfloat16):
     """Draw units and run them."""
     scratch = load_int(parameters, SCRATCH) + take_ticket(parameters, 1) * load_int(parameters, SCRATCH_BYTES)
     unit = take_ticket(parameters, 0)
     while unit < load_int(parameters, NUM_UNITS):
-        _backward_unit(parameters, unit, scratch)
+        _backward_unit(parameters, unit, scratch, bfloat16)
         unit = take_ticket(parameters, 0)
+
+
+def backward_kernel(parameters):
+    _backward(parameters, False)
+
+
+def backward_kernel_bfloat16(parameters):
+    _backward(parameters, True)

@@ -1,7 +1,8 @@
 """Selective scan on the CPU: Numba kernels as torch operators, differentiable, traceable and exportable.
 
 Sequences in other than `(B, L, D)` memory order are copied to it; results and gradients have that order. Kernels
-compute in float32 whatever the inputs' dtypes; results and gradients are cast back.
+compute in float32 whatever the inputs' dtypes. They read and write bfloat16 sequences as they are; float16 and mixed
+ones are cast to float32, and results and gradients back.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import torch
 
 from ..common.backends import refuse_float64
-from ..common.numba_launch import LANES, channels_last, launch, split_channels
+from ..common.numba_launch import LANES, channels_last, launch, memory_dtype, split_channels
 from ..common.sequence_layout import ceil_div, empty_channels_last
 from .autograd import register_scan_autograd
 
@@ -20,11 +21,12 @@ STATES_AT_ONCE = 4  # the kernels read states in vectors of four
 
 
 @functools.cache
-def _kernel(name: str):
-    """The kernels' module and the address of one kernel. The first call imports Numba and compiles."""
+def _kernel(name: str, dtype: torch.dtype):
+    """The kernels' module, and the address of that for sequences of `dtype`. The first call imports and compiles."""
     from ..common.numba_compile import kernel_address
     from . import numba_kernels
 
+    name += "_bfloat16" if dtype == torch.bfloat16 else ""
     return numba_kernels, kernel_address(getattr(numba_kernels, name))
 
 
@@ -40,18 +42,18 @@ def _num_kept(u: torch.Tensor, A: torch.Tensor, keep_states: bool) -> int:
     return batch * chunks * A.shape[1] * ceil_div(channels, LANES) * LANES
 
 
-def _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+def _input_parameters(kernels, dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     """The inputs in the kernels' form, by index in the parameter array."""
     return {
         kernels.STATES: A.shape[1],
         kernels.SOFTPLUS: int(delta_softplus),
-        kernels.U: channels_last(u),
-        kernels.DELTA: channels_last(delta),
+        kernels.U: channels_last(u, dtype),
+        kernels.DELTA: channels_last(delta, dtype),
         kernels.A: A.float().t().contiguous(),  # (N, D)
-        kernels.B: B.float(),
-        kernels.C: C.float(),
+        kernels.B: B.to(dtype),
+        kernels.C: C.to(dtype),
         kernels.D: None if D is None else D.float().contiguous(),
-        kernels.Z: None if z is None else channels_last(z),
+        kernels.Z: None if z is None else channels_last(z, dtype),
         kernels.BIAS: None if delta_bias is None else delta_bias.float().contiguous(),
     }
 
@@ -70,10 +72,11 @@ def _scan(
     keep_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scan's output, and the states kept for the backward."""
-    kernels, address = _kernel("forward_kernel")
-    out = empty_channels_last(u)
+    dtype = memory_dtype(u, delta, B, C, z)
+    kernels, address = _kernel("forward_kernel", dtype)
+    out = empty_channels_last(u, dtype)
     kept = u.new_empty(_num_kept(u, A, keep_states), dtype=torch.float32)
-    parameters = _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    parameters = _input_parameters(kernels, dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     parameters |= {kernels.OUT: out, kernels.KEPT: kept}
     launch(kernels, address, kernels.forward_scratch_bytes, A.shape[1], u.shape, parameters)
     return out.to(u.dtype), kept
@@ -99,20 +102,21 @@ def _scan_backward(
     delta_softplus: bool,
 ) -> list[torch.Tensor]:
     """Gradients of u, delta, A, B, C, D, z and the bias; empty for absent ones."""
-    kernels, address = _kernel("backward_kernel")
+    dtype = memory_dtype(grad_out, u, delta, B, C, z)
+    kernels, address = _kernel("backward_kernel", dtype)
     batch, channels, length = u.shape
     states = A.shape[1]
     blocks, _ = split_channels(batch, channels)
     padded_channels = ceil_div(channels, LANES) * LANES
-    grad_u, grad_delta = empty_channels_last(u), empty_channels_last(u)
-    grad_z = None if z is None else empty_channels_last(u)
+    grad_u, grad_delta = empty_channels_last(u, dtype), empty_channels_last(u, dtype)
+    grad_z = None if z is None else empty_channels_last(u, dtype)
     # Each unit of work writes its own partial sums; they are added below in a fixed order.
     grad_A = torch.empty(batch, states * padded_channels)
     grad_D, grad_bias = torch.empty(2, batch, padded_channels)
     grad_B, grad_C = torch.empty(2, blocks, batch * length * states)
-    parameters = _input_parameters(kernels, u, delta, A, B, C, D, z, delta_bias, delta_softplus) | {
+    parameters = _input_parameters(kernels, dtype, u, delta, A, B, C, D, z, delta_bias, delta_softplus) | {
         kernels.KEPT: kept,
-        kernels.GRAD_OUT: channels_last(grad_out),
+        kernels.GRAD_OUT: channels_last(grad_out, dtype),
         kernels.GRAD_U: grad_u,
         kernels.GRAD_DELTA: grad_delta,
         kernels.GRAD_Z: grad_z,

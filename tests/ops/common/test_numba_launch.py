@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from diffusers_pisdm.ops.common import numba_launch
-from diffusers_pisdm.ops.common.numba_launch import LANES, MAX_GROUPS, WANTED_UNITS, channels_last, split_channels
+from diffusers_pisdm.ops.common.numba_launch import (
+    LANES,
+    MAX_GROUPS,
+    WANTED_UNITS,
+    channels_last,
+    memory_dtype,
+    split_channels,
+)
 from diffusers_pisdm.ops.scan.numba_operator import selective_scan_numba
 from tests.ops.scan.test_dispatch import make_inputs
 
@@ -25,12 +32,22 @@ def test_long_rows_keep_many_threads_busy(batch):
     assert batch * blocks >= WANTED_UNITS
 
 
-def test_channels_last_copies_only_what_it_must():
-    rows = torch.randn(2, 5, 6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_last_copies_only_what_it_must(dtype):
+    rows = torch.randn(2, 5, 6, dtype=dtype)
     for x in (rows.mT, rows[..., :3].mT, rows[:, ::2].mT, rows[:1].expand(4, 5, 6).mT, rows[..., :1].mT):
-        assert channels_last(x).data_ptr() == x.data_ptr() and torch.equal(channels_last(x), x)
-    for x in (rows, rows.mT.bfloat16(), rows.mT.flip(2).contiguous(), rows[..., :1].expand(2, 5, 6).mT):
-        assert channels_last(x).stride(1) == 1 and torch.equal(channels_last(x), x.float())
+        result = channels_last(x, dtype)
+        assert result.data_ptr() == x.data_ptr() and torch.equal(result, x)
+    for x in (rows, rows.mT.half(), rows.mT.flip(2).contiguous(), rows[..., :1].expand(2, 5, 6).mT):
+        result = channels_last(x, dtype)
+        assert result.stride(1) == 1 and torch.equal(result, x.to(dtype))
+
+
+def test_only_bfloat16_alone_is_read_as_it_is():
+    single, half, other = (torch.zeros(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    assert memory_dtype(half, None, half) == torch.bfloat16
+    for tensors in ((half, single), (single, None, half), (other,), (other, half), (single,)):
+        assert memory_dtype(*tensors) == torch.float32
 
 
 pytest.importorskip("numba")

@@ -62,15 +62,53 @@ def test_softplus_and_sigmoid(name):
     torch.testing.assert_close(apply(function, special), wanted(special), rtol=1e-6, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 7, 15, 16])
-def test_first_lanes_touch_nothing_else(count):
-    def kernel(source, target):
-        vectors.store_first(target, vectors.load_first(source, count) + vectors.splat(1.0), count)
+def test_first_lanes_touch_nothing_else(count, dtype):
+    is_bfloat16 = dtype == torch.bfloat16
 
-    source, target = torch.arange(16.0), torch.full((16,), -1.0)
+    def kernel(source, target):
+        values = vectors.load_sequence(source, count, is_bfloat16) + vectors.splat(1.0)
+        vectors.store_sequence(target, values, count, is_bfloat16)
+        vectors.store(target + 64, 0, values)  # all lanes, in float32
+
+    source, target = torch.arange(16.0).to(dtype), torch.full((128,), -1.0, dtype=dtype)
     compile_kernel(kernel)(source, target)
     assert torch.equal(target[:count], source[:count] + 1)
-    assert (target[count:] == -1).all()
+    assert (target[count : 64 // dtype.itemsize] == -1).all()
+    lanes = target[64 // dtype.itemsize :].view(torch.float32)[:16]
+    assert torch.equal(lanes[:count], source[:count].float() + 1) and (lanes[count:] == 1).all()
+
+
+def test_bfloat16_is_widened_exactly():
+    def kernel(source, target):
+        for index in range(65536 // 16):
+            vectors.store(target, index, vectors.load_sequence(source + index * 32, 16, True))
+        for index in range(65536):
+            vectors.store_float(target, 65536 + index, vectors.load_bfloat16(source + index * 2))
+
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)  # every bfloat16 there is
+    out = torch.zeros(2, 65536)
+    compile_kernel(kernel)(patterns, out)
+    assert torch.equal(out.view(torch.int32), (patterns.int() << 16).expand(2, -1))
+
+
+def test_bfloat16_is_rounded_to_nearest_even_and_nan_is_kept():
+    def kernel(source, target):
+        for index in range(count):
+            vectors.store_sequence(target + index * 32, vectors.load(source, index), 16, True)
+
+    # Beside every bfloat16: itself, just below, at and above the middle to the next one, the last float32 before that.
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    values = torch.cat([upper | lower for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(torch.float32)
+    count = len(values) // 16
+    out = torch.zeros(len(values), dtype=torch.bfloat16)
+    compile_kernel(kernel)(values, out)
+    wanted = values.bfloat16()
+    is_nan = values.isnan()
+    assert out[is_nan].isnan().all()
+    assert torch.equal(out[~is_nan].view(torch.int16), wanted[~is_nan].view(torch.int16))
+    assert out[~is_nan].isinf().sum() > values.isinf().sum()  # the largest ones overflow
 
 
 def test_store_lane_sums():

@@ -39,6 +39,30 @@ def test_equals_definition_around_the_kernels_sizes(batch, channels, length, ker
         assert gradient.shape == wanted_gradient.shape
 
 
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize(
+    ("batch", "channels", "length", "kernel_size"),
+    [(1, 1, 1, 4), (3, 5, 2, 3), (3, 33, 17, 1), (1, 15, 32, 4), (2, 16, 33, 3), (1, 17, 75, 40), (1, 600, 35, 4)],
+)
+def test_bfloat16_sequences_are_rounded_once(batch, channels, length, kernel_size, activation):
+    x, weight, bias = make_inputs(batch, channels, length, kernel_size)
+    x, weight, bias = x.bfloat16(), weight.float(), bias.float()
+    grad_out = torch.randn(batch, length, channels, generator=torch.Generator().manual_seed(1)).bfloat16().mT
+
+    def convolve(function, dtype):
+        leaves = [tensor.to(dtype or tensor.dtype).detach().requires_grad_() for tensor in (x, weight, bias)]
+        out = function(*leaves, activation)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out))]
+
+    results = convolve(causal_conv_numba, None)
+    copied, exact = convolve(causal_conv_numba, torch.float32), convolve(convolve_by_definition, torch.float64)
+    for index, (result, copy, wanted) in enumerate(zip(results, copied, exact)):
+        assert result.dtype == (torch.bfloat16 if index < 2 else torch.float32)
+        assert torch.equal(result, copy.to(result.dtype))
+        rounding = torch.finfo(result.dtype).eps / 2 * wanted.abs() + 5e-6 * wanted.abs().max()
+        assert ((result - wanted).abs() <= rounding).all()
+
+
 def test_precision_over_a_long_sequence():
     tensors = make_inputs(1, 16, 4096, 4)
     out, gradients = run(causal_conv_numba, tensors, "silu", torch.float32)

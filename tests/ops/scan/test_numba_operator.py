@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from diffusers_pisdm.ops import selective_scan
 from diffusers_pisdm.ops.common import numba_launch
 from diffusers_pisdm.ops.scan.numba_operator import selective_scan_numba
-from tests.ops.scan.test_dispatch import assert_matches_reference, make_inputs, run
+from tests.ops.scan.test_dispatch import SEQUENCES, assert_matches_reference, make_inputs, run
 
 
 pytest.importorskip("numba")
@@ -41,6 +42,44 @@ def in_call_order(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 )
 def test_equals_reference_around_the_kernels_sizes(batch, channels, length, state_size, optional):
     assert_matches_reference(make_inputs(batch, channels, length, state_size, optional), "numba")
+
+
+@pytest.mark.parametrize("optional", [True, False], ids=["all", "bare"])
+@pytest.mark.parametrize(
+    ("batch", "channels", "length", "state_size"),
+    [(1, 1, 1, 1), (3, 5, 2, 2), (3, 33, 17, 4), (1, 15, 23, 5), (2, 16, 24, 8), (1, 17, 25, 16), (2, 600, 51, 3)],
+)
+def test_bfloat16_sequences_are_rounded_once(batch, channels, length, state_size, optional):
+    inputs = make_inputs(batch, channels, length, state_size, optional)
+    halves = {k: v.bfloat16() if k in SEQUENCES else v for k, v in inputs.items()}
+    halves = {k: v.float() if k in ("A", "D", "delta_bias") else v for k, v in halves.items()}
+    weights = torch.randn(batch, channels, length, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def scan(backend, dtype):
+        leaves = {k: v.to(dtype or v.dtype) for k, v in halves.items() if k != "delta_softplus"}
+        leaves = {k: v.detach().requires_grad_() for k, v in leaves.items()}
+        out = selective_scan(**leaves, delta_softplus=optional, backend=backend)
+        gradients = torch.autograd.grad(out, list(leaves.values()), weights.to(out))
+        return {"out": out.detach(), **dict(zip(leaves, gradients))}
+
+    results = scan("numba", None)
+    copied, exact = scan("numba", torch.float32), scan("reference", torch.float64)
+    for name, result in results.items():
+        assert result.dtype == (torch.bfloat16 if name in ("out", *SEQUENCES) else torch.float32)
+        assert torch.equal(result, copied[name].to(result.dtype)), name
+        rounding = torch.finfo(result.dtype).eps / 2 * exact[name].abs() + 5e-6 * exact[name].abs().max()
+        assert ((result - exact[name]).abs() <= rounding).all(), name
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_mixed_sequences_are_cast(name):
+    inputs = {k: v.bfloat16() if k in SEQUENCES else v for k, v in make_inputs(1, 17, 25).items()}
+    inputs = {k: v.float() if k in ("A", "D", "delta_bias", name) else v for k, v in inputs.items()}
+    out, gradients = run(inputs, "numba")
+    single = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    wanted, _ = run(single, "numba")
+    assert torch.equal(out, wanted.to(inputs["u"].dtype))
+    assert {k: v.dtype for k, v in gradients.items()} == {k: inputs[k].dtype for k in gradients}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
