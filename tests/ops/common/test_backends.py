@@ -143,7 +143,7 @@ def test_unknown_names_are_refused(operator):
     with force_backends(**{operator: "nmba"}), pytest.raises(ValueError, match=r"`backend` must be .* not 'nmba'"):
         OPERATORS[operator]()
     with (
-        pytest.raises(ValueError, match="forced for selective_scan, causal_conv, not for scan"),
+        pytest.raises(ValueError, match="forced for selective_scan, causal_conv, modulation, not for scan"),
         force_backends(scan="torch"),
     ):
         pass
