@@ -113,19 +113,18 @@ def test_equals_reference_in_one_chunk_and_in_long_ones(programs, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "length"),
     [
-        {"SHARED_DELTAS": False},
-        {"SHARED_FLOATS": False},
-        {"FORWARD_STAGES": 1, "CHUNK_STAGES": 1},
-        {"SHORT_LENGTH": 0},
-        {"SHORT_LENGTH": 99},
+        ({"SHARED_DELTAS": False}, 9),
+        ({"SHARED_FLOATS": False}, 9),
+        ({"FORWARD_STAGES": 1, "CHUNK_STAGES": 1}, 9),
+        ({"SHORT_LENGTH": 0}, 5),
+        ({"SHORT_LENGTH": 99}, 9),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("length", [5, 9])
 def test_every_way_gives_the_same(sizes, length, monkeypatch):
-    inputs = on_device(make_inputs(1, 5, length, 3))
+    inputs = on_device(make_inputs(1, 3, length, 2))
     halves = {k: v.bfloat16() if k in ("u", "delta", "B", "C", "z") else v for k, v in inputs.items()}
     wanted = [gradients_of(x) for x in (inputs, halves)]
     for name, size in sizes.items():
