@@ -59,21 +59,24 @@ class Variant:
 
 
 BASELINE = "without"
+AS_MEAN = {"sil_per_value": False}  # the weight applies to losses that are means over values
 REMEDIES = {"independent_conditions": True, "sil_max_timestep": 300, "sil_subtract_condition": True}
 VARIANTS = {
     "without": Variant("no scale-invariant loss", {"sil_weight": 0.0}),
-    "weight_1": Variant("SIL, weight 1", {"sil_weight": 1.0}),
-    "weight_0.1": Variant("SIL, weight 0.1", {"sil_weight": 0.1}),
-    "weight_0.01": Variant("SIL, weight 0.01", {"sil_weight": 0.01}),
-    "per_value": Variant("SIL, weight 1, as eq. 17 reads literally", {"sil_weight": 1.0, "sil_per_value": True}),
-    "independent": Variant("SIL 0.1, own t per stage", {"sil_weight": 0.1, "independent_conditions": True}),
-    "low_noise": Variant("SIL 0.1, positives below t = 300", {"sil_weight": 0.1, "sil_max_timestep": 300}),
-    "subtract": Variant("SIL 0.1, minus t and class", {"sil_weight": 0.1, "sil_subtract_condition": True}),
-    "remedies": Variant("SIL 0.1, all three of these", {"sil_weight": 0.1, **REMEDIES}),
-    "decay": Variant("SIL 0.1, falling to 0 by half time", {"sil_weight": 0.1}, decay_share=0.5),
-    "stop_gradient": Variant("SIL 0.1, lower stage untouched", {"sil_weight": 0.1, "sil_stop_gradient": True}),
+    "weight_1": Variant("SIL, weight 1", {"sil_weight": 1.0, **AS_MEAN}),
+    "weight_0.1": Variant("SIL, weight 0.1", {"sil_weight": 0.1, **AS_MEAN}),
+    "weight_0.01": Variant("SIL, weight 0.01", {"sil_weight": 0.01, **AS_MEAN}),
+    "per_value": Variant("SIL, weight 1, as eq. 17 reads literally", {"sil_weight": 1.0}),
+    "independent": Variant("SIL 0.1, own t per stage", {"sil_weight": 0.1, **AS_MEAN, "independent_conditions": True}),
+    "low_noise": Variant("SIL 0.1, positives below t = 300", {"sil_weight": 0.1, **AS_MEAN, "sil_max_timestep": 300}),
+    "subtract": Variant("SIL 0.1, minus t and class", {"sil_weight": 0.1, **AS_MEAN, "sil_subtract_condition": True}),
+    "remedies": Variant("SIL 0.1, all three of these", {"sil_weight": 0.1, **AS_MEAN, **REMEDIES}),
+    "decay": Variant("SIL 0.1, falling to 0 by half time", {"sil_weight": 0.1, **AS_MEAN}, decay_share=0.5),
+    "stop_gradient": Variant(
+        "SIL 0.1, lower stage untouched", {"sil_weight": 0.1, **AS_MEAN, "sil_stop_gradient": True}
+    ),
     "dispersive": Variant(
-        "dispersive loss, weight 0.5", {"sil_weight": 0.5, "sil_form": "dispersive", "sil_temperature": 0.5}
+        "dispersive loss, weight 0.5", {"sil_weight": 0.5, **AS_MEAN, "sil_form": "dispersive", "sil_temperature": 0.5}
     ),
     "independent_without": Variant("no SIL, own t per stage", {"sil_weight": 0.0, "independent_conditions": True}),
     "min_snr": Variant("no SIL, min-SNR weights", {"sil_weight": 0.0, "loss_weighting": "min_snr"}),

@@ -58,7 +58,7 @@ CONTESTANTS = {
             {"sample_size": 16, "num_layers": 5, "hidden_size": 92, **_SHAPE},
             {"sample_size": 32, "num_layers": 3, "hidden_size": 92, "low_res_channels": 3, **_SHAPE},
         ],
-        objective={"sil_weight": 0.1},
+        objective={"sil_weight": 0.1, "sil_per_value": False},
     ),
 }
 

@@ -56,8 +56,8 @@ class CascadeObjective(nn.Module):
     All stages of a cascade and the loss that trains some or all of them jointly (eq. 17):
     `L = sum_s w_s E[lambda(t) |eps_s(x_t, t, y, low_res) - eps|^2] + sil_weight * L_s`.
 
-    The stages see the same images at the same timesteps, each at its own resolution and with its own noise. The paper
-    leaves the weight of L_s open, and says little of its form: the options from `independent_conditions` on are ours.
+    The stages see the same images at the same timesteps, each at its own resolution and with its own noise. The
+    options from `independent_conditions` to `sil_decay_steps` are ours: the paper says little of the form of L_s.
 
     Args:
         transformers (`list[PISDMTransformer2DModel]`): The stages, low resolution first.
@@ -81,9 +81,10 @@ class CascadeObjective(nn.Module):
             See [`ScaleInvariantLoss`].
         sil_max_timestep (`int`, *optional*), sil_subtract_condition (`bool`, defaults to `False`):
             See [`ScaleInvariantLoss`].
-        sil_per_value (`bool`, defaults to `False`):
-            Whether `sil_weight` is divided by the number of values of the pair's higher image: eq. 17 has a squared
-            norm, a sum, where our denoising losses are means over values.
+        sil_per_value (`bool`, defaults to `True`):
+            Whether `sil_weight` is divided by the number of values of the pair's higher image. Eq. 17 has a squared
+            norm, a sum, where our denoising losses are means over values, so this is its weight read literally. Not
+            divided, the scale-invariant loss outweighs the denoising losses, and their held-out values suffer.
         sil_decay_steps (`int`, *optional*):
             Over how many steps the trainer lets the weight fall to zero ([`~CascadeObjective.set_step`]).
         train_stages (`list[int]`, *optional*):
@@ -117,7 +118,7 @@ class CascadeObjective(nn.Module):
         sil_stop_gradient: bool = False,
         sil_max_timestep: int | None = None,
         sil_subtract_condition: bool = False,
-        sil_per_value: bool = False,
+        sil_per_value: bool = True,
         sil_decay_steps: int | None = None,
         train_stages: list[int] | None = None,
         batch_shares: list[float] | None = None,
