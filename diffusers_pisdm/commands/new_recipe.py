@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"Wrote {args.output}")
     print(
         f"Next: pisdm train --cascade_config {args.output} {source_options(args, of_training=True)}"
-        " --output_dir outputs/mine"
+        f"{' --on_bad_image skip' * bool(plan.unreadable)} --output_dir outputs/mine"
     )
 
 
@@ -174,10 +174,10 @@ class Plan:
         if self.minutes < SHORT_RUN:
             lines.append("Note: starting, compiling and saving take up to a minute more, which --minutes leaves out")
         if self.unreadable:
-            more = f" and {len(self.unreadable) - 1:,} more" if len(self.unreadable) > 1 else ""
+            count = count_of(len(self.unreadable), "image")
             lines.append(
-                f"Warning: {self.unreadable[0]}{more}. `pisdm check-data` names all; training stops at them, unless"
-                " you pass --on_bad_image skip"
+                f"Warning: {count} of those looked at cannot be read. `pisdm check-data` names all; the command below"
+                f" skips them. The first: {self.unreadable[0]}"
             )
         return lines
 

@@ -23,7 +23,8 @@ LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of torch.save befo
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """DiM's tensors by name, mapped into memory; raises a ValueError that says what a wrong file is."""
     if path.is_dir():
-        path = path / EMA_NAME
+        converted = (path / EMA_NAME).with_suffix(".safetensors")
+        path = converted if converted.is_file() and not (path / EMA_NAME).exists() else path / EMA_NAME
     if not path.is_file():
         raise ValueError(f"{path} does not exist. Pass DiM's {EMA_NAME}, or the folder that holds it.")
     if path.name == RAW_NAME:

@@ -435,7 +435,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             raise ValueError(
                 f"The stages draw latents of {self.transformer.config.in_channels} channels, and there is no"
                 " autoencoder to make images of them. Load the pipeline with the one that they were trained with"
-                ' (`vae=`), or pass `output_type="latent"`.'
+                ' (`vae=`), or pass `output_type="latent"`. `pisdm convert-dim --vae` adds DiM\'s.'
             )
         check_attention_kwargs(attention_kwargs)
         check_callback(callback_on_step_end)

@@ -126,6 +126,7 @@ class Trainer:
         self.outcomes = DelayedReader()
         self.checkpoint: Path | None = None  # the last one written or resumed from
         self.failed: set[str] = set()  # what has been reported to fail
+        self.told: set[str] = set()  # bad images that have been named: they come again in each epoch
 
     def make_optimizer(self, objective: CascadeObjective, capturable: bool = False) -> torch.optim.Optimizer:
         s = self.settings
@@ -280,11 +281,13 @@ class Trainer:
             return [encode_latents(self.vae, stage, generators) for stage in pyramid]
 
     def report_bad_images(self, bad_images: list[str]) -> None:
-        if bad_images:
+        new = [bad for bad in dict.fromkeys(bad_images) if bad not in self.told]
+        if new:
+            self.told.update(new)
             file = self.output_dir / "bad_images.txt"
             with room_on_disk(file), file.open("a", encoding="utf-8") as lines:
-                lines.writelines(f"{bad}\n" for bad in bad_images)
-            tqdm.write("\n".join(f"Skipped: {bad}" for bad in bad_images))
+                lines.writelines(f"{bad}\n" for bad in new)
+            tqdm.write("\n".join(f"Skipped: {bad}" for bad in new))
         self.state.bad_images += len(bad_images)
 
     def log(self, values: dict[str, float]) -> None:

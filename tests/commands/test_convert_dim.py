@@ -319,6 +319,13 @@ def test_a_full_disk_is_told_before_and_during_the_writing(checkpoint, tmp_path,
     assert not (tmp_path / "dim").exists()
 
 
+def test_a_folder_may_hold_the_weights_as_safetensors(checkpoint, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    save_file(oracle_weights(), tmp_path / "theirs" / "nnet_ema.safetensors")
+    folder = convert(tmp_path / "theirs", tmp_path / "dim")
+    assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+
+
 def test_a_folder_with_files_is_left_alone(checkpoint, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("notes")

@@ -54,16 +54,21 @@ def test_steps_and_batch_fill_the_minutes(monkeypatch, real_image_dir):
     assert slow.batch_size == 8 or slow.steps >= new_recipe.FEWEST_STEPS
 
 
-def test_unreadable_images_and_what_a_short_run_leaves_out_are_told(monkeypatch, real_image_files, tmp_path):
+def test_unreadable_images_and_what_a_short_run_leaves_out_are_told(monkeypatch, real_image_files, tmp_path, capsys):
     chosen = [file for file in real_image_files if file.parent.name in ("animal-mammal", "heart")]
     folder = copy_folder(chosen, tmp_path / "images")
     (folder / "heart" / "torn.png").write_bytes(chosen[0].read_bytes()[:100])
     told = "\n".join(plan(monkeypatch, folder, 1, 1e10).describe())
-    assert re.search(r"^Warning: Cannot read .*heart/torn\.png.*check-data", told, re.MULTILINE)
+    assert re.search(r"^Warning: 1 image .*check-data.*skips them.*heart/torn\.png", told, re.MULTILINE)
     assert re.search(r"^Note: .*--minutes leaves out", told, re.MULTILINE)
+    arguments = ["--size", "32", "--minutes", "1", "--output", str(tmp_path / "recipe.json")]
+    new_recipe.main([str(folder), *arguments])
+    assert " --on_bad_image skip --output_dir" in capsys.readouterr().out  # or the command would fail
     (folder / "heart" / "torn.png").unlink()
     told = "\n".join(plan(monkeypatch, folder, 30, 1e10).describe())
     assert "Cannot read" not in told and "Note:" not in told
+    new_recipe.main([str(folder), *arguments])
+    assert "on_bad_image" not in capsys.readouterr().out
 
 
 def test_a_faster_machine_gets_a_larger_model_that_still_sees_enough(monkeypatch, real_image_dir):

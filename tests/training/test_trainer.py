@@ -326,10 +326,10 @@ def test_speed_and_counts_are_those_since_the_last_time(make, monkeypatch):
     others = {"step", "images_per_second", "learning_rate", "peak_memory_gib", "skipped_steps", "bad_images"}
     assert {name for name in logged[0] if "/" not in name} == others and logged[0]["peak_memory_gib"] > 0
     told = (trainer.output_dir / "bad_images.txt").read_text().splitlines()
-    assert set(told) == {"four.png: torn", "nine.png: empty"}
-    assert logged[-1]["bad_images"] == len(told) == trainer.state.bad_images > 2
+    assert sorted(told) == ["four.png: torn", "nine.png: empty"]  # once each, though they come again
+    assert logged[-1]["bad_images"] == trainer.state.bad_images > 2
     with torch.device("meta"):  # nothing can be counted on the default device
-        assert trainer.counts()["bad_images"] == len(told)
+        assert trainer.counts()["bad_images"] == trainer.state.bad_images
     assert read_state(trainer.output_dir / "checkpoint-7")["elapsed_seconds"] == 28.0
 
 
