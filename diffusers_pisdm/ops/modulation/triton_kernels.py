@@ -10,6 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
+def _place(channels, length, chunk_tokens, WIDTH: tl.constexpr):
+    """This program's image, its first token and the one after its last, its channels, and which of them exist."""
+    channel = tl.arange(0, WIDTH)
+    first = tl.program_id(1).to(tl.int64) * chunk_tokens
+    return tl.program_id(0).to(tl.int64), first, tl.minimum(first + chunk_tokens, length), channel, channel < channels
+
+
+@triton.jit
 def _load(row, channel, is_channel):
     return tl.load(row + channel, mask=is_channel, other=0.0).to(tl.float32)
 
@@ -55,13 +63,10 @@ def norm_forward_kernel(
     WIDTH: tl.constexpr,
 ):
     """The tokens in their new order (`moved`, if they have one), and after norm, scale and shift."""
-    image = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, WIDTH)
-    is_channel = channel < channels
+    image, first, last, channel, is_channel = _place(channels, length, chunk_tokens, WIDTH)
     shift = _modulation(modulation, table, image, 0, channels, channel, is_channel)
     scale = _modulation(modulation, table, image, 1, channels, channel, is_channel) + 1.0
-    first = tl.program_id(1).to(tl.int64) * chunk_tokens
-    for token in range(first, tl.minimum(first + chunk_tokens, length)):
+    for token in range(first, last):
         x = _load(tokens + image * tokens_image + _source(order, token) * tokens_token, channel, is_channel)
         place = (image * length + token) * channels
         if order is not None:
@@ -90,14 +95,11 @@ def norm_backward_kernel(
     WIDTH: tl.constexpr,
 ):
     """The gradients of a chunk: of its tokens, and its part of the image's shift and scale."""
-    image = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, WIDTH)
-    is_channel = channel < channels
+    image, first, last, channel, is_channel = _place(channels, length, chunk_tokens, WIDTH)
     scale = _modulation(modulation, table, image, 1, channels, channel, is_channel) + 1.0
     sum_shift = tl.zeros([WIDTH], tl.float32)
     sum_scale = tl.zeros([WIDTH], tl.float32)
-    first = tl.program_id(1).to(tl.int64) * chunk_tokens
-    for token in range(first, tl.minimum(first + chunk_tokens, length)):
+    for token in range(first, last):
         source = _source(order, token)
         x = _load(tokens + image * tokens_image + source * tokens_token, channel, is_channel)
         normal, inverse_std = _normalize(x, is_channel, channels, eps)
@@ -133,12 +135,9 @@ def gate_forward_kernel(
     WIDTH: tl.constexpr,
 ):
     """The tokens plus their gated update."""
-    image = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, WIDTH)
-    is_channel = channel < channels
+    image, first, last, channel, is_channel = _place(channels, length, chunk_tokens, WIDTH)
     gate = _modulation(modulation, table, image, 2, channels, channel, is_channel)
-    first = tl.program_id(1).to(tl.int64) * chunk_tokens
-    for token in range(first, tl.minimum(first + chunk_tokens, length)):
+    for token in range(first, last):
         x = _load(tokens + image * tokens_image + token * tokens_token, channel, is_channel)
         x += gate * _load(update + image * update_image + token * update_token, channel, is_channel)
         tl.store(out + (image * length + token) * channels + channel, x, mask=is_channel)
@@ -162,13 +161,10 @@ def gate_backward_kernel(
     WIDTH: tl.constexpr,
 ):
     """The gradient of a chunk's update, and its part of the image's gate."""
-    image = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, WIDTH)
-    is_channel = channel < channels
+    image, first, last, channel, is_channel = _place(channels, length, chunk_tokens, WIDTH)
     gate = _modulation(modulation, table, image, 2, channels, channel, is_channel)
     sum_gate = tl.zeros([WIDTH], tl.float32)
-    first = tl.program_id(1).to(tl.int64) * chunk_tokens
-    for token in range(first, tl.minimum(first + chunk_tokens, length)):
+    for token in range(first, last):
         grad_ = _load(grad + image * grad_image + token * grad_token, channel, is_channel)
         update_ = _load(update + image * update_image + token * update_token, channel, is_channel)
         sum_gate += grad_ * update_
