@@ -18,15 +18,8 @@ from ..utils.machine import describe_machine
 from ..utils.shipped_files import CHECKPOINT
 
 
-PACKAGES = (
-    "numba",
-    "triton",
-    "mamba-ssm",
-    "causal-conv1d",
-    "kernels",
-    "datasets",
-    "gradio",
-)  # diffusers reports the others
+# diffusers reports the others.
+PACKAGES = ("numba", "triton", "mamba-ssm", "causal-conv1d", "kernels", "datasets", "gradio")
 FOR_A_PERSON = "<fill in>"  # what diffusers leaves open
 
 
