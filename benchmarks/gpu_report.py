@@ -6,18 +6,18 @@ What one GPU does in less than nine minutes: sampling with and without CUDA grap
 
 - `kernels`: kernels that a pass launches, in all and per layer, now and before.
 - `sampling`: milliseconds per step of a pipeline with one stage of size H: launched one by one, with
-  `enable_cuda_graphs()`, as graphs of the kernels of before, and with its repeated blocks compiled by
-  `torch.compile(mode="reduce-overhead")`; the largest difference of the latents.
+  `enable_cuda_graphs()`, and as graphs of the kernels of before; the largest difference of the latents.
 - `scan`: `benchmarks.scan` in bfloat16, forward and backward, against mamba_ssm if it can be imported: our kernels as
   they are, and in other settings, among them those of before.
 - `training`: images per second, memory and the share of the matrix-product peak that this GPU reaches, of sizes S and
   L and of DiT with as many parameters as each, as recorded steps and launched one by one.
 - `trainer`: images per second of the ordinary training loop on the emoji recipe's four stages, as it is, and as it was
   when it waited for the device several times in each step.
+- `compiled`: as `sampling`, with the repeated blocks compiled by `torch.compile`.
 
-Parts run in this order, and each writes `gpu_report.json` when it is done. A measurement that would begin after
-`--minutes` is left out and named in the report, as is one that fails, with its error. `--rehearse` runs everything in
-miniature, on the CPU too, where nothing is recorded.
+Parts run in this order, or in that of `--parts`, and each writes `gpu_report.json` when it is done. A measurement that
+would begin after `--minutes` is left out and named in the report, as is one that fails, with its error. `--rehearse`
+runs everything in miniature, on the CPU too, where nothing is recorded.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -118,7 +119,7 @@ def draw(pipe: PISDMCascadePipeline, steps: int) -> torch.Tensor:
     return pipe([207], generator=generator, **arguments).images
 
 
-def time_sampling(pixels: int, args: argparse.Namespace) -> dict:
+def time_sampling(pixels: int, compiled: bool, args: argparse.Namespace) -> dict:
     """Milliseconds per step of a whole call, by how the model runs."""
     pipe, steps = make_pipeline(pixels // VAE_FACTOR, args), 4 if args.rehearse else STEPS
     wanted, row = draw(pipe, steps), {"pixels": pixels}
@@ -137,17 +138,15 @@ def time_sampling(pixels: int, args: argparse.Namespace) -> dict:
         row[f"{name}_difference"] = difference
 
     time_way("eager")
+    if compiled:
+        pipe.transformer.compile_repeated_blocks()
+        time_way("compiled")
+        return row | {"times_as_fast_as_eager": row["eager_ms_per_step"] / row["compiled_ms_per_step"]}
     pipe.enable_cuda_graphs()
     time_way("graphs")
     with kernels_of_before():
         time_way("graphs_before")
-    pipe.disable_cuda_graphs()
-    if args.device.type == "cuda":
-        pipe.transformer.compile_repeated_blocks(mode="reduce-overhead")
-        time_way("compiled")
-    for name in ("graphs", "compiled"):
-        if f"{name}_ms_per_step" in row:
-            row[f"{name}_times_as_fast"] = row["eager_ms_per_step"] / row[f"{name}_ms_per_step"]
+    row["times_as_fast_as_eager"] = row["eager_ms_per_step"] / row["graphs_ms_per_step"]
     row["times_as_fast_as_before"] = row["graphs_before_ms_per_step"] / row["graphs_ms_per_step"]
     return row
 
@@ -241,7 +240,7 @@ def time_training(model: str, size: str, batch_size: int, record: bool, peak: fl
     with args.device:
         torch.manual_seed(0)
         stage = make_stage(model, size, args).train()
-    objective = CascadeObjective([stage], [DDPMScheduler()])
+    objective = CascadeObjective([stage], [DDPMScheduler()]).to(args.device)
     with StepTrace() as trace:  # one image of each step costs the same
         images = torch.zeros(2, 3, 32, 32, device=args.device)
         objective([images], torch.zeros(2, dtype=torch.int64, device=args.device), seed=0).total.backward()
@@ -320,9 +319,56 @@ def time_trainer(args: argparse.Namespace) -> dict:
     return {"recipe": "emoji64", "batch_size": batch_size, **row}
 
 
+def report_kernels(report: Report, args: argparse.Namespace) -> None:
+    for pixels in (64,) if args.rehearse else (256, 1024):
+        for before in (False, True):
+            name = f"{pixels} px{', before' * before}"
+            report.measure("kernels", name, partial(count_kernels, pixels, before, args))
+
+
+def report_sampling(report: Report, args: argparse.Namespace) -> None:
+    for pixels in (64,) if args.rehearse else (256, 1024, 512, 2048):
+        report.measure("sampling", f"{pixels} px", partial(time_sampling, pixels, False, args))
+
+
+def report_compiled(report: Report, args: argparse.Namespace) -> None:
+    for pixels in (64,) if args.rehearse else (256, 1024):
+        report.measure("compiled", f"{pixels} px", partial(time_sampling, pixels, True, args))
+
+
+def report_training(report: Report, args: argparse.Namespace) -> None:
+    report.measure("peak", "matrix product", lambda: matrix_product_peak(args))
+    peak = report.content.get("peak", [{"tflops": float("nan")}])[0]["tflops"]
+    is_cuda = args.device.type == "cuda"
+    for size, batch_size in (("S", 4),) if args.rehearse else (("L", 64), ("S", 256)):
+        for model, record in (("PIS-DM", is_cuda), ("DiT", is_cuda), ("PIS-DM", False)):
+            name = f"{model}, {size}, {'recorded' if record else 'launched'}"
+            report.measure("training", name, partial(time_training, model, size, batch_size, record, peak, args))
+
+
+def report_trainer(report: Report, args: argparse.Namespace) -> None:
+    report.measure("trainer", "emoji64", lambda: time_trainer(args))
+
+
+def report_scan(report: Report, args: argparse.Namespace) -> None:
+    for shape in [(1, 64, 32)] if args.rehearse else SCAN_SHAPES:
+        report.measure("scan", "x".join(map(str, shape)), partial(time_scan, shape, args))
+
+
+PARTS = {
+    "kernels": report_kernels,
+    "sampling": report_sampling,
+    "training": report_training,
+    "trainer": report_trainer,
+    "scan": report_scan,
+    "compiled": report_compiled,
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.5, help="no measurement begins later than this")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="measure these, in this order")
     parser.add_argument("--rehearse", action="store_true", help="in miniature, also without a GPU")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(arguments)
@@ -332,23 +378,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     report = Report(args)
     print_conditions(report.content["conditions"])
-    for pixels in (64,) if args.rehearse else (256, 1024):
-        for before in (False, True):
-            name = f"{pixels} px{', before' * before}"
-            report.measure("kernels", name, lambda size=pixels, before=before: count_kernels(size, before, args))
-    for pixels in (64,) if args.rehearse else (256, 1024, 512, 2048):
-        report.measure("sampling", f"{pixels} px", lambda pixels=pixels: time_sampling(pixels, args))
-    report.measure("peak", "matrix product", lambda: matrix_product_peak(args))
-    peak = report.content.get("peak", [{"tflops": float("nan")}])[0]["tflops"]
-    is_cuda = args.device.type == "cuda"
-    for size, batch_size in (("S", 4),) if args.rehearse else (("L", 64), ("S", 256)):
-        for model, record in (("PIS-DM", is_cuda), ("DiT", is_cuda), ("PIS-DM", False)):
-            name = f"{model}, {size}, {'recorded' if record else 'launched'}"
-            work = (model, size, batch_size, record, peak, args)
-            report.measure("training", name, lambda work=work: time_training(*work))
-    report.measure("trainer", "emoji64", lambda: time_trainer(args))
-    for shape in [(1, 64, 32)] if args.rehearse else SCAN_SHAPES:
-        report.measure("scan", "x".join(map(str, shape)), lambda shape=shape: time_scan(shape, args))
+    for part in args.parts:
+        PARTS[part](report, args)
     print(f"Wrote {args.output_dir / 'gpu_report.json'}; left out: {report.content['left_out'] or 'nothing'}")
 
 
