@@ -1,12 +1,20 @@
 #!/usr/bin/env python
 """
-Image quality at equal budget: PIS-DM as a single stage and as a cascade against diffusers' DiT and DiM, with equal
-parameters, data, training FLOPs, optimizer and sampler; the Fréchet distance to held-out images, over several seeds.
+Image quality at equal budget: PIS-DM as a single stage, as a cascade and as a cascade of residuals against diffusers'
+DiT, U-ViT and DiM, with equal parameters, data, optimizer and sampler; the Fréchet distance to held-out images, over
+the training's FLOPs and over its time.
 
     python examples/datasets/fashion_mnist.py --output_dir data/fashion-mnist32
     python -m benchmarks.quality --data_dir data/fashion-mnist32 --held_out_split test --output outputs/quality/fashion
     python examples/datasets/emoji.py --output_dir data/emoji64
     python -m benchmarks.quality --data_dir data/emoji64 --held_out_split validation --output outputs/quality/emoji
+    python -m benchmarks.quality --data_dir data/cifar10 --held_out_split test --size large --mixed_precision bf16 \
+        --batch_size 256 --learning_rate 2e-3 --training_minutes 0.9 --seeds 0 --output outputs/quality/cifar10-gpu
+
+Every contestant gets the same number of FLOPs (`--training_tflop`) or the same time (`--training_minutes`), at the
+speed found by timing all in turns at the start (`step_seconds.json`). Samples are drawn at several points of each run
+(`--points`), so each run is a curve, and both comparisons can be read from it at the largest budget that all have
+reached.
 
 Every run (a contestant and a seed) leaves its checkpoint, samples and `result.json` in its own folder. If interrupted,
 rerun the same command to resume; several commands with different `--seeds` may share an output folder. Also prints a
@@ -18,16 +26,16 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 
-from benchmarks.equal_budget.contestants import CONTESTANTS, Budget, Contestant, measure_budget
+from benchmarks.equal_budget.contestants import CONTESTANTS, Contestant, measure_budget
 from benchmarks.equal_budget.reference_images import reference_statistics
 from benchmarks.equal_budget.report import format_table, plot_quality, plot_samples, summarize
-from benchmarks.equal_budget.training import TrainingSettings, train_contestant
+from benchmarks.equal_budget.training import CurveTrainer, TrainingSettings, make_trainer, measure_step_seconds
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.device_images import LabelledImages, load_labelled_images
 from diffusers_pisdm.data.image_data import load_image_data
@@ -42,26 +50,40 @@ from diffusers_pisdm.evaluation import (
     load_feature_extractor,
     write_sample_set,
 )
+from diffusers_pisdm.schedulers import sampling_schedulers
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.machine import describe_machine
 
 
+SAMPLE_BATCH = {"cpu": 50, "cuda": 250}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, settings = parser.add_argument, TrainingSettings()
     add("--data_dir", required=True, help="A folder that `datasets` reads, or a data set on the Hub.")
     add("--train_split", default="train")
     add("--held_out_split", default="validation", help="The reference of all scores; never trained on.")
-    add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    add("--size", choices=CONTESTANTS, default="small", help="0.8 or 8 million parameters.")
+    add("--contestants", nargs="+", choices=CONTESTANTS["small"], default=list(CONTESTANTS["small"]))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--training_tflop", type=float, default=20.0, help="10^12 floating point operations per training run.")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--training_tflop", type=float, default=20.0, help="10^12 operations per training run.")
+    budget.add_argument("--training_minutes", type=float, help="Per training run, instead of --training_tflop.")
+    add("--points", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="Shares of a run after which to draw.")
+    add("--batch_size", type=int, default=settings.batch_size)
+    add("--learning_rate", type=float, default=settings.learning_rate)
+    add("--mixed_precision", choices=["no", "bf16"], default=settings.mixed_precision, help="Of training.")
     add("--num_samples", type=int, default=1000)
     add("--num_inference_steps", type=int, default=20)
     add("--guidance_scale", type=float, default=1.0)
     add("--features", default="efficientnet_lite0", help="See `pisdm evaluate`.")
     add("--features_weights")
     add("--output", type=Path, required=True)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.points != sorted(set(args.points)) or not 0 < args.points[0] <= args.points[-1] == 1:
+        parser.error("--points takes rising shares of a run, the last of which is 1")
+    return args
 
 
 def load_images(data_dir: str, split: str, size: int) -> LabelledImages:
@@ -69,62 +91,80 @@ def load_images(data_dir: str, split: str, size: int) -> LabelledImages:
     return load_labelled_images(ImageRows(load_image_data(data_dir, split), ImageTransform(size)))
 
 
-def run(
-    contestant: Contestant,
-    seed: int,
-    budget: Budget,
-    data: LabelledImages,
+def draw_and_evaluate(
+    trainer: CurveTrainer,
+    places: dict[int, Path],
     reference: FeatureStatistics,
     extractor: FeatureExtractor,
-    settings: TrainingSettings,
-    args: argparse.Namespace,
-    folder: Path,
-) -> dict:
-    """Trains, samples and evaluates, skipping what is already done."""
-    steps = budget.steps(args.training_tflop, settings.batch_size)
-    objective = train_contestant(contestant, data, steps, seed, folder, settings)
-    sampling = SampleSettings(
-        num_samples=args.num_samples,
-        seed=seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
+    class_names: list[str],
+    sampling: SampleSettings,
+) -> None:
+    """Samples of the averaged weights, and their scores; a run that is resumed may come by again."""
+    folder = places[trainer.state.step]
+    file = folder / "scores.json"
+    if file.exists():
+        return
+    objective = trainer.objective
+    pipe = PISDMCascadePipeline.from_stages(
+        list(objective.stages), sampling_schedulers(objective.schedulers), id2label=dict(enumerate(class_names))
     )
-    sampler = DPMSolverMultistepScheduler.from_config(objective.schedulers[0].config)
-    id2label = dict(enumerate(data.class_names))
-    pipe = PISDMCascadePipeline.from_stages(objective.stages, sampler, id2label=id2label)
-    write_sample_set(pipe, folder / "samples", sampling)
+    write_sample_set(pipe, folder / "samples", sampling, batch_size=SAMPLE_BATCH[trainer.accelerator.device.type])
     result = evaluate_images(FolderImages(folder / "samples", decode_image), reference, extractor)
-    return {
-        "contestant": contestant.label,
-        "seed": seed,
-        "steps": steps,
-        **asdict(budget),
+    scores = {
         "scores": {name: score.value for name, score in result.scores.items()},
         "score_names": {name: score.name for name, score in result.scores.items()},
         "num_samples": result.num_samples,
         "num_reference": result.num_reference,
     }
+    with write_whole(file) as whole:
+        whole.write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def step_seconds(
+    contestants: dict[str, Contestant], data: LabelledImages, settings: TrainingSettings, args: argparse.Namespace
+) -> dict[str, float]:
+    """The seconds of a step of each contestant, measured once for an output folder."""
+    file = args.output / "step_seconds.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if not set(contestants) <= set(found):
+        print("Timing the training steps ...", flush=True)
+        found = dict(zip(contestants, measure_step_seconds(list(contestants.values()), data, args.output, settings)))
+        with write_whole(file) as whole:
+            whole.write_text(json.dumps(found, indent=2) + "\n")
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, settings = parse_args(argv), TrainingSettings()
-    contestants = {name: CONTESTANTS[name] for name in args.contestants}
-    sizes = {contestant.stages[-1]["sample_size"] for contestant in contestants.values()}
-    data = load_images(args.data_dir, args.train_split, *sizes)
-    extractor = load_feature_extractor(args.features, args.features_weights)
-    reference = reference_statistics(args.data_dir, args.held_out_split, *sizes, extractor, args.output)
+    args = parse_args(argv)
+    settings = TrainingSettings(
+        batch_size=args.batch_size, learning_rate=args.learning_rate, mixed_precision=args.mixed_precision
+    )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    contestants = {name: CONTESTANTS[args.size][name] for name in args.contestants}
+    (size,) = {contestant.stages[-1]["sample_size"] for contestant in contestants.values()}
+    data = load_images(args.data_dir, args.train_split, size).to(device)
+    extractor = load_feature_extractor(args.features, args.features_weights, device)
+    reference = reference_statistics(args.data_dir, args.held_out_split, size, extractor, args.output)
 
     budgets = {name: measure_budget(contestant, len(data.class_names)) for name, contestant in contestants.items()}
+    seconds, steps = step_seconds(contestants, data, settings, args), {}
     for name, budget in budgets.items():
+        if args.training_minutes is None:
+            steps[name] = budget.steps(args.training_tflop, settings.batch_size)
+        else:
+            steps[name] = int(60 * args.training_minutes / seconds[name])
         print(
             f"{contestants[name].label}: {budget.parameters / 1e6:.3f}M parameters,"
-            f" {budget.training_flops / 1e9:.2f} GFLOP per image and training step,"
-            f" {budget.steps(args.training_tflop, settings.batch_size)} steps of {settings.batch_size} images"
+            f" {budget.training_flops / 1e9:.2f} GFLOP per image and training step, {1e3 * seconds[name]:.3g} ms per"
+            f" step, {steps[name]} steps of {settings.batch_size} images",
+            flush=True,
         )
     conditions = {
         "data": args.data_dir,
         "held_out": args.held_out_split,
-        "training_tflop": args.training_tflop,
+        "training_tflop": None if args.training_minutes else args.training_tflop,
+        "training_minutes": args.training_minutes,
+        "points": args.points,
         "num_samples": args.num_samples,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
@@ -133,27 +173,62 @@ def main(argv: list[str] | None = None) -> None:
     }
     conditions = json.loads(json.dumps(conditions))  # as they are read back
     for seed in args.seeds:
+        sampling = SampleSettings(
+            num_samples=args.num_samples,
+            seed=seed,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+        )
         for name, contestant in contestants.items():
             folder = args.output / name / f"seed-{seed}"
             if (folder / "result.json").exists():
                 if json.loads((folder / "result.json").read_text())["conditions"] != conditions:
                     raise SystemExit(f"error: {folder} was made under other conditions. Choose another --output.")
                 continue
-            result = run(contestant, seed, budgets[name], data, reference, extractor, settings, args, folder)
-            result |= {
+            places = {max(1, round(share * steps[name])): folder / f"share-{share:g}" for share in args.points}
+            draw = partial(
+                draw_and_evaluate,
+                places=places,
+                reference=reference,
+                extractor=extractor,
+                class_names=data.class_names,
+                sampling=sampling,
+            )
+            trainer = make_trainer(contestant, data, list(places), seed, folder, settings, draw)
+            trainer.resume()
+            trainer.train()
+            if not trainer.is_done:
+                raise SystemExit(128 + (trainer.stopped_by or 0))
+            per_step = budgets[name].training_flops * settings.batch_size / 1e12
+            result = {
+                "contestant": contestant.label,
+                "seed": seed,
+                "steps": steps[name],
+                **asdict(budgets[name]),
+                "step_seconds": seconds[name],
+                "points": [
+                    {
+                        "steps": step,
+                        "tflop": step * per_step,
+                        "seconds": step * seconds[name],
+                        **json.loads((place / "scores.json").read_text()),
+                    }
+                    for step, place in places.items()
+                ],
                 "conditions": conditions,
-                "machine": describe_machine(torch.device("cpu")),
+                "machine": describe_machine(device),
                 "versions": {package: version(package) for package in ("diffusers", "torch")},
             }
             with write_whole(folder / "result.json") as file:
                 file.write_text(json.dumps(result, indent=2) + "\n")
 
     results = [json.loads(file.read_text()) for file in sorted(args.output.glob("*/seed-*/result.json"))]
-    summary = summarize(results, baseline=CONTESTANTS["dit"].label)
+    labels = {name: contestant.label for name, contestant in CONTESTANTS[args.size].items()}
+    summary = summarize(results, baseline=labels["dit"])
     with write_whole(args.output / "quality.json") as file:
         file.write_text(json.dumps({"summary": summary, "runs": results}, indent=2) + "\n")
     plot_quality(results, args.output / "quality.png")
-    plot_samples(args.output, {name: contestant.label for name, contestant in CONTESTANTS.items()})
+    plot_samples(args.output, labels)
     print(format_table(summary))
     print(f"Wrote {args.output}/quality.json, quality.png and samples.png")
 

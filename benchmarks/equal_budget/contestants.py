@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from diffusers import DDPMScheduler
 
-from benchmarks.peers import DiTPeer
+from benchmarks.peers import DiTPeer, UViT2DModel
 from diffusers_pisdm import DiMTransformer2DModel, PISDMTransformer2DModel
+from diffusers_pisdm.ops.conditioning_augmentation import upsample_low_res
+from diffusers_pisdm.schedulers import stage_noise_schedules
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
 from diffusers_pisdm.training.cost.flops import StepTrace
 
@@ -30,35 +32,76 @@ class Contestant:
     label: str  # for tables and plots
     stages: list[dict]  # each stage's arguments, without `num_classes`; the last is at full resolution
     stage_class: type[nn.Module] = PISDMTransformer2DModel
-    objective: dict = field(default_factory=dict)  # arguments of `CascadeObjective`
+    residual: bool = (
+        False  # whether higher stages diffuse what their condition lacks, as the published checkpoint's do
+    )
 
-    def make_objective(self, num_classes: int) -> CascadeObjective:
-        """New stages, initialised from torch's global generator, and their loss."""
-        stages = [self.stage_class(num_classes=num_classes, **stage) for stage in self.stages]
-        return CascadeObjective(stages, [DDPMScheduler(**NOISE_SCHEDULE)] * len(stages), **self.objective)
+    def make_objective(self, num_classes: int, residual_scales: list[float] | None = None) -> CascadeObjective:
+        """
+        New stages, initialised from torch's global generator, and their loss.
+
+        Args:
+            num_classes (`int`): The number of classes.
+            residual_scales (`list[float]`, *optional*):
+                One per higher stage, from [`measure_residual_scales`]; 1 by default. They do not affect the cost.
+        """
+        stages, types = [dict(stage) for stage in self.stages], ["v_prediction"] * len(self.stages)
+        if self.residual:
+            scales = residual_scales or [1.0] * (len(stages) - 1)
+            stages[1:] = [stage | {"residual_scale": scale} for stage, scale in zip(stages[1:], scales, strict=True)]
+            types[1:] = ["sample"] * (len(stages) - 1)
+        schedulers = stage_noise_schedules(DDPMScheduler(**NOISE_SCHEDULE), len(stages), prediction_types=types)
+        weighting = ["min_snr" if kind == "sample" else "uniform" for kind in types]
+        models = [self.stage_class(num_classes=num_classes, **stage) for stage in stages]
+        return CascadeObjective(models, schedulers, loss_weighting=weighting)
 
 
-# 32 px in patches of 2, as in the paper: 256 tokens. A test keeps the parameters equal within 5%.
+def measure_residual_scales(contestant: Contestant, images: torch.Tensor) -> list[float]:
+    """The standard deviation of what each higher stage's condition lacks, in images (N, 3, H, W) of type uint8."""
+    pyramid = image_pyramid(images.float() / 127.5 - 1.0, [stage["sample_size"] for stage in contestant.stages])
+    pairs = zip(pyramid, pyramid[1:])
+    return [float((high - upsample_low_res(low, high.shape[-2:], 1.0)).std()) for low, high in pairs]
+
+
+# 32 px in patches of 2, as in the paper: 256 tokens. A test keeps the parameters of a size equal within 5%.
 _SHAPE = {"patch_size": 2, "in_channels": 3}
+
+
+def _contestants(
+    dit: dict, uvit: dict, dim: dict, one_stage: dict, first_stage: dict, second_stage: dict
+) -> dict[str, Contestant]:
+    """The contestants of a size, from each model's depth and width."""
+    at_32 = {"sample_size": 32, **_SHAPE}
+    cascade = [
+        {"sample_size": 16, **first_stage, **_SHAPE},
+        {"low_res_channels": 3, **second_stage, **at_32},
+    ]
+    return {
+        "dit": Contestant("DiT", [{**dit, **at_32}], stage_class=DiTPeer),
+        "uvit": Contestant("U-ViT", [{**uvit, **at_32}], stage_class=UViT2DModel),
+        "dim": Contestant("DiM", [{**dim, **at_32}], stage_class=DiMTransformer2DModel),
+        "pisdm": Contestant("PIS-DM, one stage", [{**one_stage, **at_32}]),
+        "pisdm_cascade": Contestant("PIS-DM, cascade", cascade),
+        "pisdm_residual": Contestant("PIS-DM, residual cascade", cascade, residual=True),
+    }
+
+
 CONTESTANTS = {
-    "dit": Contestant(
-        "DiT",
-        [{"sample_size": 32, "num_layers": 4, "hidden_size": 100, "num_heads": 4, **_SHAPE}],
-        stage_class=DiTPeer,
+    "small": _contestants(  # 0.8 million parameters, for a CPU
+        dit={"num_layers": 4, "hidden_size": 100, "num_heads": 4},
+        uvit={"num_layers": 7, "hidden_size": 92, "num_heads": 4},
+        dim={"num_layers": 9, "hidden_size": 94},
+        one_stage={"num_layers": 9, "hidden_size": 96},
+        first_stage={"num_layers": 5, "hidden_size": 92},
+        second_stage={"num_layers": 3, "hidden_size": 92},
     ),
-    "dim": Contestant(
-        "DiM",
-        [{"sample_size": 32, "num_layers": 9, "hidden_size": 94, **_SHAPE}],
-        stage_class=DiMTransformer2DModel,
-    ),
-    "pisdm": Contestant("PIS-DM, one stage", [{"sample_size": 32, "num_layers": 9, "hidden_size": 96, **_SHAPE}]),
-    "pisdm_cascade": Contestant(
-        "PIS-DM, cascade",
-        [
-            {"sample_size": 16, "num_layers": 5, "hidden_size": 92, **_SHAPE},
-            {"sample_size": 32, "num_layers": 3, "hidden_size": 92, "low_res_channels": 3, **_SHAPE},
-        ],
-        objective={"sil_weight": 0.1, "sil_per_value": False},
+    "large": _contestants(  # 8 million, for a GPU
+        dit={"num_layers": 7, "hidden_size": 248, "num_heads": 4},
+        uvit={"num_layers": 9, "hidden_size": 260, "num_heads": 4},
+        dim={"num_layers": 15, "hidden_size": 256},
+        one_stage={"num_layers": 15, "hidden_size": 256},
+        first_stage={"num_layers": 9, "hidden_size": 256},
+        second_stage={"num_layers": 5, "hidden_size": 256},
     ),
 }
 

@@ -5,53 +5,73 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 from PIL import Image
 
 from diffusers_pisdm.utils.image_grid import make_image_grid
+from diffusers_pisdm.utils.messages import show_duration
 
 
 SHOWN_SAMPLES = 24
+AXES = {"tflop": "TFLOP of training", "seconds": "seconds of training"}
+
+
+def distance_at(result: dict, axis: str, budget: float) -> float:
+    """A run's Fréchet distance after `budget` TFLOP or seconds, between its points linear in both logarithms."""
+    points = result["points"]
+    distances = [point["scores"]["frechet_distance"] for point in points]
+    return float(np.exp(np.interp(np.log(budget), np.log([point[axis] for point in points]), np.log(distances))))
 
 
 def summarize(results: list[dict], baseline: str) -> list[dict]:
     """
-    Means over the seeds, a row per contestant, best Fréchet distance first: `scores` and `spreads` by name (standard
-    deviation, `None` for one seed) and `ratio`, the distance divided by the baseline's (`None` without one).
+    Means over the seeds, a row per contestant, best Fréchet distance at equal FLOPs first: `tflop` and `seconds` are
+    the largest budgets that all runs have reached, with the mean `distances`, their `spreads` (standard deviation,
+    `None` for one seed) and `ratios` to the baseline's (`None` without one); `scores` are means at the runs' ends.
     """
+    budgets = {axis: min(result["points"][-1][axis] for result in results) for axis in AXES}
     rows = []
     for label in sorted({result["contestant"] for result in results}):
         own = [result for result in results if result["contestant"] == label]
-        scores = {name: [result["scores"][name] for result in own] for name in own[0]["scores"]}
+        ends = [result["points"][-1]["scores"] for result in own]
+        distances = {axis: [distance_at(result, axis, budgets[axis]) for result in own] for axis in AXES}
         rows.append(
             {
                 "contestant": label,
                 "seeds": [result["seed"] for result in own],
-                **{key: own[0][key] for key in ("parameters", "training_flops", "steps")},
-                "scores": {name: mean(values) for name, values in scores.items()},
-                "spreads": {name: stdev(values) if len(values) > 1 else None for name, values in scores.items()},
+                **{key: own[0][key] for key in ("parameters", "training_flops", "step_seconds", "steps")},
+                "budgets": budgets,
+                "distances": {axis: mean(values) for axis, values in distances.items()},
+                "spreads": {axis: stdev(v) if len(v) > 1 else None for axis, v in distances.items()},
+                "scores": {name: mean(end[name] for end in ends) for name in ends[0]},
             }
         )
-    distances = {row["contestant"]: row["scores"]["frechet_distance"] for row in rows}
+    found = {row["contestant"]: row["distances"] for row in rows}
     for row in rows:
-        own = distances[row["contestant"]]
-        row["ratio"] = own / distances[baseline] if baseline in distances else None
-    return sorted(rows, key=lambda row: row["scores"]["frechet_distance"])
+        own, base = row["distances"], found.get(baseline)
+        row["ratios"] = {axis: None if base is None else own[axis] / base[axis] for axis in AXES}
+    return sorted(rows, key=lambda row: row["distances"]["tflop"])
 
 
 def format_table(summary: list[dict]) -> str:
     """The summary as a Markdown table, ratios first."""
-    names = list(summary[0]["scores"])
-    header = ["", "ratio", *(name.replace("_", " ") for name in names), "parameters", "GFLOP/image", "steps", "seeds"]
+    budgets = summary[0]["budgets"]
+    ends = [f"{budgets['tflop']:.3g} TFLOP", show_duration(budgets["seconds"])]
+    header = ["", *(f"ratio after {end}" for end in ends), *(f"distance after {end}" for end in ends)]
+    header += ["precision", "recall", "parameters", "GFLOP/image", "ms/step", "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in summary:
-        cells = [row["contestant"], "" if row["ratio"] is None else f"{row['ratio']:.2f}"]
-        for name in names:
-            spread = row["spreads"][name]
-            cells.append(f"{row['scores'][name]:.3g}" + ("" if spread is None else f" ± {spread:.2g}"))
+        ratios, distances, spreads = (
+            [row[name][axis] for axis in AXES] for name in ("ratios", "distances", "spreads")
+        )
+        cells = [row["contestant"], *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)]
+        for distance, spread in zip(distances, spreads):
+            cells.append(f"{distance:.3g}" + ("" if spread is None else f" ± {spread:.2g}"))
         cells += [
+            *(f"{row['scores'][name]:.3g}" for name in ("precision", "recall")),
             f"{row['parameters'] / 1e6:.3f}M",
             f"{row['training_flops'] / 1e9:.2f}",
-            f"{row['steps']:,}",
+            f"{1e3 * row['step_seconds']:.3g}",
             str(len(row["seeds"])),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -59,24 +79,30 @@ def format_table(summary: list[dict]) -> str:
 
 
 def plot_quality(results: list[dict], picture: Path) -> None:
-    """Draws every run's Fréchet distance as a point, and each contestant's mean as a bar."""
+    """Draws Fréchet distances over FLOPs and over seconds: a thin line for each run, a thick one for the means."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
-    for position, row in enumerate(summarize(results, baseline="")):
-        own = [r["scores"]["frechet_distance"] for r in results if r["contestant"] == row["contestant"]]
-        axis.bar(position, row["scores"]["frechet_distance"], color=f"C{position}", alpha=0.4, label=row["contestant"])
-        axis.plot([position] * len(own), own, "o", color=f"C{position}")
-    first = results[0]
-    axis.set(
-        ylabel=first["score_names"]["frechet_distance"],
-        xticks=[],
-        title=f"{first['conditions']['training_tflop']:g} TFLOP of training each",
-    )
-    axis.legend()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
+    order = [row["contestant"] for row in summarize(results, baseline="")]
+    for panel, (axis, title) in zip(panels, AXES.items(), strict=True):
+        for position, label in enumerate(order):
+            runs = [result["points"] for result in results if result["contestant"] == label]
+            budgets = [point[axis] for point in runs[0]]
+            distances = np.array([[point["scores"]["frechet_distance"] for point in points] for points in runs])
+            style = {"color": f"C{position}", "marker": "o"}
+            if len(runs) > 1:
+                panel.plot(budgets, distances.T, **style, linewidth=0.5, markersize=2)
+            panel.plot(budgets, distances.mean(0), **style, label=label, markersize=4)
+        panel.set(xlabel=title, xscale="log", yscale="log")
+        for axis_lines in (panel.xaxis, panel.yaxis):
+            axis_lines.set_major_formatter("{x:g}")
+            axis_lines.set_minor_formatter("{x:g}")
+        panel.tick_params(which="minor", labelsize=7)
+    panels[0].set_ylabel(results[0]["points"][0]["score_names"]["frechet_distance"])
+    panels[1].legend()
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
@@ -85,7 +111,7 @@ def plot_samples(output: Path, labels: dict[str, str]) -> None:
     """Draws the first samples of every contestant's first seed, uncurated; images in a row share class and noise."""
     strips = []
     for name, label in labels.items():
-        files = sorted((output / name).glob("seed-*/samples/*/*.png"))[:SHOWN_SAMPLES]
+        files = sorted((output / name).glob("seed-*/share-1/samples/*/*.png"))[:SHOWN_SAMPLES]
         images = [Image.open(file).convert("RGB") for file in files]
         if images:
             strips.append(make_image_grid(images, None, columns=SHOWN_SAMPLES, title=label))

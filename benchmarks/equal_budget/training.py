@@ -2,100 +2,126 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
-from benchmarks.equal_budget.contestants import Contestant
-from diffusers_pisdm.data.device_images import DeviceBatches, LabelledImages
+from benchmarks.equal_budget.contestants import Contestant, measure_residual_scales
+from benchmarks.measuring.timing import now
+from diffusers_pisdm.data.device_images import LabelledImages
 from diffusers_pisdm.training import CascadeObjective
-from diffusers_pisdm.training.recipes import TrainerSettings
-from diffusers_pisdm.training.trainer import Trainer
+from diffusers_pisdm.training.device_trainer import WARM_UP_STEPS, DeviceSettings, DeviceTrainer
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """
-    How to train, the same for all contestants.
+    How to train, the same for all contestants. The learning rate stays constant after its rise, so that a model in
+    the middle of a run is one that a smaller budget would have bought: its averaged weights draw the samples.
 
     Args:
         batch_size (`int`): Images per step.
         learning_rate (`float`):
-            AdamW's highest learning rate: the best of 1e-3, 3e-3, 6e-3 and 1.2e-2 for DiT in short trials. It rises
-            over the first tenth of the steps and falls over the last fifth.
+            AdamW's learning rate, by default the best of 1e-3, 3e-3, 6e-3 and 1.2e-2 for the small DiT in short
+            trials.
+        lr_warmup_steps (`int`): Steps in which the learning rate rises.
         betas (`tuple[float, float]`), weight_decay (`float`): AdamW's; the defaults are the paper's.
         max_grad_norm (`float`): Larger gradients are scaled down to this norm.
-        ema_decay (`float`): The decay of the averaged weights, which draw the samples.
-        logging_steps, checkpointing_steps (`int`): Steps between log lines and between checkpoints.
+        ema_decay (`float`): The decay of the averaged weights.
+        mixed_precision (`str`): accelerate's, `"no"` or `"bf16"`.
     """
 
     batch_size: int = 32
     learning_rate: float = 6e-3
+    lr_warmup_steps: int = 50
     betas: tuple[float, float] = (0.99, 0.999)
     weight_decay: float = 0.03
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    logging_steps: int = 50
-    checkpointing_steps: int = 200
+    mixed_precision: str = "no"
 
 
-def train_contestant(
+class CurveTrainer(DeviceTrainer):
+    """Validates after certain steps, the last of which ends the run."""
+
+    points: Sequence[int] = ()
+
+    def is_due(self, what: str) -> bool:
+        return self.state.step in self.points if what == "validation" else super().is_due(what)
+
+
+def make_trainer(
     contestant: Contestant,
     data: LabelledImages,
-    steps: int,
+    points: Sequence[int],
     seed: int,
     folder: Path,
     settings: TrainingSettings,
-) -> CascadeObjective:
+    on_point: Callable[[CurveTrainer], None] | None = None,
+) -> CurveTrainer:
     """
-    Trains a contestant, or resumes its training.
-
     Args:
         contestant ([`Contestant`]): The contestant.
-        data ([`LabelledImages`]): The training images.
-        steps (`int`): Optimizer steps.
+        data ([`LabelledImages`]): The training images, on the device.
+        points (`Sequence[int]`): The steps after which to call `on_point`, rising; the last ends the run.
         seed (`int`): Determines the initial weights, the order of the images, and all noise.
         folder (`Path`): For `metrics.jsonl` and the checkpoints.
         settings ([`TrainingSettings`]): How to train.
+        on_point (`Callable[[CurveTrainer], None]`, *optional*): Finds the averaged weights in the trainer's models.
 
     Returns:
-        [`CascadeObjective`] with the averaged weights, in evaluation mode.
+        [`CurveTrainer`] at step 0.
     """
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    on_gpu = data.images.device.type == "cuda"
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision=settings.mixed_precision)
+    scales = measure_residual_scales(contestant, data.images[:1000])
     torch.manual_seed(seed)
-    objective = contestant.make_objective(len(data.class_names))
-    trainer_settings = TrainerSettings(
+    objective: CascadeObjective = contestant.make_objective(len(data.class_names), scales)
+    device_settings = DeviceSettings(
         seed=seed,
         train_batch_size=settings.batch_size,
-        max_train_steps=steps,
+        max_train_steps=points[-1],
         learning_rate=settings.learning_rate,
-        lr_warmup_steps=steps // 10,
-        lr_cooldown_steps=steps // 5,
+        lr_warmup_steps=settings.lr_warmup_steps,
+        lr_cooldown=0.0,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
         adam_weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         ema_decay=settings.ema_decay,
-        logging_steps=settings.logging_steps,
-        validation_steps=0,
-        checkpointing_steps=settings.checkpointing_steps,
-        checkpoints_total_limit=1,
+        logging_steps=50,
+        validation_minutes=0.0,
+        checkpointing_minutes=2.0,
+        random_flip=False,
+        random_shift=0,
+        record=on_gpu,
     )
-    batches = DeviceBatches(data, settings.batch_size, seed, batch_rows)
-    title = f"{contestant.label}, seed {seed}"
-    trainer = Trainer(accelerator, objective, batches, trainer_settings, folder, title=title)
-    trainer.resume()
-    trainer.train()
-    trainer.average.copy_to(trainer.parameters)
-    return trainer.objective.eval()
+    trainer = CurveTrainer(
+        accelerator, objective, data, device_settings, folder, on_validation=on_point, title=contestant.label
+    )
+    trainer.points = points
+    return trainer
 
 
-def batch_rows(step: int, num_images: int, batch_size: int, seed: int) -> np.ndarray:
-    """The rows of one step's batch: each epoch goes through all images in its own order."""
-    per_epoch = num_images // batch_size
-    epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng((seed, epoch)).permutation(num_images)
-    return order[position * batch_size : (position + 1) * batch_size]
+def measure_step_seconds(
+    contestants: Sequence[Contestant], data: LabelledImages, folder: Path, settings: TrainingSettings, turns: int = 5
+) -> list[float]:
+    """The seconds of a training step of each contestant: the medians of `turns` in which each takes a few steps."""
+    trainers = [make_trainer(contestant, data, [10**6], 0, folder, settings) for contestant in contestants]
+    steps = 20 if data.images.device.type == "cuda" else 2
+    for trainer in trainers:
+        trainer.objective.train()
+        for _ in range(WARM_UP_STEPS + 1):  # compiles kernels, records the step
+            trainer.train_step()
+    seconds: list[list[float]] = [[] for _ in trainers]
+    for _ in range(turns):
+        for trainer, own in zip(trainers, seconds, strict=True):
+            start = now(data.images.device)
+            for _ in range(steps):
+                trainer.train_step()
+            own.append((now(data.images.device) - start) / steps)
+    return [statistics.median(own) for own in seconds]

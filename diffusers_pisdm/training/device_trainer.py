@@ -47,7 +47,7 @@ class DeviceStep:
         objective ([`CascadeObjective`]): Prepared by `accelerator`, on the device.
         optimizer (`torch.optim.AdamW`):
             Fused, prepared by `accelerator`; on a GPU `capturable`, with a tensor as its learning rate.
-        average (`EMAModel`): The averages of the trainable parameters.
+        average (`EMAModel`): The averages of the stages' trainable parameters.
         data ([`LabelledImages`]): The images, on the device.
         batch_size (`int`): Images per step.
         max_grad_norm (`float`): Larger gradients are scaled down to this norm.
@@ -74,6 +74,7 @@ class DeviceStep:
         self.objective = objective
         self.optimizer = optimizer
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.averaged = [p for p in objective.stages.parameters() if p.requires_grad]
         self.average = average
         self.data = data
         self.max_grad_norm = max_grad_norm
@@ -147,7 +148,7 @@ class DeviceStep:
         self.optimizer.step()
         self.skipped_steps += is_bad
         self.failures.add_(is_bad).mul_(is_bad)
-        differences = torch._foreach_sub(self.parameters, self.average.shadow_params)
+        differences = torch._foreach_sub(self.averaged, self.average.shadow_params)
         torch._foreach_mul_(differences, self.average_weight)
         torch._foreach_add_(self.average.shadow_params, differences)
         self.meter.add(losses, norm.isfinite())
@@ -155,7 +156,7 @@ class DeviceStep:
 
 @dataclass(kw_only=True)
 class DeviceSettings(TrainerSettings):
-    """How a [`DeviceTrainer`] trains a stage; see the arguments of examples/train_on_device.py."""
+    """How a [`DeviceTrainer`] trains; see the arguments of examples/train_on_device.py."""
 
     max_train_steps: int | None = None
     minutes: float | None = None  # training time, instead of `max_train_steps`
@@ -175,17 +176,18 @@ class DeviceRunState(RunState):
 
 class DeviceTrainer(Trainer):
     """
-    Trains one stage on images on the device, for a number of steps or for a given time, which is converted to steps
-    once the speed is known.
+    Trains on images on the device, for a number of steps or for a given time, which is converted to steps once the
+    speed is known.
 
     Args:
         accelerator (`Accelerator`): For a single process.
-        objective ([`CascadeObjective`]): An objective that trains one stage.
+        objective ([`CascadeObjective`]): The objective, not yet prepared.
         data ([`LabelledImages`]): The images, on the device.
         settings ([`DeviceSettings`]): How to train.
         output_dir (`str` or `Path`): For metrics and checkpoints.
         held_out ([`LabelledImages`], *optional*): Images, on the device, whose loss is measured.
         on_validation (`Callable[[Trainer], None]`, *optional*): See [`Trainer`].
+        title (`str`, *optional*): Title of the progress bar; by default, the number of the first stage trained.
     """
 
     def __init__(
@@ -197,11 +199,11 @@ class DeviceTrainer(Trainer):
         output_dir: str | Path,
         held_out: LabelledImages | None = None,
         on_validation: Callable[[Trainer], None] | None = None,
+        title: str | None = None,
     ):
-        (index,) = objective.stages_trained
-        self.stage, self.on_gpu = index + 1, accelerator.device.type == "cuda"
+        self.stage, self.on_gpu = objective.stages_trained[0] + 1, accelerator.device.type == "cuda"
         batches = DeviceBatches(data, settings.train_batch_size, settings.seed + self.stage)
-        title = f"stage {self.stage}"
+        title = title or f"stage {self.stage}"
         watch = {"on_validation": on_validation, "title": title, "class_names": data.class_names}
         super().__init__(accelerator, objective, batches, settings, output_dir, held_out_rows=held_out, **watch)
         self.state = DeviceRunState()
