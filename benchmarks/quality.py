@@ -12,9 +12,9 @@ the training's FLOPs and over its time.
         --batch_size 256 --learning_rate 2e-3 --training_minutes 0.9 --seeds 0 --output outputs/quality/cifar10-gpu
 
 Every contestant gets the same number of FLOPs (`--training_tflop`) or the same time (`--training_minutes`), at the
-speed found by timing all in turns at the start (`step_seconds.json`). Samples are drawn at several points of each run
-(`--points`), so each run is a curve, and both comparisons can be read from it at the largest budget that all have
-reached.
+speed found by timing all in turns at the start (`step_seconds.json`; delete it to time them again). Samples are drawn
+at several points of each run (`--points`), so each run is a curve, and both comparisons can be read from it at the
+largest budget that all have reached.
 
 Every run (a contestant and a seed) leaves its checkpoint, samples and `result.json` in its own folder. If interrupted,
 rerun the same command to resume; several commands with different `--seeds` may share an output folder. Also prints a
@@ -205,12 +205,10 @@ def main(argv: list[str] | None = None) -> None:
                 "seed": seed,
                 "steps": steps[name],
                 **asdict(budgets[name]),
-                "step_seconds": seconds[name],
                 "points": [
                     {
                         "steps": step,
                         "tflop": step * per_step,
-                        "seconds": step * seconds[name],
                         **json.loads((place / "scores.json").read_text()),
                     }
                     for step, place in places.items()
@@ -223,12 +221,16 @@ def main(argv: list[str] | None = None) -> None:
                 file.write_text(json.dumps(result, indent=2) + "\n")
 
     results = [json.loads(file.read_text()) for file in sorted(args.output.glob("*/seed-*/result.json"))]
-    labels = {name: contestant.label for name, contestant in CONTESTANTS[args.size].items()}
-    summary = summarize(results, baseline=labels["dit"])
+    names = {contestant.label: name for name, contestant in CONTESTANTS[args.size].items()}
+    for result in results:  # not in their files: steps may be timed again
+        result["step_seconds"] = seconds[names[result["contestant"]]]
+        for point in result["points"]:
+            point["seconds"] = point["steps"] * result["step_seconds"]
+    summary = summarize(results, baseline=CONTESTANTS[args.size]["dit"].label)
     with write_whole(args.output / "quality.json") as file:
         file.write_text(json.dumps({"summary": summary, "runs": results}, indent=2) + "\n")
     plot_quality(results, args.output / "quality.png")
-    plot_samples(args.output, labels)
+    plot_samples(args.output, {name: label for label, name in names.items()})
     print(format_table(summary))
     print(f"Wrote {args.output}/quality.json, quality.png and samples.png")
 

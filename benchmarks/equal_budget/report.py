@@ -84,9 +84,10 @@ def plot_quality(results: list[dict], picture: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
-    order = [row["contestant"] for row in summarize(results, baseline="")]
+    order = list(dict.fromkeys(result["contestant"] for result in results))
     for panel, (axis, title) in zip(panels, AXES.items(), strict=True):
         for position, label in enumerate(order):
             runs = [result["points"] for result in results if result["contestant"] == label]
@@ -97,10 +98,10 @@ def plot_quality(results: list[dict], picture: Path) -> None:
                 panel.plot(budgets, distances.T, **style, linewidth=0.5, markersize=2)
             panel.plot(budgets, distances.mean(0), **style, label=label, markersize=4)
         panel.set(xlabel=title, xscale="log", yscale="log")
-        for axis_lines in (panel.xaxis, panel.yaxis):
-            axis_lines.set_major_formatter("{x:g}")
-            axis_lines.set_minor_formatter("{x:g}")
-        panel.tick_params(which="minor", labelsize=7)
+        for ruler in (panel.xaxis, panel.yaxis):
+            ruler.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            ruler.set_minor_locator(NullLocator())
+            ruler.set_major_formatter("{x:g}")
     panels[0].set_ylabel(results[0]["points"][0]["score_names"]["frechet_distance"])
     panels[1].legend()
     figure.savefig(picture, dpi=120)

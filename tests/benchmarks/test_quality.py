@@ -5,7 +5,6 @@ import pytest
 
 from benchmarks import quality
 from benchmarks.equal_budget.contestants import CONTESTANTS, Contestant
-from benchmarks.equal_budget.training import TrainingSettings
 from benchmarks.peers import DiTPeer
 from diffusers_pisdm import DiMTransformer2DModel
 
@@ -17,17 +16,19 @@ DIT = {"patch_size": 2, "in_channels": 3, "num_layers": 1, "hidden_size": 16, "n
 @pytest.fixture
 def compare(monkeypatch, tmp_path, real_image_dir, capsys):
     """The benchmark, at a size of seconds."""
-    monkeypatch.setitem(CONTESTANTS, "dit", Contestant("DiT", [{"sample_size": 8, **DIT}], stage_class=DiTPeer))
-    dim = Contestant("DiM", [{"sample_size": 8, **PISDM, "num_layers": 3}], stage_class=DiMTransformer2DModel)
-    monkeypatch.setitem(CONTESTANTS, "dim", dim)
-    monkeypatch.setitem(CONTESTANTS, "pisdm", Contestant("PIS-DM, one stage", [{"sample_size": 8, **PISDM}]))
-    monkeypatch.setattr(quality, "TrainingSettings", lambda: TrainingSettings(batch_size=4))
+    cascade = [{"sample_size": 4, **PISDM}, {"sample_size": 8, "low_res_channels": 3, **PISDM}]
+    tiny = {
+        "dit": Contestant("DiT", [{"sample_size": 8, **DIT}], stage_class=DiTPeer),
+        "dim": Contestant("DiM", [{"sample_size": 8, **PISDM, "num_layers": 3}], stage_class=DiMTransformer2DModel),
+        "pisdm_residual": Contestant("PIS-DM, residual cascade", cascade, residual=True),
+    }
+    monkeypatch.setitem(CONTESTANTS, "small", tiny)
 
     def compare(*arguments):
         quality.main(
             [
                 *("--data_dir", str(real_image_dir), "--held_out_split", "train", "--output", str(tmp_path)),
-                *("--contestants", "dit", "dim", "pisdm", "--training_tflop", "0.0004", "--num_samples", "4"),
+                *("--contestants", *tiny, "--batch_size", "4", "--points", "0.5", "1", "--num_samples", "4"),
                 *("--num_inference_steps", "1", *arguments),
             ]
         )
@@ -37,19 +38,40 @@ def compare(monkeypatch, tmp_path, real_image_dir, capsys):
 
 
 def test_it_compares_resumes_and_refuses_other_conditions(compare, tmp_path):
-    printed = compare("--seeds", "0")
-    assert re.search(r"PIS-DM, one stage: 0\.0\d\dM parameters, 0\.0\d GFLOP .* \d+ steps of 4 images", printed)
-    assert "| ratio |" in printed
+    printed = compare("--seeds", "0", "--training_tflop", "0.0008")
+    assert re.search(r"DiT: 0\.0\d\dM parameters, 0\.0\d GFLOP .* ms per step, \d+ steps of 4 images", printed)
+    assert "| ratio after 0.000" in printed
     for name in ("quality.png", "samples.png"):
         assert (tmp_path / name).stat().st_size > 1000
     report = json.loads((tmp_path / "quality.json").read_text())
-    assert {row["contestant"] for row in report["summary"]} == {"DiT", "DiM", "PIS-DM, one stage"}
-    assert all(run["scores"]["frechet_distance"] > 0 for run in report["runs"])
-    assert report["runs"][0]["score_names"]["frechet_distance"] == "Fréchet distance (efficientnet-lite0)"
+    assert {row["contestant"] for row in report["summary"]} == {"DiT", "DiM", "PIS-DM, residual cascade"}
+    for run in report["runs"]:
+        half, whole = run["points"]
+        assert half["scores"]["frechet_distance"] > 0
+        assert whole["steps"] == run["steps"] and abs(whole["steps"] - 2 * half["steps"]) <= 1
+        assert whole["tflop"] == pytest.approx(run["steps"] * 4 * run["training_flops"] / 1e12)
+        assert whole["tflop"] <= 0.0008 < whole["tflop"] * (1 + 1 / run["steps"])
+        assert whole["seconds"] == run["steps"] * run["step_seconds"]
+        assert whole["score_names"]["frechet_distance"] == "Fréchet distance (efficientnet-lite0)"
 
-    before = (tmp_path / "pisdm" / "seed-0" / "result.json").stat().st_mtime_ns
-    compare("--seeds", "0", "1")
-    assert (tmp_path / "pisdm" / "seed-0" / "result.json").stat().st_mtime_ns == before
-    assert len(json.loads((tmp_path / "quality.json").read_text())["runs"]) == 6
+    before = (tmp_path / "dit" / "seed-0" / "result.json").stat().st_mtime_ns
+    compare("--seeds", "0", "1", "--training_tflop", "0.0008", "--contestants", "dit")
+    assert (tmp_path / "dit" / "seed-0" / "result.json").stat().st_mtime_ns == before
+    assert len(json.loads((tmp_path / "quality.json").read_text())["runs"]) == 4
     with pytest.raises(SystemExit, match="other conditions"):
-        compare("--seeds", "0", "--guidance_scale", "2")
+        compare("--seeds", "0", "--training_tflop", "0.0008", "--guidance_scale", "2", "--contestants", "dit")
+
+
+def test_equal_time_gives_cheaper_steps_more_of_them(compare, tmp_path):
+    seconds = {"dit": 0.5, "dim": 0.2, "pisdm_residual": 0.09}
+    (tmp_path / "step_seconds.json").write_text(json.dumps(seconds))
+    compare("--seeds", "0", "--training_minutes", "0.011", "--points", "1")
+    for name, steps in {"dit": 1, "dim": 3, "pisdm_residual": 7}.items():
+        run = json.loads((tmp_path / name / "seed-0" / "result.json").read_text())
+        assert run["steps"] == run["points"][-1]["steps"] == steps
+
+
+def test_points_rise_to_the_whole_run(compare, capsys):
+    with pytest.raises(SystemExit):
+        compare("--points", "0.5", "0.25", "1")
+    assert "--points" in capsys.readouterr().err

@@ -1,12 +1,18 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks.equal_budget.contestants import CONTESTANTS, Budget, measure_budget
+from benchmarks.equal_budget.contestants import CONTESTANTS, Budget, measure_budget, measure_residual_scales
 
 
-@pytest.mark.parametrize("num_classes", [10, 288])  # Fashion-MNIST, emoji
-def test_contestants_have_equal_parameters(num_classes):
-    counts = {name: measure_budget(contestant, num_classes).parameters for name, contestant in CONTESTANTS.items()}
+@pytest.mark.parametrize("size", CONTESTANTS)
+@pytest.mark.parametrize("num_classes", [10, 288])  # Fashion-MNIST and CIFAR-10, emoji
+def test_contestants_have_equal_parameters(size, num_classes):
+    counts = {}
+    for name, contestant in CONTESTANTS[size].items():
+        with torch.device("meta"):
+            objective = contestant.make_objective(num_classes)
+        counts[name] = sum(parameter.numel() for parameter in objective.stages.parameters())
     assert all(abs(count / counts["pisdm"] - 1) < 0.05 for count in counts.values()), counts
 
 
@@ -19,7 +25,24 @@ def test_steps_spend_the_budget():
 def test_counting_leaves_the_random_numbers_alone_and_does_not_depend_on_the_batch():
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    budgets = [measure_budget(CONTESTANTS["pisdm_cascade"], 10, batch_size).training_flops for batch_size in (4, 8)]
+    budgets = [
+        measure_budget(CONTESTANTS["small"]["pisdm_cascade"], 10, batch_size).training_flops for batch_size in (4, 8)
+    ]
     assert torch.equal(torch.get_rng_state(), state)
     # Class embeddings apart, whose gradient is one table a batch, and the pairs of the scale-invariant loss.
     assert budgets[0] == pytest.approx(budgets[1], rel=1e-3)
+
+
+def test_residual_stages_predict_what_their_condition_lacks_at_its_scale():
+    contestant = CONTESTANTS["small"]["pisdm_residual"]
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (scale,) = measure_residual_scales(contestant, images)
+    pixels = images.float() / 127.5 - 1
+    low = F.interpolate(pixels, (16, 16), mode="area")
+    residual = pixels - F.interpolate(low, (32, 32), mode="bicubic", antialias=True)
+    assert scale == pytest.approx(residual.std().item(), rel=0.01)
+    objective = contestant.make_objective(10, [scale])
+    assert [stage.config.residual_scale for stage in objective.stages] == [None, scale]
+    assert [s.config.prediction_type for s in objective.schedulers] == ["v_prediction", "sample"]
+    plain = CONTESTANTS["small"]["pisdm_cascade"].make_objective(10)
+    assert {stage.config.residual_scale for stage in plain.stages} == {None}
