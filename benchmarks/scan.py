@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -49,7 +50,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}  # of a result
 SEQUENCES = ("u", "delta", "B", "C", "z")
 COPYING_MAMBA = "mamba_ssm, copying"
 # What the Triton kernels' latest changes are worth: the settings of before, and each change alone undone.
-NOT_SHARED = {"SHARED_DELTAS": False, "SHARED_FLOATS": False}
+NOT_SHARED = {"SHARED_DELTAS": False, "SHARED_FLOATS_TOKENS": math.inf}
 NOT_PIPELINED = {"FORWARD_STAGES": 1, "CHUNK_STAGES": 1}
 TRITON_SETTINGS = {
     "triton, before": {**NOT_SHARED, **NOT_PIPELINED, "SHORT_LENGTH": 0},

@@ -43,8 +43,10 @@ SHORT_CHANNELS, SHORT_LANE_CHANNELS = 16, 2
 # more than one where the forward keeps states.
 FORWARD_STAGES, CHUNK_STAGES = 3, 2
 # In chunks, softplus takes a fifth of the first pass's instructions, and the conversion of B and C to float32, which
-# all programs of a batch row read, a twelfth of the second's: both passes share one float32 result.
-SHARED_DELTAS, SHARED_FLOATS = True, True
+# all programs of a batch row read, a twelfth of the second's: both passes share one float32 result. Converting B and C
+# takes two kernels, which pay from this many tokens on: on an H200, they gained 3% of a pass at 4,096, and cost 4% at
+# 256.
+SHARED_DELTAS, SHARED_FLOATS_TOKENS = True, 2048
 JOINED = 8  # chunks whose states are loaded at once for joining
 JOIN_ELEMENTS = 128  # of a state, per joining program
 # There are enough chunks to fill a large GPU, which runs this many programs at once, as long as a chunk's steps
@@ -111,6 +113,11 @@ class _Launch:
         with torch.cuda.device_of(tensors[0]):
             kernel[self.batch * blocks, self.chunks](*tensors, *sizes, **constants)
 
+    def maybe_floats(self, B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """B and C in float32, where that is faster for the kernels that read them."""
+        is_worth = self.chunks > 1 and self.batch * self.length >= SHARED_FLOATS_TOKENS
+        return (B.float(), C.float()) if is_worth else (B, C)
+
     def enter(
         self, kernel, *tensors, A: torch.Tensor, strides: list[int], reverse: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -169,8 +176,7 @@ def _scan(
         return out, kept
     u, delta, A, B, C, D, z, delta_bias = _prepare(u, delta, A, B, C, D, z, delta_bias)
     launch = _Launch(u, A.shape[0], delta_softplus, may_be_short=True)
-    if launch.chunks > 1 and SHARED_FLOATS:
-        B, C = B.float(), C.float()
+    B, C = launch.maybe_floats(B, C)
     entering, deltas = launch.enter(
         _kernels().chunk_state_kernel, u, delta, A, B, delta_bias, A=A, strides=strides_of(u, delta, B), reverse=False
     )
@@ -218,8 +224,7 @@ def _scan_backward(
     grad_A, grad_D, grad_bias = launch.chunk_sums(launch.states), launch.chunk_sums(), launch.chunk_sums()
     blocks = ceil_div(launch.channels, BACKWARD_CHANNELS)
     grad_B, grad_C = launch.empty(2, blocks, launch.batch, launch.length, launch.states)
-    if launch.chunks > 1 and SHARED_FLOATS:
-        B, C = B.float(), C.float()
+    B, C = launch.maybe_floats(B, C)
     entering, deltas = launch.enter(
         _kernels().chunk_gradient_kernel,
         *(grad_out, delta, A, C, z, delta_bias),

@@ -116,7 +116,7 @@ def test_equals_reference_in_one_chunk_and_in_long_ones(programs, monkeypatch):
     ("sizes", "length"),
     [
         ({"SHARED_DELTAS": False}, 9),
-        ({"SHARED_FLOATS": False}, 9),
+        ({"SHARED_FLOATS_TOKENS": 0}, 9),
         ({"FORWARD_STAGES": 1, "CHUNK_STAGES": 1}, 9),
         ({"SHORT_LENGTH": 0}, 5),
         ({"SHORT_LENGTH": 99}, 9),
@@ -149,6 +149,13 @@ def test_the_slope_of_softplus_is_exact_for_small_and_large_steps(shared, monkey
     _, gradients = gradients_of(on_device(inputs))
     error = (gradients["delta"].double().cpu() - wanted["delta"]).abs() / wanted["delta"].abs()
     assert error.quantile(0.9) <= 1e-5 and error.max() <= 1e-3  # where terms cancel
+
+
+def test_floats_are_shared_between_the_passes_where_tokens_abound(full_sizes):
+    for batch, length, wanted in ((2, 1023, torch.bfloat16), (2, 1024, torch.float32), (99, 96, torch.bfloat16)):
+        B = torch.empty(batch, length, 16, device="meta", dtype=torch.bfloat16)
+        launch = scan_module._Launch(torch.empty(batch, 3072, length, device="meta"), 16, True, may_be_short=True)
+        assert [x.dtype for x in launch.maybe_floats(B, B)] == [wanted, wanted]
 
 
 def test_short_sequences_run_in_one_kernel(full_sizes):
