@@ -73,6 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--points", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="Shares of a run after which to draw.")
     add("--batch_size", type=int, default=settings.batch_size)
     add("--learning_rate", type=float, default=settings.learning_rate)
+    add("--adam_beta1", type=float, default=settings.adam_beta1)
     add("--mixed_precision", choices=["no", "bf16"], default=settings.mixed_precision, help="Of training.")
     add("--num_samples", type=int, default=1000)
     add("--num_inference_steps", type=int, default=20)
@@ -137,7 +138,7 @@ def step_seconds(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = TrainingSettings(
-        batch_size=args.batch_size, learning_rate=args.learning_rate, mixed_precision=args.mixed_precision
+        **{name: getattr(args, name) for name in ("batch_size", "learning_rate", "adam_beta1", "mixed_precision")}
     )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     contestants = {name: CONTESTANTS[args.size][name] for name in args.contestants}

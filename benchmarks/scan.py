@@ -20,8 +20,8 @@ there is a backward. `--dtype` applies to the sequences, i.e. all but A, D and t
 from __future__ import annotations
 
 import argparse
-import platform
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable
