@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """
 Image quality at equal budget: PIS-DM as a single stage, as a cascade and as a cascade of residuals against diffusers'
-DiT, U-ViT and DiM, with equal parameters, data, optimizer and sampler; the Fréchet distance to held-out images, over
-the training's FLOPs and over its time.
+DiT, U-ViT and DiM, with equal parameters, data, optimizer and sampler; or the rows of the paper's tables of ablations
+(`--comparison table_1`). Scores are Fréchet distances to held-out images, over the training's FLOPs and over its time.
 
     python examples/datasets/fashion_mnist.py --output_dir data/fashion-mnist32
     python -m benchmarks.quality --data_dir data/fashion-mnist32 --held_out_split test --output outputs/quality/fashion
     python examples/datasets/emoji.py --output_dir data/emoji64
     python -m benchmarks.quality --data_dir data/emoji64 --held_out_split validation --output outputs/quality/emoji
-    python -m benchmarks.quality --data_dir data/cifar10 --held_out_split test --size large --mixed_precision bf16 \
-        --batch_size 256 --learning_rate 2e-3 --training_minutes 0.9 --seeds 0 --output outputs/quality/cifar10-gpu
+    python -m benchmarks.quality --data_dir data/cifar10 --held_out_split test --output outputs/quality/cifar \
+        --comparison large --training_minutes 0.9 --mixed_precision bf16 --batch_size 256 --learning_rate 2e-3
 
 Every contestant gets the same number of FLOPs (`--training_tflop`) or the same time (`--training_minutes`), at the
 speed found by timing all in turns at the start (`step_seconds.json`; delete it to time them again). Samples are drawn
@@ -55,7 +55,7 @@ from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.machine import describe_machine
 
 
-SAMPLE_BATCH = {"cpu": 50, "cuda": 250}
+SAMPLE_BATCH = {"cpu": 50, "cuda": 500}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,8 +64,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", required=True, help="A folder that `datasets` reads, or a data set on the Hub.")
     add("--train_split", default="train")
     add("--held_out_split", default="validation", help="The reference of all scores; never trained on.")
-    add("--size", choices=CONTESTANTS, default="small", help="0.8 or 8 million parameters.")
-    add("--contestants", nargs="+", choices=CONTESTANTS["small"], default=list(CONTESTANTS["small"]))
+    add("--comparison", choices=CONTESTANTS, default="small", help="Peers of 0.8 or 8 million parameters, or a table.")
+    add("--contestants", nargs="+", help="Only these, by name.")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--training_tflop", type=float, default=20.0, help="10^12 operations per training run.")
@@ -84,6 +84,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.points != sorted(set(args.points)) or not 0 < args.points[0] <= args.points[-1] == 1:
         parser.error("--points takes rising shares of a run, the last of which is 1")
+    known = list(CONTESTANTS[args.comparison])
+    args.contestants = args.contestants or known
+    if not set(args.contestants) <= set(known):
+        parser.error(f"--contestants of {args.comparison} are {', '.join(known)}; got {', '.join(args.contestants)}")
     return args
 
 
@@ -109,6 +113,8 @@ def draw_and_evaluate(
     pipe = PISDMCascadePipeline.from_stages(
         list(objective.stages), sampling_schedulers(objective.schedulers), id2label=dict(enumerate(class_names))
     )
+    if trainer.on_gpu:
+        pipe.enable_cuda_graphs()
     write_sample_set(pipe, folder / "samples", sampling, batch_size=SAMPLE_BATCH[trainer.accelerator.device.type])
     result = evaluate_images(FolderImages(folder / "samples", decode_image), reference, extractor)
     scores = {
@@ -135,13 +141,29 @@ def step_seconds(
     return found
 
 
+def report(args: argparse.Namespace, seconds: dict[str, float]) -> str:
+    """Writes the results so far; returns a table."""
+    results = [json.loads(file.read_text()) for file in sorted(args.output.glob("*/seed-*/result.json"))]
+    names = {contestant.label: name for name, contestant in CONTESTANTS[args.comparison].items()}
+    for result in results:  # not in their files: steps may be timed again
+        result["step_seconds"] = seconds[names[result["contestant"]]]
+        for point in result["points"]:
+            point["seconds"] = point["steps"] * result["step_seconds"]
+    summary = summarize(results, baseline=next(iter(names)))
+    with write_whole(args.output / "quality.json") as file:
+        file.write_text(json.dumps({"summary": summary, "runs": results}, indent=2) + "\n")
+    plot_quality(results, args.output / "quality.png")
+    plot_samples(args.output, {name: label for label, name in names.items()})
+    return format_table(summary)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = TrainingSettings(
         **{name: getattr(args, name) for name in ("batch_size", "learning_rate", "adam_beta1", "mixed_precision")}
     )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    contestants = {name: CONTESTANTS[args.size][name] for name in args.contestants}
+    contestants = {name: CONTESTANTS[args.comparison][name] for name in args.contestants}
     (size,) = {contestant.stages[-1]["sample_size"] for contestant in contestants.values()}
     data = load_images(args.data_dir, args.train_split, size).to(device)
     extractor = load_feature_extractor(args.features, args.features_weights, device)
@@ -220,19 +242,8 @@ def main(argv: list[str] | None = None) -> None:
             }
             with write_whole(folder / "result.json") as file:
                 file.write_text(json.dumps(result, indent=2) + "\n")
-
-    results = [json.loads(file.read_text()) for file in sorted(args.output.glob("*/seed-*/result.json"))]
-    names = {contestant.label: name for name, contestant in CONTESTANTS[args.size].items()}
-    for result in results:  # not in their files: steps may be timed again
-        result["step_seconds"] = seconds[names[result["contestant"]]]
-        for point in result["points"]:
-            point["seconds"] = point["steps"] * result["step_seconds"]
-    summary = summarize(results, baseline=CONTESTANTS[args.size]["dit"].label)
-    with write_whole(args.output / "quality.json") as file:
-        file.write_text(json.dumps({"summary": summary, "runs": results}, indent=2) + "\n")
-    plot_quality(results, args.output / "quality.png")
-    plot_samples(args.output, {name: label for label, name in names.items()})
-    print(format_table(summary))
+            report(args, seconds)
+    print(report(args, seconds))
     print(f"Wrote {args.output}/quality.json, quality.png and samples.png")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,7 @@ from diffusers_pisdm.ops.conditioning_augmentation import upsample_low_res
 from diffusers_pisdm.schedulers import stage_noise_schedules
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
 from diffusers_pisdm.training.cost.flops import StepTrace
+from examples.ablation.rows import TABLES
 
 
 # Velocity prediction on a cosine schedule, as for the published checkpoint.
@@ -32,9 +33,8 @@ class Contestant:
     label: str  # for tables and plots
     stages: list[dict]  # each stage's arguments, without `num_classes`; the last is at full resolution
     stage_class: type[nn.Module] = PISDMTransformer2DModel
-    residual: bool = (
-        False  # whether higher stages diffuse what their condition lacks, as the published checkpoint's do
-    )
+    residual: bool = False  # whether higher stages diffuse what their condition lacks
+    objective: dict = field(default_factory=dict)  # arguments of `CascadeObjective`
 
     def make_objective(self, num_classes: int, residual_scales: list[float] | None = None) -> CascadeObjective:
         """
@@ -53,7 +53,7 @@ class Contestant:
         schedulers = stage_noise_schedules(DDPMScheduler(**NOISE_SCHEDULE), len(stages), prediction_types=types)
         weighting = ["min_snr" if kind == "sample" else "uniform" for kind in types]
         models = [self.stage_class(num_classes=num_classes, **stage) for stage in stages]
-        return CascadeObjective(models, schedulers, loss_weighting=weighting)
+        return CascadeObjective(models, schedulers, loss_weighting=weighting, **self.objective)
 
 
 def measure_residual_scales(contestant: Contestant, images: torch.Tensor) -> list[float]:
@@ -67,10 +67,10 @@ def measure_residual_scales(contestant: Contestant, images: torch.Tensor) -> lis
 _SHAPE = {"patch_size": 2, "in_channels": 3}
 
 
-def _contestants(
+def _peers(
     dit: dict, uvit: dict, dim: dict, one_stage: dict, first_stage: dict, second_stage: dict
 ) -> dict[str, Contestant]:
-    """The contestants of a size, from each model's depth and width."""
+    """PIS-DM and its peers, from each model's depth and width."""
     at_32 = {"sample_size": 32, **_SHAPE}
     cascade = [
         {"sample_size": 16, **first_stage, **_SHAPE},
@@ -86,8 +86,20 @@ def _contestants(
     }
 
 
+def _ablation(table: int, hidden_size: int) -> dict[str, Contestant]:
+    """The rows of a table of the paper."""
+    shape = {"num_layers": 15, "hidden_size": hidden_size, **_SHAPE}
+    complete = {
+        "stages": [{"sample_size": 16, **shape}, {"sample_size": 32, "low_res_channels": 3, **shape}],
+        "training": {},
+    }
+    recipes = [(row, row.recipe(complete)) for row in TABLES[table]]
+    return {row.name: Contestant(row.label, recipe["stages"], objective=recipe["training"]) for row, recipe in recipes}
+
+
+# The first of each is what the others are compared with.
 CONTESTANTS = {
-    "small": _contestants(  # 0.8 million parameters, for a CPU
+    "small": _peers(  # 0.8 million parameters, for a CPU
         dit={"num_layers": 4, "hidden_size": 100, "num_heads": 4},
         uvit={"num_layers": 7, "hidden_size": 92, "num_heads": 4},
         dim={"num_layers": 9, "hidden_size": 94},
@@ -95,7 +107,7 @@ CONTESTANTS = {
         first_stage={"num_layers": 5, "hidden_size": 92},
         second_stage={"num_layers": 3, "hidden_size": 92},
     ),
-    "large": _contestants(  # 8 million, for a GPU
+    "large": _peers(  # 8 million, for a GPU
         dit={"num_layers": 7, "hidden_size": 248, "num_heads": 4},
         uvit={"num_layers": 9, "hidden_size": 260, "num_heads": 4},
         dim={"num_layers": 15, "hidden_size": 256},
@@ -103,6 +115,10 @@ CONTESTANTS = {
         first_stage={"num_layers": 9, "hidden_size": 256},
         second_stage={"num_layers": 5, "hidden_size": 256},
     ),
+    "table_1": _ablation(1, hidden_size=48),  # 0.7 million parameters
+    "table_2": _ablation(2, hidden_size=48),
+    "table_1_large": _ablation(1, hidden_size=160),  # 7 million
+    "table_2_large": _ablation(2, hidden_size=160),
 }
 
 
