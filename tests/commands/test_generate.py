@@ -187,6 +187,43 @@ def test_single_files_keep_recipes_that_draw_them_again(model_dir, tmp_path, cap
             assert ImageChops.difference(image, again).getextrema() <= ((0, 1),) * 3
 
 
+def test_a_recipe_draws_its_picture_again(model_dir, tmp_path):
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    arguments = ["--model", str(model_dir), "--classes", "tench", "--images_per_class", "1", "--seed", "5"]
+    arguments += ["--num_inference_steps", "3", "2", "--guidance_scale", "5", "--noise_level", "0.3"]
+    arguments += ["--relay_strength", "0.6", "--scheduler", "DDIMScheduler", "--dtype", "bfloat16"]
+    generate.main([*arguments, "--output_dir", str(first)])
+    (picture,) = first.iterdir()
+    generate.main(["--recipe", str(picture), "--output_dir", str(again)])
+    generate.main(["--seed", "6", "--recipe", str(picture), "--classes", "1", "--output_dir", str(other)])
+    recipe = read_recipe(picture)
+    assert read_recipe(again / picture.name) == recipe
+    assert read_recipe(other / "0006_noto-flag.png") == {**recipe, "seed": 6, "class_label": "noto/flag"}
+    with Image.open(picture) as image, Image.open(again / picture.name) as redrawn:
+        assert ImageChops.difference(image, redrawn).getbbox() is None
+    plain = Image.open(run(model_dir, tmp_path, "--classes", "tench", "--images_per_class", "1", "--seed", "5"))
+    assert plain.tobytes() != Image.open(run(model_dir, tmp_path, "--recipe", str(picture))).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (None, "carries no recipe"),
+        ({"seed": 1}, "no `class_label`"),
+        ({"class_label": 0, "seed": 1, "output_dir": "elsewhere"}, "`output_dir`, which a recipe cannot"),
+        ({"class_label": 0, "seed": 1, "noise_level": ["--output_dir=elsewhere"]}, "--noise_level: invalid float"),
+        ({"class_label": 0, "seed": -1}, "--seed: must be at least"),
+    ],
+)
+def test_a_recipe_that_cannot_be_drawn_says_why(tmp_path, monkeypatch, capsys, recipe, message):
+    monkeypatch.chdir(tmp_path)
+    generate.save_image(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
+    with pytest.raises(SystemExit):
+        generate.main(["--recipe", "x.png"])
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
 def test_a_grid_keeps_a_recipe_if_it_shows_one_image(model_dir, tmp_path):
     path = run(model_dir, tmp_path, "--classes", "0", "--images_per_class", "1")
     recipe = read_recipe(path)
