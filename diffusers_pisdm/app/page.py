@@ -111,7 +111,7 @@ class _Studio:
         if settings.unmatched:
             gr.Warning(
                 f"The picture was drawn with {', '.join(settings.unmatched)}, which this page does not set: it will"
-                " look different."
+                f" look different here. {settings.remedy}"
             )
         else:
             gr.Info("The page is set as this picture was drawn. Press Draw to see it again.")

@@ -179,6 +179,9 @@ def test_what_the_page_cannot_set_is_told(model, tmp_path):
     settings = read_settings(path, model)
     assert settings.drawing.seed == 5
     assert settings.unmatched == ["dtype=bfloat16", "guidance_start=0.5", "relay_strength=[0.9]", "later_option=x"]
+    assert f"--recipe {path.name}" in settings.remedy
+    Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(recipe | {"image": "a picture of 8x8 pixels"}))
+    assert read_settings(path, model).remedy == ""  # the recipe does not hold it
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(recipe))
     assert read_settings(path, model).unmatched == []
 
