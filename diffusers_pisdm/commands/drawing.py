@@ -22,6 +22,7 @@ from .. import PISDMCascadePipeline
 from ..evaluation import SampleSettings, write_sample_set
 from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_classes, sample_classes
 from ..pipelines.class_names import for_each_label, get_class_id, list_labels
+from ..schedulers import find_scheduler
 from ..utils.arguments import COUNT, SHARE, Bounds, bounded
 from ..utils.hub_names import hub_or_cache
 from ..utils.shipped_files import CHECKPOINT
@@ -47,10 +48,18 @@ MODEL_HELP = f"A folder, a Hub repository or {CHECKPOINT.name}, the checkpoint t
 
 def add_call_arguments(add: Callable[..., argparse.Action]) -> None:
     """Adds what to draw with: arguments of the pipeline's call, scheduler and precision."""
-    add("--scheduler", help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
+    add("--scheduler", type=scheduler_name, help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     for name in CALL_ARGUMENTS:
         add(f"--{name}", type=CALL_TYPES[name], nargs="+", help="One, or one per stage; default: the pipeline's.")
+
+
+def scheduler_name(text: str) -> str:
+    try:
+        find_scheduler(text)
+    except (ImportError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def call_arguments(args: argparse.Namespace) -> dict[str, Any]:

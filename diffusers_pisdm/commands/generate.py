@@ -25,7 +25,7 @@ from .. import PISDMCascadePipeline, PISDMTransformer2DModel
 from ..evaluation.samples.settings import CALL_ARGUMENTS
 from ..pipelines.class_names import check_id2label, ids_by_name
 from ..schedulers import swap_scheduler
-from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, output_path, picture_path
+from ..utils.arguments import COUNT, CommandParser, NOT_NEGATIVE, SEED, output_path, picture_path, with_options
 from ..utils.files import check_writable
 from ..utils.hub_names import hub_or_cache
 from ..utils.image_grid import make_image_grid
@@ -48,7 +48,7 @@ LONGEST_STEM = 60  # characters of a class name in a file's name, whose bytes ar
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=find_model, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
     add("--lora", metavar="FOLDER_OR_REPO", help="A LoRA adapter for the model: a folder, file or Hub repository.")
@@ -254,4 +254,4 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             print(generate(args))
     except (ImportError, OSError, ValueError, NotImplementedError) as error:  # the last: a scheduler that cannot
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {with_options(error, args)}")

@@ -24,7 +24,7 @@ from ..data.image_transform import ImageTransform
 from ..ops.conditioning_augmentation import upsample_low_res
 from ..training.cost.stage_cost import CostSettings, StageCost, estimate_cascade_cost
 from ..training.cost.stage_speed import measure_stage_speed, seconds_per_step
-from ..utils.arguments import Bounds, bounded, output_path
+from ..utils.arguments import Bounds, CommandParser, bounded, output_path
 from ..utils.files import check_writable, write_whole
 from ..utils.messages import count_of, show_duration
 from .data_sources import add_data_arguments, add_folder_argument, check_source, load_data, source_options
@@ -46,7 +46,7 @@ SHORT_RUN = 5.0  # minutes: what a run takes besides training counts
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_folder_argument(parser)

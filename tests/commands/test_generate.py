@@ -122,7 +122,6 @@ def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(model_dir, tmp_p
         (["--classes", "noto/flagg"], "Did you mean 'noto/flag'?"),
         (["--classes", ","], "`class_labels` is empty"),
         (["--lora", "no/such/adapter"], "no/such/adapter"),
-        (["--scheduler", "PISDMTransformer2DModel"], "diffusers has no scheduler `PISDMTransformer2DModel`"),
         (["--model", "no/such/folder/anywhere"], "There is no folder no/such/folder/anywhere"),
     ],
 )
@@ -145,6 +144,7 @@ def test_bad_arguments_end_with_one_line_and_no_picture(model_dir, tmp_path, arg
         (["--output_dir", "file"], "file is a file"),
         (["--device", "gpuu"], "'gpuu' cannot be used"),
         (["--lora_scale", "0.5"], "--lora_scale needs --lora"),
+        (["--scheduler", "DDIMSchedular"], "Did you mean 'DDIMScheduler'"),
         (["--seed", str(2**70)], "--seed: must be at most"),
     ],
 )
