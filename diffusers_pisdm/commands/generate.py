@@ -25,7 +25,7 @@ from .. import PISDMCascadePipeline, PISDMTransformer2DModel
 from ..evaluation.samples.settings import CALL_ARGUMENTS
 from ..pipelines.class_names import check_id2label, ids_by_name
 from ..schedulers import swap_scheduler
-from ..utils.arguments import COUNT, CommandParser, NOT_NEGATIVE, SEED, output_path, picture_path, with_options
+from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, CommandParser, output_path, picture_path, with_options
 from ..utils.files import check_writable
 from ..utils.hub_names import hub_or_cache
 from ..utils.image_grid import make_image_grid

@@ -21,7 +21,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def with_options(message: object, args: argparse.Namespace) -> str:
-    """Names what a message of our functions calls `seed`, or `private=True`, as the command does: --seed, --private."""
+    """Writes a message of our functions for the command line: `seed` and `private=True` are --seed and --private."""
     return re.sub(r"`(\w+)(=True)?`", lambda match: f"--{match[1]}" if match[1] in args else match[0], str(message))
 
 

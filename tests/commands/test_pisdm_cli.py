@@ -116,7 +116,7 @@ def test_options_go_to_the_command_under_its_name(capsys):
 @pytest.mark.parametrize("command", pisdm_cli.COMMANDS)
 def test_a_wrong_option_is_told_in_two_lines_that_name_the_help(command, capsys):
     required = {"publish": ["a", "b/c"], "convert-dim": ["a", "--output_dir", "b"], "new-recipe": ["a"]}
-    required |= dict.fromkeys(["sample", "train"], ["--output_dir", "a"])
+    required |= {"sample": ["--output_dir", "a"], "train": ["--output_dir", "a"]}
     required["cache-latents"] = ["--cascade_config", "a", "--output_dir", "b"]
     with pytest.raises(SystemExit, match="2"):
         pisdm_cli.main([command, *required.get(command, []), "--sead"])
