@@ -29,6 +29,7 @@ from ..utils.shipped_files import CHECKPOINT
 
 
 T = TypeVar("T")
+NUMBER = re.compile(r"-?[0-9]+")
 ERRORS = (ImportError, OSError, TypeError, ValueError)  # of what was given to a script, not of the script
 
 # How long finished processes wait for the slowest: torch's own 10 minutes would end a run of hours.
@@ -135,13 +136,15 @@ def parse_classes(words: list[str], names: set[str]) -> list[int | str]:
     """
     Splits the words of `--classes` into names and ids: what is a name means this class, any other number is an id. A
     name may contain spaces and commas, so the largest piece that is a known name or a number is taken; what is neither
-    comes back as it is, for the pipeline to refuse.
+    comes back whole, for the pipeline to refuse.
     """
     classes: list[int | str] = []
     for word in map(str.strip, words):
         for part in [word] if word in names else filter(None, map(str.strip, word.split(","))):
-            for piece in [part] if part in names else part.split():
-                classes.append(int(piece) if re.fullmatch(r"-?[0-9]+", piece) and piece not in names else piece)
+            pieces = [part] if part in names else part.split()
+            if not any(piece in names or NUMBER.fullmatch(piece) for piece in pieces):
+                pieces = [part]  # one name of several words, misspelt
+            classes += [int(p) if NUMBER.fullmatch(p) and p not in names else p for p in pieces]
     return classes
 
 

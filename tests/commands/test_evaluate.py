@@ -238,7 +238,7 @@ def test_the_error_of_one_process_ends_all_with_one_line(model, folders, tmp_pat
         (["--model", "{model}", "--scheduler", "Nothing"], "error: diffusers has no scheduler `Nothing`"),
         (
             ["--model", "{model}", "--classes", "cat", "3"],
-            "Cannot look up 'cat'",
+            "Cannot look up class names",
         ),
     ],
 )

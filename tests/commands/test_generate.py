@@ -71,6 +71,7 @@ def run(model_dir, tmp_path, *arguments):
         (["golden retriever, 1"], ["golden retriever", 1]),
         (["tench, Tinca tinca"], ["tench, Tinca tinca"]),
         (["-1", "nothing"], [-1, "nothing"]),
+        (["golden retreiver, noto/flag 7 x"], ["golden retreiver", "noto/flag", 7, "x"]),
         ([" , "], []),
     ],
 )
@@ -252,6 +253,16 @@ def test_all_unknown_classes_are_told_and_only_near_names_suggested(model_dir, t
     listed_by = re.escape(f"`pisdm generate --list_classes --model {model_dir}` lists them")
     assert re.search(f"'noto/flagg'.*'noto/flag'.*'zzz'.*{listed_by}.*contains 7, but", error.value.code)
     assert error.value.code.count("Did you mean") == 1
+
+
+def test_a_misspelt_class_of_several_words_is_one_fault_and_missing_names_another(model_dir, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        run(model_dir, tmp_path, "--classes", "golden retreiver")
+    assert re.fullmatch(r".*contains 'golden retreiver'.*Did you mean 'golden retriever'\?", error.value.code)
+    make_cascade(1).save_pretrained(tmp_path / "nameless")
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path / "nameless", tmp_path, "--classes", "cat", "dog")
+    assert error.value.code.count("Cannot look up") == 1 and "ids from 0 to 9" in error.value.code
 
 
 def test_classes_are_listed_without_weights(model_dir, tmp_path, capsys):
