@@ -92,7 +92,7 @@ class Plan:
         stages (`list[dict]`): Each stage's arguments of [`PISDMTransformer2DModel`], without `num_classes`.
         batch_size, steps (`int`): Images per step, and steps.
         costs (`list[StageCost]`), seconds (`list[float]`): Of each stage, and its time per step, measured here.
-        num_images (`int`): In the data.
+        num_images (`int`): In the data, without those known to be unreadable.
         minutes (`float`): That were asked for.
         unreadable (`list[str]`): Of the images that were looked at, those that cannot be read, and why.
     """
@@ -235,8 +235,9 @@ def choose_plan(size: int, minutes: float, data: ImageData) -> Plan:
     The largest shape that sees enough images in the minutes, or the smallest one; raises ValueError if there is no
     time for anything.
     """
-    sizes, num_images = stage_sizes(size), len(data.dataset)
+    sizes = stage_sizes(size)
     (scales, unreadable), plan = residual_scales(data, sizes), None
+    num_images = len(data.dataset) - len(unreadable)
     for shape in SHAPES:
         larger = plan_for(stage_configs(sizes, scales, shape), minutes, len(data.class_names), num_images)
         if plan is None or larger.images_seen >= ENOUGH_IMAGES:
