@@ -21,6 +21,8 @@ from diffusers import (
 )
 from diffusers.utils import DummyObject, logging
 
+from .utils.names import did_you_mean
+
 
 logger = logging.get_logger(__name__)
 
@@ -92,6 +94,29 @@ UNSUITABLE = {
 }
 
 
+def find_scheduler(name: str) -> type[SchedulerMixin]:
+    """
+    The diffusers class of a name, e.g. `"DDIMScheduler"`.
+
+    Raises:
+        ImportError: The class needs a package that is not installed.
+        ValueError: diffusers has no scheduler of that name, or it is for other models.
+    """
+    scheduler_class = getattr(diffusers, name, None)
+    if isinstance(scheduler_class, DummyObject):
+        scheduler_class.from_config()  # says which package is missing
+    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
+        known = [
+            n for n in dir(diffusers) if n.endswith("Scheduler") and _why_unsuitable(getattr(diffusers, n)) is None
+        ]
+        hint = did_you_mean(name, known) or f"It has {', '.join(known)}."
+        raise ValueError(f"diffusers has no scheduler `{name}`. {hint}")
+    reason = _why_unsuitable(scheduler_class)
+    if reason is not None:
+        raise ValueError(_refusal(f"`{name}`", reason))
+    return scheduler_class
+
+
 def swap_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """
     Replaces the schedulers of all stages of a pipeline with ones of another class and the same noise schedule, with
@@ -105,17 +130,7 @@ def swap_scheduler(pipe: DiffusionPipeline, name: str) -> None:
         ImportError: The class needs a package that is not installed.
         ValueError: diffusers has no scheduler of that name, or it cannot sample one of the stages.
     """
-    scheduler_class = getattr(diffusers, name, None)
-    if isinstance(scheduler_class, DummyObject):
-        scheduler_class.from_config()  # says which package is missing
-    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
-        known = [
-            n for n in dir(diffusers) if n.endswith("Scheduler") and _why_unsuitable(getattr(diffusers, n)) is None
-        ]
-        raise ValueError(f"diffusers has no scheduler `{name}`. It has {', '.join(known)}.")
-    reason = _why_unsuitable(scheduler_class)
-    if reason is not None:
-        raise ValueError(_refusal(f"`{name}`", reason))
+    scheduler_class = find_scheduler(name)
     bounds = {"clip_sample": False} if pipe.draws_latents else {}
     swapped = {
         key: scheduler_class.from_config(

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "utils": set(),
     "ops": {"utils"},
     "models": {"utils", "ops"},
-    "schedulers.py": set(),
+    "schedulers.py": {"utils"},
     "data": {"utils", "ops", "models"},
     "pipelines": {"utils", "ops", "models", "schedulers.py"},
     "training": {"utils", "ops", "models", "schedulers.py", "data", "pipelines"},

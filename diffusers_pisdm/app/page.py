@@ -26,6 +26,7 @@ from .style import make_theme
 MOST_STAGES = 4
 MOST_WAITING = 64  # requests in the queue
 MOST_IMAGES_PER_CLASS = 8
+NOTHING_NEW = "Nothing new was drawn."
 FIRST_CLASS = "fluent3d/face-smiling"
 OWN_HOSTS = ("127.0.0.1", "localhost", "::1")  # that only this machine reaches
 CLEAN_EVERY, KEEP_FILES = 600, 3600  # seconds
@@ -67,6 +68,12 @@ class _Studio:
 
     def draw(self, name: str, labels: list[str], per_class: int, seed: int, keep: bool, *per_stage: float) -> Iterator:
         """Yields what the page shows: seed, growing pictures, lines of progress, gallery, stages."""
+        drawn = self._draw(name, labels, per_class, seed, keep, *per_stage)
+        yield from _or_else(drawn, (gr.skip(), gr.skip(), message(NOTHING_NEW), gr.skip(), gr.skip()))
+
+    def _draw(
+        self, name: str, labels: list[str], per_class: int, seed: int, keep: bool, *per_stage: float
+    ) -> Iterator:
         with sentences():
             model = self.models.get(name)
             num_stages = model.pipe.num_stages
@@ -85,7 +92,11 @@ class _Studio:
             yield drawing.seed, gr.HTML(visible=False), record.lines("done"), _finished(files), record.film()
 
     def enlarge(self, name: str, path: str | None, label: str, size: int, seed: int) -> Iterator:
-        """Yields what the Upscale tab shows: the picture it starts from, growing pictures, lines, gallery."""
+        """Yields what the Upscale tab shows: growing pictures, lines, gallery."""
+        nothing = gr.HTML(empty_canvas(1), visible=True), message(NOTHING_NEW), _no_files()
+        yield from _or_else(self._enlarge(name, path, label, size, seed), nothing)
+
+    def _enlarge(self, name: str, path: str | None, label: str, size: int, seed: int) -> Iterator:
         drawing = self.plan_enlarging(name, path, label, size or None, seed)
         for record in self.watch(name, drawing):
             yield _growing(record), record.lines(), gr.skip() if record.images else _no_files()
@@ -111,13 +122,22 @@ class _Studio:
         if settings.unmatched:
             gr.Warning(
                 f"The picture was drawn with {', '.join(settings.unmatched)}, which this page does not set: it will"
-                " look different."
+                f" look different here. {settings.remedy}"
             )
         else:
             gr.Info("The page is set as this picture was drawn. Press Draw to see it again.")
         drawing = settings.drawing
         per_stage = [_padded(drawing.num_inference_steps), _padded(drawing.guidance_scale)]
         return [[settings.label], 1, drawing.seed, True, *per_stage[0], *per_stage[1], None]
+
+
+def _or_else(steps: Iterator, nothing: tuple) -> Iterator:
+    """What the page shows, and what instead after an error: `failure` would not do, as it also follows a stop."""
+    try:
+        yield from steps
+    except Exception:
+        yield nothing
+        raise
 
 
 def _busy() -> tuple[gr.Button, gr.Button]:
@@ -164,6 +184,11 @@ def _stage_inputs(model: Model) -> tuple[list[dict], list[dict]]:
         ]
         for values in (model.default("num_inference_steps"), model.default("guidance_scale"))
     )
+
+
+def _if_stages(model: Model) -> bool | str:
+    """Whether the tabs about stages show; "hidden", as Gradio does not take a tab away that is already there."""
+    return len(model.sizes) > 1 or "hidden"
 
 
 def _size_choices(model: Model) -> list[tuple[str, int]]:
@@ -233,7 +258,7 @@ def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
                                 )
                                 load_button = gr.Button("Load", scale=0, min_width=90, size="sm", elem_id="load")
                 with gr.Column(scale=6, min_width=300, elem_classes="stage-area"):
-                    growing = gr.HTML(empty_canvas(), elem_id="growing")
+                    growing = gr.HTML(empty_canvas(4), elem_id="growing")
                     gallery = gr.Gallery(
                         visible=False,
                         show_label=False,
@@ -247,7 +272,7 @@ def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
                     )
                     lines = gr.HTML(message("Pick a class and press Draw."), elem_id="lines")
 
-            with gr.Tab("Upscale"):
+            with gr.Tab("Upscale", visible=_if_stages(first)) as upscale_tab:
                 gr.HTML(
                     "<p class='intro'>Take a small picture of your own, an icon say, and let the higher stages enlarge"
                     " it. Say what it shows and in which style.</p>"
@@ -269,7 +294,7 @@ def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
                         enlarge_button = gr.Button("Enlarge", variant="primary", elem_id="enlarge")
                         own_stop = gr.Button("Stop", visible=False, elem_id="own-stop")
                     with gr.Column(scale=6, min_width=300, elem_classes="stage-area"):
-                        own_growing = gr.HTML('<div class="pictures empty" style="--columns: 1"><i></i></div>')
+                        own_growing = gr.HTML(empty_canvas(1), elem_id="own-growing")
                         enlarged = gr.Gallery(
                             visible=False,
                             show_label=False,
@@ -283,7 +308,7 @@ def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
                         )
                         own_lines = gr.HTML(message("Choose a picture and press Enlarge."), elem_id="own-lines")
 
-            with gr.Tab("Stages"):
+            with gr.Tab("Stages", visible=_if_stages(first)) as stages_tab:
                 gr.HTML(
                     "<p class='intro'>Each stage starts from noise and from the picture of the stage before. Move the"
                     " slider through all steps of your last drawing.</p>"
@@ -344,6 +369,7 @@ def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
                 gr.Dropdown(choices=loaded.labels, value=loaded.labels[0]),
                 gr.Radio(choices=_size_choices(loaded), value=0),
                 scans_of(loaded),
+                *[gr.Tab(visible=_if_stages(loaded))] * 2,
             ]
 
         if takes_models:
@@ -351,7 +377,7 @@ def build_app(model: str, takes_models: bool = True) -> gr.Blocks:
                 [load_button.click, model_box.submit],
                 load,
                 model_box,
-                [name, head, picker, *steps, *scales, label, size, scans],
+                [name, head, picker, *steps, *scales, label, size, scans, upscale_tab, stages_tab],
                 api_visibility="private",
                 show_progress_on=[model_box],
             )
@@ -485,4 +511,8 @@ def launch(model: str | None = None, host: str = "127.0.0.1", port: int | None =
         _check_free(host, port)
     is_own = host in OWN_HOSTS and not share and not os.environ.get("SPACE_ID")
     app = build_app(model or os.environ.get("PISDM_MODEL") or CHECKPOINT.name, takes_models=is_own)
-    app.launch(server_name=host, server_port=port, share=share, **launch_options())
+    # Gradio's own lines would tell users of the command to set arguments of its function.
+    options = {"quiet": True, "prevent_thread_lock": True, **launch_options()}
+    _, url, _ = app.launch(server_name=host, server_port=port, share=share, **options)
+    print(f"The page is at {url} (Ctrl+C ends it)", flush=True)
+    app.block_thread()

@@ -41,7 +41,7 @@ PICKER = """
   <div class="picker-chosen"></div>
   <p class="picker-none">Nothing chosen yet: pick a class below.</p>
   <div class="picker-row">
-    <input class="picker-search" type="search" placeholder="Search: cat, food, heart…" aria-label="Search classes">
+    <input class="picker-search" type="search" placeholder="Search: cat, heart…" aria-label="Search classes">
     <select class="picker-subject" aria-label="Subject"></select>
   </div>
   <div class="picker-styles" role="group" aria-label="Style"></div>
@@ -163,5 +163,5 @@ def classes_of(model: Model) -> dict[str, Any]:
 
 
 def head_of(model: Model) -> str:
-    sizes = " → ".join(map(str, model.sizes))
-    return HEAD.format(subtitle=f"Diffusion with Mamba, stage by stage: {sizes} pixels")
+    stages = ", stage by stage" if len(model.sizes) > 1 else ""
+    return HEAD.format(subtitle=f"Diffusion with Mamba{stages}: {' → '.join(map(str, model.sizes))} pixels")

@@ -92,9 +92,9 @@ def columns(count: int) -> int:
     return next(number for number in (1, 2, 3, 4) if count <= number * number)
 
 
-def empty_canvas() -> str:
-    """Before the first drawing, as HTML."""
-    return '<div class="pictures empty" style="--columns: 2"><i></i><i></i><i></i><i></i></div>'
+def empty_canvas(count: int) -> str:
+    """Where so many images will be drawn, as HTML."""
+    return f'<div class="pictures empty" style="--columns: {columns(count)}">{"<i></i>" * count}</div>'
 
 
 def message(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ class Settings:
     label: str
     drawing: Drawing
     unmatched: list[str]
+    remedy: str  # what draws it as it was
 
 
 def read_settings(path: str | Path, model: Model) -> Settings:
@@ -43,7 +45,10 @@ def read_settings(path: str | Path, model: Model) -> Settings:
     unmatched = [f"{key}={_show(value)}" for key, value in wanted.items() if value != ours[key]]
     # Whatever else drew the picture has no place on the page.
     unmatched += [f"{key}={_show(value)}" for key, value in recipe.items() if key not in {*ours, "versions"}]
-    return Settings(model.labels[drawing.class_ids[0]], drawing, unmatched)
+    remedy = (
+        "" if "image" in recipe else f"`pisdm generate --recipe {shlex.quote(Path(path).name)}` draws it as it was."
+    )
+    return Settings(model.labels[drawing.class_ids[0]], drawing, unmatched, remedy)
 
 
 def _show(value: Any) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from ..utils.arguments import Bounds, bounded
+from ..utils.arguments import Bounds, CommandParser, bounded
 from .drawing import MODEL_HELP
 
 
@@ -13,7 +12,7 @@ PORT = bounded(int, Bounds(minimum=1, maximum=65535))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = CommandParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--model", help=f"{MODEL_HELP}. Default: $PISDM_MODEL, else the checkpoint.")
     add("--host", default="127.0.0.1", help="The address to serve; 0.0.0.0 lets other machines in.")

@@ -23,13 +23,13 @@ from ..data.latent_cache import DTYPES, INDEX_FILE, CacheIndex
 from ..data.latent_cache_writer import vae_fingerprint, write_latent_cache
 from ..models.latents import load_vae, vae_scale_factor
 from ..training.recipes import Recipe, read_recipe
-from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty
+from ..utils.arguments import COUNT, COUNT_OR_ZERO, CommandParser, not_empty
 from ..utils.messages import count_of
 from .data_sources import add_data_arguments, check_source, load_data
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument

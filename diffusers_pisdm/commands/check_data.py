@@ -23,7 +23,7 @@ from ..data.image_data import ImageData
 from ..data.image_folders import METADATA_FILES
 from ..data.image_rows import ImageReport, inspect_images, read_image
 from ..data.image_transform import image_endings
-from ..utils.arguments import COUNT, picture_path
+from ..utils.arguments import COUNT, CommandParser, picture_path
 from ..utils.files import check_writable
 from ..utils.folder_scan import join_parts, scan_folder
 from ..utils.image_grid import make_image_grid
@@ -42,7 +42,7 @@ SHEET_CELL_SIZE = 96
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_folder_argument(parser)

@@ -26,6 +26,7 @@ from ..models.latents import load_vae, vae_scale_factor
 from ..models.transformer_dim import PADDINGS
 from ..pipelines.saved_files import RIGHTS_KEY
 from ..publishing.model_card import DIM_CARD
+from ..utils.arguments import CommandParser, with_options
 from ..utils.files import check_writable, save_in_place
 from ..utils.messages import count_of
 
@@ -39,7 +40,7 @@ SIZE_OF_OTHER_FILES = 1_000_000
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, help=f"{EMA_NAME}, its folder, or its tensors as .safetensors.")
     add("--output_dir", type=Path, required=True, help="A new folder.")
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         print(convert(args))
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {with_options(error, args)}")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ from .. import PISDMCascadePipeline
 from ..evaluation import SampleSettings, write_sample_set
 from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_classes, sample_classes
 from ..pipelines.class_names import for_each_label, get_class_id, list_labels
+from ..schedulers import find_scheduler
 from ..utils.arguments import COUNT, SHARE, Bounds, bounded
 from ..utils.hub_names import hub_or_cache
 from ..utils.shipped_files import CHECKPOINT
 
 
 T = TypeVar("T")
+NUMBER = re.compile(r"-?[0-9]+")
 ERRORS = (ImportError, OSError, TypeError, ValueError)  # of what was given to a script, not of the script
 
 # How long finished processes wait for the slowest: torch's own 10 minutes would end a run of hours.
@@ -47,10 +49,18 @@ MODEL_HELP = f"A folder, a Hub repository or {CHECKPOINT.name}, the checkpoint t
 
 def add_call_arguments(add: Callable[..., argparse.Action]) -> None:
     """Adds what to draw with: arguments of the pipeline's call, scheduler and precision."""
-    add("--scheduler", help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
+    add("--scheduler", type=scheduler_name, help="A diffusers scheduler class to sample with, e.g. DDIMScheduler.")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     for name in CALL_ARGUMENTS:
         add(f"--{name}", type=CALL_TYPES[name], nargs="+", help="One, or one per stage; default: the pipeline's.")
+
+
+def scheduler_name(text: str) -> str:
+    try:
+        find_scheduler(text)
+    except (ImportError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -126,13 +136,15 @@ def parse_classes(words: list[str], names: set[str]) -> list[int | str]:
     """
     Splits the words of `--classes` into names and ids: what is a name means this class, any other number is an id. A
     name may contain spaces and commas, so the largest piece that is a known name or a number is taken; what is neither
-    comes back as it is, for the pipeline to refuse.
+    comes back whole, for the pipeline to refuse.
     """
     classes: list[int | str] = []
     for word in map(str.strip, words):
         for part in [word] if word in names else filter(None, map(str.strip, word.split(","))):
-            for piece in [part] if part in names else part.split():
-                classes.append(int(piece) if re.fullmatch(r"-?[0-9]+", piece) and piece not in names else piece)
+            pieces = [part] if part in names else part.split()
+            if not any(piece in names or NUMBER.fullmatch(piece) for piece in pieces):
+                pieces = [part]  # one name of several words, misspelt
+            classes += [int(p) if NUMBER.fullmatch(p) and p not in names else p for p in pieces]
     return classes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -14,6 +13,7 @@ from diffusers.commands.env import EnvironmentCommand
 from .. import __version__
 from ..ops.conv import dispatch as conv
 from ..ops.scan import dispatch as scan
+from ..utils.arguments import CommandParser
 from ..utils.machine import describe_machine
 from ..utils.shipped_files import CHECKPOINT
 
@@ -51,5 +51,5 @@ def report() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    CommandParser(description=__doc__).parse_args(arguments)
     print(EnvironmentCommand.format_dict(report()), end="")

@@ -48,7 +48,7 @@ from ..evaluation import (
 )
 from ..evaluation.samples.record import RECORD_FILE
 from ..models.latents import vae_scale_factor
-from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty, output_path
+from ..utils.arguments import COUNT, COUNT_OR_ZERO, CommandParser, not_empty, output_path
 from ..utils.files import write_whole
 from ..utils.image_grid import make_image_grid
 from ..utils.machine import describe_machine
@@ -75,7 +75,7 @@ PACKAGES = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     what = parser.add_argument_group("what to score: --model or --samples (neither, with --save_reference)")

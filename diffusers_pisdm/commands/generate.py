@@ -3,13 +3,15 @@
     pisdm generate --classes 207 fluent3d/animal-mammal --images_per_class 8 --seed 1 --output grid.png
     pisdm generate --classes noto/animal-bird --output_dir birds --scheduler UniPCMultistepScheduler
     pisdm generate --list_classes cat
+    pisdm generate --recipe birds/0003_noto-animal-bird.png --output_dir again
 
-A PNG of a single image keeps the recipe that it was drawn by, from which `pisdm app` draws it again.
+A PNG of a single image keeps the recipe that it was drawn by, from which `--recipe` and `pisdm app` draw it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -20,15 +22,16 @@ import torch
 from PIL import Image
 
 from .. import PISDMCascadePipeline, PISDMTransformer2DModel
+from ..evaluation.samples.settings import CALL_ARGUMENTS
 from ..pipelines.class_names import check_id2label, ids_by_name
 from ..schedulers import swap_scheduler
-from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, output_path, picture_path
+from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, CommandParser, output_path, picture_path, with_options
 from ..utils.files import check_writable
 from ..utils.hub_names import hub_or_cache
 from ..utils.image_grid import make_image_grid
 from ..utils.messages import count_of, show_duration, show_size
 from ..utils.names import did_you_mean, names_with, show_name
-from ..utils.png_recipe import dtype_name, save_image
+from ..utils.png_recipe import dtype_name, read_recipe, save_image
 from ..utils.shipped_files import CHECKPOINT, find_model, model_name
 from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids, place
 
@@ -40,11 +43,12 @@ STAGE_COLUMNS = 16
 STAGE_CELL_SIZE = 64
 DEFAULT_OUTPUT = Path("grid.png")
 RECIPE_DEFAULTS = ("num_inference_steps", "guidance_scale", "noise_level")
+RECIPE_KEYS = ("model", "seed", "scheduler", "dtype", "lora", "lora_scale", *CALL_ARGUMENTS)
 LONGEST_STEM = 60  # characters of a class name in a file's name, whose bytes are limited
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=find_model, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
     add("--lora", metavar="FOLDER_OR_REPO", help="A LoRA adapter for the model: a folder, file or Hub repository.")
@@ -63,6 +67,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Names or ids, separated by spaces or commas; a number that is a name is that class. "
         f"Default: {NUM_DEFAULT_CLASSES} classes spread evenly over the model's.",
     )
+    add(
+        "--recipe",
+        type=recipe_file,
+        metavar="PNG",
+        help="Draw the picture of this PNG again; options given beside it replace its recipe's.",
+    )
     add("--images_per_class", type=COUNT, default=4)
     add("--seed", type=SEED, default=0, help="Image i is drawn with seed + i.")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -78,12 +88,42 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_call_arguments(how.add_argument)
     how.add_argument("--steps", dest="num_inference_steps", type=COUNT, nargs="+", help=argparse.SUPPRESS)
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
+    if args.recipe is not None:
+        try:
+            args = parser.parse_args([*recipe_arguments(args.recipe), *arguments])  # the later ones win
+        except ValueError as error:
+            parser.error(f"argument --recipe: {error}")
     if args.lora_scale is not None and args.lora is None:
         parser.error("--lora_scale needs --lora")
     if args.output is None and args.output_dir is None:
         args.output = DEFAULT_OUTPUT
     return args
+
+
+def recipe_file(path: str) -> dict[str, Any]:
+    try:
+        return read_recipe(path)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def recipe_arguments(recipe: dict[str, Any]) -> list[str]:
+    """The command line that draws a recipe's picture; raises a ValueError if none does."""
+    recipe = {key: value for key, value in recipe.items() if key != "versions"}
+    absent = [key for key in ("class_label", "seed") if key not in recipe]
+    if absent:
+        raise ValueError(f"the recipe has no `{absent[0]}`")
+    arguments = [f"--classes={recipe.pop('class_label')}", "--images_per_class=1"]
+    for key, value in recipe.items():
+        if key not in RECIPE_KEYS:  # a stranger's recipe must not say where to write, for example
+            raise ValueError(f"the picture was drawn with `{show_name(key)}`, which a recipe cannot bring back")
+        if not isinstance(value, list):
+            arguments.append(f"--{key}={value}")
+        elif value:  # of one stage, there are no noise levels
+            arguments += [f"--{key}", *map(json.dumps, value)]  # quotes keep a text from being an option
+    return arguments
 
 
 def usable_device(text: str) -> torch.device:
@@ -214,4 +254,4 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             print(generate(args))
     except (ImportError, OSError, ValueError, NotImplementedError) as error:  # the last: a scheduler that cannot
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {with_options(error, args)}")

@@ -24,7 +24,7 @@ from ..data.image_transform import ImageTransform
 from ..ops.conditioning_augmentation import upsample_low_res
 from ..training.cost.stage_cost import CostSettings, StageCost, estimate_cascade_cost
 from ..training.cost.stage_speed import measure_stage_speed, seconds_per_step
-from ..utils.arguments import Bounds, bounded, output_path
+from ..utils.arguments import Bounds, CommandParser, bounded, output_path
 from ..utils.files import check_writable, write_whole
 from ..utils.messages import count_of, show_duration
 from .data_sources import add_data_arguments, add_folder_argument, check_source, load_data, source_options
@@ -46,7 +46,7 @@ SHORT_RUN = 5.0  # minutes: what a run takes besides training counts
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_folder_argument(parser)
@@ -92,7 +92,7 @@ class Plan:
         stages (`list[dict]`): Each stage's arguments of [`PISDMTransformer2DModel`], without `num_classes`.
         batch_size, steps (`int`): Images per step, and steps.
         costs (`list[StageCost]`), seconds (`list[float]`): Of each stage, and its time per step, measured here.
-        num_images (`int`): In the data.
+        num_images (`int`): In the data, without those known to be unreadable.
         minutes (`float`): That were asked for.
         unreadable (`list[str]`): Of the images that were looked at, those that cannot be read, and why.
     """
@@ -235,8 +235,9 @@ def choose_plan(size: int, minutes: float, data: ImageData) -> Plan:
     The largest shape that sees enough images in the minutes, or the smallest one; raises ValueError if there is no
     time for anything.
     """
-    sizes, num_images = stage_sizes(size), len(data.dataset)
+    sizes = stage_sizes(size)
     (scales, unreadable), plan = residual_scales(data, sizes), None
+    num_images = len(data.dataset) - len(unreadable)
     for shape in SHAPES:
         larger = plan_for(stage_configs(sizes, scales, shape), minutes, len(data.class_names), num_images)
         if plan is None or larger.images_seen >= ENOUGH_IMAGES:

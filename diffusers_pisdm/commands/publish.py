@@ -15,12 +15,13 @@ import tempfile
 from pathlib import Path
 
 from ..publishing.hub import VARIANTS, prepare_upload, upload
+from ..utils.arguments import CommandParser, with_options
 from ..utils.messages import count_of
 from ..utils.shipped_files import find_model
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=find_model, help="The training script's output folder, or a saved pipeline.")
     parser.add_argument("repo_id", metavar="owner/name", help="The Hub repository; created if needed.")
     parser.add_argument("--license", help="The weights' licence, as the Hub names it, e.g. apache-2.0.")
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
                 return
             commit = upload(files, args.repo_id, args.private, args.revision, args.commit_message)
         except (OSError, ValueError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {with_options(error, args)}")
     revision = f', revision="{args.revision}"' if args.revision else ""
     load = "PISDMCascadePipeline.from_pretrained" if "model_index.json" in files else "pipe.load_lora_weights"
     print(f'Published {total} to {commit.repo_url}. Load it with {load}("{args.repo_id}"{revision})')

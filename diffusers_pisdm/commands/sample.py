@@ -14,7 +14,7 @@ import argparse
 import time
 
 from ..evaluation import missing_samples, write_sample_archive
-from ..utils.arguments import COUNT, COUNT_OR_ZERO, not_empty
+from ..utils.arguments import COUNT, COUNT_OR_ZERO, CommandParser, not_empty
 from ..utils.messages import count_of, show_duration
 from ..utils.shipped_files import CHECKPOINT, find_model
 from .drawing import (
@@ -30,7 +30,7 @@ from .drawing import (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument

@@ -423,15 +423,19 @@ def describe_run(args: TrainingArguments, num_rows: int | None, trainer: Trainer
     )
 
 
-def check_images(rows: ImageRows, accelerator: Accelerator) -> None:
-    """Decodes all images, shared among the processes; broken ones end the run, or are named if they are skipped."""
+def check_images(rows: ImageRows, accelerator: Accelerator) -> list[int]:
+    """
+    Decodes all images, shared among the processes; broken ones end the run, or are named if they are skipped. Returns
+    the positions of those.
+    """
     reports = inspect_images(rows.data, accelerator.process_index, accelerator.num_processes)
     hidden = not accelerator.is_local_main_process
     total = None if rows.data.num_rows is None else -(-rows.data.num_rows // accelerator.num_processes)
-    faults = [r.fault for r in tqdm(reports, "checking images", total, leave=False, disable=hidden) if r.fault]
-    faults = gather_object(faults)
+    found = [r for r in tqdm(reports, "checking images", total, leave=False, disable=hidden) if r.fault]
+    found = gather_object(found)
+    faults = [report.fault for report in found]
     if not faults:
-        return
+        return []
     more = f"\n  ... and {len(faults) - MOST_FAULTS_SHOWN:,} more" if len(faults) > MOST_FAULTS_SHOWN else ""
     message = f"{count_of(len(faults), 'image')} cannot be read:" + "".join(
         f"\n  {f}" for f in faults[:MOST_FAULTS_SHOWN]
@@ -439,17 +443,23 @@ def check_images(rows: ImageRows, accelerator: Accelerator) -> None:
     if rows.on_bad_image == "stop":
         raise DataError(f"{message}{more}\nFix or remove them, or pass --on_bad_image skip.")
     accelerator.print(f"Skipping {message}{more}")
+    return [report.position for report in found]
 
 
-def summarize(trainer: Trainer, rows: ImageRows | LatentCache, class_names: list[str]) -> list[str]:
+def summarize(
+    trainer: Trainer, rows: ImageRows | LatentCache, class_names: list[str], unreadable: list[int]
+) -> list[str]:
     """What is about to be trained, on what and for how long, for the terminal."""
-    objective, settings, num_images = trainer.objective, trainer.settings, None if rows.is_stream else len(rows)
+    objective, settings = trainer.objective, trainer.settings
+    num_images = None if rows.is_stream else len(rows) - len(unreadable)
     images = "a stream of images" if num_images is None else count_of(num_images, "image")
     lines = [f"Data: {images} of {count_of(len(class_names), 'class')}"]
     if num_images is not None and isinstance(rows, ImageRows):
-        counts = rows.data.class_counts()
+        counts = rows.data.class_counts(unreadable)
         empty = [show_name(name) for name, count in zip(class_names, counts) if count == 0]
         lines[0] += f", {show_range(min(counts), max(counts))} of each"
+        if unreadable:
+            lines[0] += f"; {len(unreadable):,} more cannot be read"
         if empty:
             names = ", ".join(empty[:MOST_FAULTS_SHOWN]) + (", ..." if len(empty) > MOST_FAULTS_SHOWN else "")
             lines.append(f"Warning: {count_of(len(empty), 'class')} without images, which it will not draw: {names}")
@@ -460,11 +470,18 @@ def summarize(trainer: Trainer, rows: ImageRows | LatentCache, class_names: list
         lines.append(f"Stage {number}: {stage.config.sample_size} px, {total / 1e6:.1f}M parameters, {what}")
     per_step = settings.train_batch_size * settings.gradient_accumulation_steps * trainer.accelerator.num_processes
     lines.append(f"Training: {count_of(settings.max_train_steps, 'step')} of {count_of(per_step, 'image')}")
-    if num_images is not None:
+    if num_images:
         passes = settings.max_train_steps * per_step / num_images
         lines[-1] += f", {passes:.2g} passes over the data" if passes < 10 else f", {passes:.0f} passes over the data"
     if trainer.state.step > 0:
         lines[-1] += f"; {count_of(trainer.state.step, 'step')} done"
+    if settings.lr_warmup_steps > settings.max_train_steps:
+        reached = settings.max_train_steps / settings.lr_warmup_steps
+        lines.append(
+            f"Warning: the warm-up of {count_of(settings.lr_warmup_steps, 'step')} is longer than the run, whose"
+            f" learning rate only reaches {reached:.0%} of --learning_rate: pass"
+            f" --lr_warmup_steps {settings.max_train_steps // 20}, for example"
+        )
     return lines
 
 
@@ -539,9 +556,9 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
 
     # Data, models and what is minimised
     rows, held_out_rows, class_names = load_rows(args, sizes, channels, vae_scale_factor(vae), class_order)
-    if args.check_data:
-        for checked in filter(None, (rows, held_out_rows)):
-            check_images(checked, accelerator)
+    unreadable = check_images(rows, accelerator) if args.check_data else []
+    if args.check_data and held_out_rows is not None:
+        check_images(held_out_rows, accelerator)
     stages = make_stages(args, configs, pretrained, class_names)  # refuses a cascade without class names
     new_classes = pretrained is not None and has_new_classes(pretrained, class_names)
     place = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
@@ -584,7 +601,7 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
     trainer.resume()
     if accelerator.is_main_process:
         describe_run(args, None if rows.is_stream else len(rows), trainer)
-        print("\n".join(summarize(trainer, rows, class_names)))
+        print("\n".join(summarize(trainer, rows, class_names, unreadable)))
     if args.report_to:
         accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in vars(args).items()})
     trainer.train()

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,9 +74,11 @@ class ImageData:
             raise DataError(_unknown_labels([label], self.class_names, self.place(row, position)))
         return self.class_ids[label]
 
-    def class_counts(self) -> list[int]:
-        """How many images each class has, by class; of data that is not a stream."""
-        counts = Counter(self.class_ids.get(label) for label in self.dataset[self.label_column])
+    def class_counts(self, left_out: Iterable[int] = ()) -> list[int]:
+        """How many images each class has, by class, without some rows; of data that is not a stream."""
+        labels = self.dataset[self.label_column]
+        counts = Counter(self.class_ids.get(label) for label in labels)
+        counts.subtract(self.class_ids.get(labels[row]) for row in left_out)
         return [counts[class_id] for class_id in range(len(self.class_names))]
 
     def may_flip(self, row: dict) -> bool:

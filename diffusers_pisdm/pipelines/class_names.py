@@ -115,19 +115,18 @@ def get_class_id(
             f"`class_labels` has to hold class ids (`int`) or names (`str`) but has {label!r}, a {type(label)}."
         )
     if isinstance(label, str):
+        if not id2label:
+            raise ValueError(  # the same for each name, so that it is told once
+                f"Cannot look up class names: this pipeline has none. Pass class ids from 0 to {num_classes - 1}."
+            )
         label = _find_class(label, id2label, listed_by)
     if not 0 <= label < num_classes:
         raise ValueError(f"`class_labels` contains {label}, but this pipeline's classes are 0 to {num_classes - 1}.")
     return int(label)
 
 
-def _find_class(name: str, id2label: dict[int, str] | None, listed_by: str) -> int:
+def _find_class(name: str, id2label: dict[int, str], listed_by: str) -> int:
     known = ids_by_name(id2label)
-    if not known:
-        raise ValueError(
-            f"Cannot look up '{show_name(name)}': this pipeline has no class names. Pass class ids, or give the"
-            " pipeline names with `id2label`."
-        )
     if name not in known:
         raise ValueError(
             f"`class_labels` contains '{show_name(name)}', which is not a class of this pipeline."

@@ -147,10 +147,7 @@ def prepare_upload(
         rights = _find_rights(configs.values())
     holds = f"holds {'adapters of ' if is_lora else ''}weights of others: {rights}"
     if rights is not None and not i_have_the_right_to_publish:
-        raise ValueError(
-            f"{folder} {holds}. If you may publish them, say so with `i_have_the_right_to_publish=True`, or"
-            " --i_have_the_right_to_publish on the command line."
-        )
+        raise ValueError(f"{folder} {holds}. If you may publish them, say so with `i_have_the_right_to_publish=True`.")
     if rights is not None and not is_lora and model_card is None and (folder / "README.md").is_file():
         model_card = folder / "README.md"
     card = make_model_card(folder, repo_id, model_card, license, datasets, base_model)

@@ -16,8 +16,10 @@ import yaml
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import EvalResult, ModelCard
 
+from ..pipelines.lora_fit import CLASS_EMBEDDING, PIPELINE, read_id2label, split_by_component
+from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
 from ..utils.hub_names import is_path
-from ..utils.messages import one_line
+from ..utils.messages import count_of, list_first, one_line
 from ..utils.metrics_file import read_metrics
 from ..utils.shipped_files import CHECKPOINT, install_command
 from .licenses import check_license
@@ -53,15 +55,14 @@ WHOLE_PATH = re.compile(r"(?:[a-z]:)?[\\/]|~|(?:\.[\\/])*\.\.[\\/]", re.IGNORECA
 LONGEST_CELL = 200
 LONGEST_SEARCHED = 10 * LONGEST_CELL  # what is private may be long, and gives way to less
 RUN_FILES = ("training_config.json", "metrics.jsonl", "stage_*/metrics.jsonl", "evaluation*.json")  # to be read
-# What our template says of a cascade, and says instead of LoRA adapters.
-LORA_INTRODUCTION = (
-    """# PIS-DM cascade
+# In place of what our template says of a cascade, which the base of adapters need not be.
+LORA_INTRODUCTION = """# LoRA adapters for {base}
 
-A class-conditional cascade""",
-    """# PIS-DM LoRA
+They adapt {base}, which draws images of a given class, and were trained with, and load with, the `diffusers_pisdm`
+package. {classes}
 
-LoRA adapters for a class-conditional cascade""",
-)
+"""
+MOST_CLASSES = 100
 SAMPLE_SHEETS = re.compile(r"step-\d+\.png")
 PICTURE = re.compile(r'!\[[^\]]*\]\(([^)\s]+)|<img\b[^>]*?\bsrc="([^"]+)"')
 
@@ -141,17 +142,18 @@ def make_model_card(
     if eval_results:
         data.model_name = data.model_name or repo_id.split("/")[-1]
         data.eval_results = eval_results
-    is_lora = holds_lora(run_dir)
-    data.base_model = base_model or data.base_model
-    if is_lora:
+    data.base_model, adapted = base_model or data.base_model, None
+    if holds_lora(run_dir):
+        adapted = public_base(data.base_model or _pretrained(run_dir))
         if "lora" not in data.tags:
             data.tags.append("lora")
         if model_card is None:
-            card.text = card.text.replace(*LORA_INTRODUCTION)
+            sections = card.text[card.text.index("<!-- samples:begin") :]
+            card.text = LORA_INTRODUCTION.format(base=adapted, classes=_adapter_classes(run_dir)) + sections
 
     sections = {
         "samples": _samples(run_dir),
-        "usage": _usage(repo_id, public_base(data.base_model or _pretrained(run_dir)) if is_lora else None),
+        "usage": _usage(repo_id, adapted),
         "metrics": _metrics(run_dir, metrics, results),
         "training": _training(run_dir, metrics),
     }
@@ -285,6 +287,17 @@ def public_base(name: object) -> str:
             " `pretrained_model_name_or_path`."
         )
     return name
+
+
+def _adapter_classes(run_dir: Path) -> str:
+    weights, metadata = PISDMCascadePipeline.lora_state_dict(run_dir, return_lora_metadata=True)
+    embeddings = [weight for name, weight in weights.items() if name.endswith(f".{CLASS_EMBEDDING}")]
+    if not embeddings:
+        return "They draw its classes."
+    names = read_id2label(split_by_component(metadata or {}).get(PIPELINE, {}), len(embeddings[0]) - 1)
+    if not names:
+        return f"They have {count_of(len(embeddings[0]) - 1, 'class')} of their own."
+    return f"Their classes: {list_first(map(_plain, names.values()), MOST_CLASSES)}."
 
 
 def _pretrained(run_dir: Path) -> str | None:

@@ -20,7 +20,7 @@ from diffusers import DDPMScheduler
 
 from ..models.stage_models import CLASS_KEY, OF_THE_DATA, stage_class
 from ..pipelines.saved_files import MAX_TIMESTEPS
-from ..utils.arguments import Bounds, bounded, not_empty
+from ..utils.arguments import Bounds, CommandParser, bounded, not_empty
 from ..utils.files import write_whole
 from ..utils.messages import count_of
 from ..utils.shipped_files import find_recipe, recipe_names
@@ -200,7 +200,7 @@ class TrainerSettings(WatchSettings, OptimizationSettings):
 
 def make_parser(arguments: type, description: str | None = None) -> argparse.ArgumentParser:
     """A parser for a dataclass's fields, grouped by the `title` of the class that defines them."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     hints, groups = typing.get_type_hints(arguments), {None: parser}

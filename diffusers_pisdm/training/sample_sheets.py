@@ -36,8 +36,8 @@ def draw_samples(
 
 def save_sample_sheets(folder: str | Path, step: int, images: list[Image.Image], labels: list[str]) -> Path:
     """
-    Writes `step-<step>.png`, a labelled grid of the images, and adds a row with the first few to `over_time.png`.
-    Classes and seeds must be the same in every call.
+    Writes `step-<step>.png`, a labelled grid of the images, and adds a row with the first few to `over_time.png`,
+    beside the step. Classes and seeds must be the same in every call.
     """
     folder = Path(folder)
     strips = folder / "strips"
@@ -48,7 +48,7 @@ def save_sample_sheets(folder: str | Path, step: int, images: list[Image.Image],
     for index, image in enumerate(strip):
         row.paste(image, (index * width, 0))
     _save(row, strips / f"step-{step:07d}.png")
-    _save(_over_time(strips, width, height), folder / "over_time.png")
+    _save(_over_time(strips, labels, width, height), folder / "over_time.png")
 
     grid = folder / f"step-{step:07d}.png"
     columns = max(4, round(len(images) ** 0.5))
@@ -64,7 +64,7 @@ def forget_later_sheets(folder: str | Path, step: int) -> None:
             picture.unlink()
 
 
-def _over_time(strips: Path, width: int, height: int) -> Image.Image:
+def _over_time(strips: Path, names: list[str], width: int, height: int) -> Image.Image:
     rows = sorted((row for row in strips.glob("step-*.png") if _step_of(row) is not None), key=_step_of)
     if len(rows) > MAX_ROWS:
         rows = [rows[round(i * (len(rows) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
@@ -72,9 +72,10 @@ def _over_time(strips: Path, width: int, height: int) -> Image.Image:
     for row in rows:
         with Image.open(row) as strip:
             count = strip.width // width
+            images += [Image.new("RGB", (width, height), "white")]  # above the step
             images += [strip.crop((i * width, 0, (i + 1) * width, height)) for i in range(count)]
-            labels += [f"step {_step_of(row)}", *[""] * (count - 1)]
-    return make_image_grid(images, labels, columns=count)
+            labels += [f"step {_step_of(row)}", *names[:count]]
+    return make_image_grid(images, labels, columns=count + 1)
 
 
 def _save(picture: Image.Image, path: Path) -> None:

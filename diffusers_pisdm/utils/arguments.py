@@ -1,14 +1,28 @@
-"""Values of command lines and recipes, checked: numbers against their range, paths for being given."""
+"""Command lines and their values, and recipes', checked: numbers against their range, paths for being given."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from PIL import Image
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Names `--help` after an error, where argparse would print the usage: with our many options, it is a page."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` lists the options.\n")
+
+
+def with_options(message: object, args: argparse.Namespace) -> str:
+    """Writes a message of our functions for the command line: `seed` and `private=True` are --seed and --private."""
+    return re.sub(r"`(\w+)(=True)?`", lambda match: f"--{match[1]}" if match[1] in args else match[0], str(message))
 
 
 @dataclass(frozen=True)

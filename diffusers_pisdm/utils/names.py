@@ -29,8 +29,9 @@ def names_with(word: str, known: Iterable[str]) -> list[str]:
 
 def similar_names(name: str, known: Iterable[str]) -> list[str]:
     """
-    The known names that contain this one, then those that are spelled like it, or have a word that is, from the first
-    letter on. Only beginnings are compared: comparing takes the square of the length.
+    The known names that contain this one, first as a word, then within one, then those that are spelled like it, or
+    have a word that is, from the first letter on. Only beginnings are compared: comparing takes the square of the
+    length.
     """
     known, wanted = list(known), name.casefold()[:LONGEST]
     spellings: dict[str, list[str]] = {}
@@ -40,7 +41,9 @@ def similar_names(name: str, known: Iterable[str]) -> list[str]:
             if piece[:1] == wanted[:1]:
                 spellings.setdefault(piece, []).append(other)
     close = difflib.get_close_matches(wanted, spellings, n=MOST_SUGGESTIONS, cutoff=0.75)
-    similar = names_with(name, known) + [other for spelling in close for other in spellings[spelling]]
+    holding = names_with(name, known)
+    holding.sort(key=lambda other: re.search(rf"\b{re.escape(wanted)}\b", other.casefold()) is None)
+    similar = holding + [other for spelling in close for other in spellings[spelling]]
     if not similar:
         similar = [spellings[match][0] for match in difflib.get_close_matches(wanted, spellings, n=1)]
     return list(dict.fromkeys(similar))

@@ -21,7 +21,7 @@ TAKES_DROPS = """(selector) => {
 }"""
 
 
-def make_pipe(labels: list[str] = LABELS, **defaults) -> PISDMCascadePipeline:
+def make_pipe(labels: list[str] = LABELS, num_stages: int = 2, **defaults) -> PISDMCascadePipeline:
     torch.manual_seed(0)
     transformers = [
         PISDMTransformer2DModel(
@@ -34,7 +34,7 @@ def make_pipe(labels: list[str] = LABELS, **defaults) -> PISDMCascadePipeline:
             low_res_channels=low,
             residual_scale=scale,
         )
-        for size, low, scale in ((8, None, None), (16, 3, 0.2))
+        for size, low, scale in ((8, None, None), (16, 3, 0.2))[:num_stages]
     ]
     for transformer in transformers:  # new models predict nothing
         for parameter in transformer.parameters():

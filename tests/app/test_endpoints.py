@@ -179,6 +179,9 @@ def test_what_the_page_cannot_set_is_told(model, tmp_path):
     settings = read_settings(path, model)
     assert settings.drawing.seed == 5
     assert settings.unmatched == ["dtype=bfloat16", "guidance_start=0.5", "relay_strength=[0.9]", "later_option=x"]
+    assert f"--recipe {path.name}" in settings.remedy
+    Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(recipe | {"image": "a picture of 8x8 pixels"}))
+    assert read_settings(path, model).remedy == ""  # the recipe does not hold it
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(recipe))
     assert read_settings(path, model).unmatched == []
 
@@ -204,11 +207,16 @@ def test_zero_gpu_lends_a_gpu_to_each_drawing(monkeypatch):
         ({}, "someone/pisdm", False),
     ],
 )
-def test_only_the_machines_own_user_loads_other_models(model_folder, monkeypatch, options, space, takes_models):
+def test_only_the_machines_own_user_loads_other_models(
+    model_folder, monkeypatch, capsys, options, space, takes_models
+):
     built = []
     monkeypatch.setenv("SPACE_ID", space)
-    monkeypatch.setattr(gradio.Blocks, "launch", lambda app, **_: built.append(app))
+    here = "http://here:1/"
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda app, **_: built.append(app) or (None, here, None))
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda app: None)
     page.launch(str(model_folder), **options)
+    assert here in capsys.readouterr().out
     config = built[0].get_config_file()
     assert any(part["props"].get("elem_id") == "model" for part in config["components"]) == takes_models
     assert any(function.name == "load" for function in built[0].fns.values()) == takes_models

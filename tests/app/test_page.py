@@ -12,7 +12,7 @@ from playwright.sync_api import TimeoutError as TooLate
 
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.utils.png_recipe import read_recipe, recipe_chunk
-from tests.app.conftest import TAKES_DROPS
+from tests.app.conftest import TAKES_DROPS, make_pipe
 
 
 DROP = """([selector, name, data]) => {
@@ -211,6 +211,8 @@ def test_stop_ends_a_drawing_and_frees_the_worker(open_page, slow_down, real_ima
     assert waiting.evaluate("document.querySelector('#own-lines .minimal').clientHeight") > 9  # it has room
     page.click("#stop")
     page.wait_for_selector("#lines >> text=Stopped")
+    page.wait_for_timeout(500)  # what Gradio tells of it comes later
+    assert page.inner_text("#lines").strip() == "Stopped."
     assert page.locator("#gallery img").count() == 0
     for stage in (0, 1):
         page.fill(f".per-stage input >> nth={stage}", "1")
@@ -257,9 +259,13 @@ def test_a_picture_of_ones_own_is_enlarged(open_page, real_image_files, tmp_path
     page.click("#enlarge")
     page.wait_for_selector("#enlarged img")
     assert page.locator("#enlarged img").first.evaluate("image => image.naturalWidth") == 16
+    page.click("#own-picture [aria-label='Remove Image']")
+    page.click("#enlarge")
+    page.wait_for_selector("#own-lines >> text=Nothing new")
+    page.wait_for_selector("#enlarged img", state="hidden")  # it would seem to be of the new picture
 
 
-def test_another_model_changes_the_page(open_page, other_folder):
+def test_another_model_changes_the_page(open_page, other_folder, tmp_path):
     page = open_page()
     page.click("#advanced button")
     told = page.locator(".toast-body", has_text="no folder no/such folder")
@@ -277,12 +283,28 @@ def test_another_model_changes_the_page(open_page, other_folder):
     assert visible_tiles(page) == ["🐶👩‍🚀🐱", "b"]
     assert page.locator(".picker-tile .picker-picture").all_inner_texts() == ["🐶👩‍🚀", "b"]
     assert page.input_value(".per-stage input >> nth=1") == "4"
+    assert "stage by stage: 8 → 16" in page.inner_text("#head")
     draw(page)
+    make_pipe(num_stages=1, default_num_inference_steps=2, default_guidance_scale=1.0).save_pretrained(
+        tmp_path / "one"
+    )
+    page.fill("#model input, #model textarea", str(tmp_path / "one"))
+    page.click("#load")
+    page.wait_for_selector("#head >> text=/Mamba: 8 pixels/")
+    page.get_by_role("tab", name="Stages").wait_for(state="hidden")  # what is left of it without stages
+    assert page.get_by_role("tab").all_inner_texts() == ["Draw", "How it scans"]
+    draw(page)
+    page.fill("#model input, #model textarea", str(other_folder))
+    page.click("#load")
+    page.get_by_role("tab", name="Stages").wait_for()
 
 
 @pytest.mark.parametrize("width", [320, 390])
 def test_a_phone_shows_everything_in_its_width(open_page, width):
     page = open_page(width, 844)
+    page.locator(".picker-name").first.evaluate("name => { name.textContent = 'animal-mammal-marine-hairless'; }")
+    fits = page.locator(".picker-name").first.evaluate("name => name.scrollWidth <= name.clientWidth")
+    assert fits  # cut off, neighbours would look alike
     for name in ("Draw", "Upscale", "Stages", "How it scans"):
         page.get_by_role("tab", name=name).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -71,6 +71,7 @@ def run(model_dir, tmp_path, *arguments):
         (["golden retriever, 1"], ["golden retriever", 1]),
         (["tench, Tinca tinca"], ["tench, Tinca tinca"]),
         (["-1", "nothing"], [-1, "nothing"]),
+        (["golden retreiver, noto/flag 7 x"], ["golden retreiver", "noto/flag", 7, "x"]),
         ([" , "], []),
     ],
 )
@@ -122,7 +123,6 @@ def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(model_dir, tmp_p
         (["--classes", "noto/flagg"], "Did you mean 'noto/flag'?"),
         (["--classes", ","], "`class_labels` is empty"),
         (["--lora", "no/such/adapter"], "no/such/adapter"),
-        (["--scheduler", "PISDMTransformer2DModel"], "diffusers has no scheduler `PISDMTransformer2DModel`"),
         (["--model", "no/such/folder/anywhere"], "There is no folder no/such/folder/anywhere"),
     ],
 )
@@ -145,6 +145,7 @@ def test_bad_arguments_end_with_one_line_and_no_picture(model_dir, tmp_path, arg
         (["--output_dir", "file"], "file is a file"),
         (["--device", "gpuu"], "'gpuu' cannot be used"),
         (["--lora_scale", "0.5"], "--lora_scale needs --lora"),
+        (["--scheduler", "DDIMSchedular"], "Did you mean 'DDIMScheduler'"),
         (["--seed", str(2**70)], "--seed: must be at most"),
     ],
 )
@@ -187,6 +188,43 @@ def test_single_files_keep_recipes_that_draw_them_again(model_dir, tmp_path, cap
             assert ImageChops.difference(image, again).getextrema() <= ((0, 1),) * 3
 
 
+def test_a_recipe_draws_its_picture_again(model_dir, tmp_path):
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    arguments = ["--model", str(model_dir), "--classes", "tench", "--images_per_class", "1", "--seed", "5"]
+    arguments += ["--num_inference_steps", "3", "2", "--guidance_scale", "5", "--noise_level", "0.3"]
+    arguments += ["--relay_strength", "0.6", "--scheduler", "DDIMScheduler", "--dtype", "bfloat16"]
+    generate.main([*arguments, "--output_dir", str(first)])
+    (picture,) = first.iterdir()
+    generate.main(["--recipe", str(picture), "--output_dir", str(again)])
+    generate.main(["--seed", "6", "--recipe", str(picture), "--classes", "1", "--output_dir", str(other)])
+    recipe = read_recipe(picture)
+    assert read_recipe(again / picture.name) == recipe
+    assert read_recipe(other / "0006_noto-flag.png") == {**recipe, "seed": 6, "class_label": "noto/flag"}
+    with Image.open(picture) as image, Image.open(again / picture.name) as redrawn:
+        assert ImageChops.difference(image, redrawn).getbbox() is None
+    plain = Image.open(run(model_dir, tmp_path, "--classes", "tench", "--images_per_class", "1", "--seed", "5"))
+    assert plain.tobytes() != Image.open(run(model_dir, tmp_path, "--recipe", str(picture))).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (None, "carries no recipe"),
+        ({"seed": 1}, "no `class_label`"),
+        ({"class_label": 0, "seed": 1, "output_dir": "elsewhere"}, "`output_dir`, which a recipe cannot"),
+        ({"class_label": 0, "seed": 1, "noise_level": ["--output_dir=elsewhere"]}, "--noise_level: invalid float"),
+        ({"class_label": 0, "seed": -1}, "--seed: must be at least"),
+    ],
+)
+def test_a_recipe_that_cannot_be_drawn_says_why(tmp_path, monkeypatch, capsys, recipe, message):
+    monkeypatch.chdir(tmp_path)
+    generate.save_image(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
+    with pytest.raises(SystemExit):
+        generate.main(["--recipe", "x.png"])
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
 def test_a_grid_keeps_a_recipe_if_it_shows_one_image(model_dir, tmp_path):
     path = run(model_dir, tmp_path, "--classes", "0", "--images_per_class", "1")
     recipe = read_recipe(path)
@@ -215,6 +253,16 @@ def test_all_unknown_classes_are_told_and_only_near_names_suggested(model_dir, t
     listed_by = re.escape(f"`pisdm generate --list_classes --model {model_dir}` lists them")
     assert re.search(f"'noto/flagg'.*'noto/flag'.*'zzz'.*{listed_by}.*contains 7, but", error.value.code)
     assert error.value.code.count("Did you mean") == 1
+
+
+def test_a_misspelt_class_of_several_words_is_one_fault_and_missing_names_another(model_dir, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        run(model_dir, tmp_path, "--classes", "golden retreiver")
+    assert re.fullmatch(r".*contains 'golden retreiver'.*Did you mean 'golden retriever'\?", error.value.code)
+    make_cascade(1).save_pretrained(tmp_path / "nameless")
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path / "nameless", tmp_path, "--classes", "cat", "dog")
+    assert error.value.code.count("Cannot look up") == 1 and "ids from 0 to 9" in error.value.code
 
 
 def test_classes_are_listed_without_weights(model_dir, tmp_path, capsys):

@@ -60,6 +60,7 @@ def test_unreadable_images_and_what_a_short_run_leaves_out_are_told(monkeypatch,
     (folder / "heart" / "torn.png").write_bytes(chosen[0].read_bytes()[:100])
     told = "\n".join(plan(monkeypatch, folder, 1, 1e10).describe())
     assert re.search(r"^Warning: 1 image .*check-data.*skips them.*heart/torn\.png", told, re.MULTILINE)
+    assert re.search(rf"passes over {len(chosen)} images$", told, re.MULTILINE)  # not of the torn one
     assert re.search(r"^Note: .*--minutes leaves out", told, re.MULTILINE)
     arguments = ["--size", "32", "--minutes", "1", "--output", str(tmp_path / "recipe.json")]
     new_recipe.main([str(folder), *arguments])

@@ -113,6 +113,18 @@ def test_options_go_to_the_command_under_its_name(capsys):
     assert "pisdm generate: error: argument --seed: must be at least 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", pisdm_cli.COMMANDS)
+def test_a_wrong_option_is_told_in_two_lines_that_name_the_help(command, capsys):
+    required = {"publish": ["a", "b/c"], "convert-dim": ["a", "--output_dir", "b"], "new-recipe": ["a"]}
+    required |= {"sample": ["--output_dir", "a"], "train": ["--output_dir", "a"]}
+    required["cache-latents"] = ["--cascade_config", "a", "--output_dir", "b"]
+    with pytest.raises(SystemExit, match="2"):
+        pisdm_cli.main([command, *required.get(command, []), "--sead"])
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"pisdm {command}: error: ") and "sead" in error
+    assert f"pisdm {command} --help" in hint
+
+
 def test_a_missing_extra_is_named():
     ran = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr

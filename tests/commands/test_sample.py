@@ -89,9 +89,8 @@ def test_names_of_another_pipeline():
     "arguments, message",
     [
         (["--num_samples", "4294967297"], "`num_samples` has to be from 1"),
-        (["--classes", "cat", "3"], "Cannot look up 'cat'"),
+        (["--classes", "cat", "3"], "Cannot look up class names"),
         (["--classes", "-1"], "`class_labels` contains -1, but this pipeline's classes are 0 to 9"),
-        (["--scheduler", "Nothing"], "diffusers has no scheduler `Nothing`"),
         (["--guidance_scale", "1", "2", "3"], "`guidance_scale` has 3 values, but this pipeline has 2 stages"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
     ],

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import PartialState
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -17,9 +16,11 @@ from diffusers_pisdm import PISDM_EMOJI128
 from diffusers_pisdm.commands import evaluate
 from diffusers_pisdm.evaluation.networks import extractor
 from diffusers_pisdm.publishing.model_card import SKELETON, TAGS, find_pictures, make_model_card
+from diffusers_pisdm.training.fine_tuning import add_lora
 from diffusers_pisdm.training.metrics import append_metrics
 from diffusers_pisdm.utils import shipped_files
 from tests.evaluation.pixel_features import PixelFeatures
+from tests.pipelines.tiny_cascade import NUM_CLASSES, make_cascade
 from tests.publishing.finished_run import write_run_files
 
 
@@ -198,8 +199,10 @@ def test_the_inception_score_is_named_so(run_dir, name):
 def lora_dir(tmp_path):
     """Names its base as its run's arguments do."""
 
-    def make(base):
-        (tmp_path / LORA_WEIGHT_NAME_SAFE).touch()
+    def make(base, has_classes=False):
+        pipe = make_cascade(2, id2label=[f"kind *{i}*" for i in range(NUM_CLASSES)])
+        add_lora(pipe.transformer, rank=2, alpha=2)
+        pipe.save_lora_weights(tmp_path, save_class_embeddings=has_classes)
         config = {"arguments": {"pretrained_model_name_or_path": base}}
         (tmp_path / "training_config.json").write_text(json.dumps(config))
         return tmp_path
@@ -222,6 +225,13 @@ def test_lora_adapters_of_a_public_base_name_it(lora_dir):
     for shipped in ("pisdm-emoji128", PISDM_EMOJI128):
         text = make_model_card(lora_dir(shipped), "someone/lora").text
         assert "import PISDM_EMOJI128, PISDMCascadePipeline" in text and "from_pretrained(PISDM_EMOJI128)" in text
+
+
+def test_the_card_of_adapters_names_their_classes_and_describes_no_cascade(lora_dir):
+    text = make_model_card(lora_dir("someone/dim", has_classes=True), "someone/lora").text
+    assert text.strip().startswith("# LoRA adapters for someone/dim\n") and "first stage" not in text
+    assert r"Their classes: kind \*0\*, kind \*1\*," in text and r"kind \*9\*." in text
+    assert "They draw its classes" in make_model_card(lora_dir("someone/dim"), "someone/lora").text
 
 
 def test_the_card_installs_the_package_from_where_it_came(run_dir, monkeypatch):

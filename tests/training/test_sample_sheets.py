@@ -2,6 +2,7 @@ import pytest
 from PIL import Image
 
 from diffusers_pisdm.training.sample_sheets import MAX_ROWS, forget_later_sheets, save_sample_sheets
+from diffusers_pisdm.utils.image_grid import make_image_grid
 
 
 @pytest.fixture
@@ -31,6 +32,16 @@ def test_a_grid_a_strip_and_a_row_over_time(tmp_path, images):
     strip = Image.open(tmp_path / "strips" / "step-0000005.png")
     assert strip.size == (8 * 16, 16)
     assert strip.crop((16, 0, 32, 16)).tobytes() == images[1].tobytes()
+
+
+def test_the_sheet_over_time_names_steps_and_classes(tmp_path, images):
+    rows = {5: images[:2], 10: images[2:4]}
+    for step, drawn in rows.items():
+        save_sample_sheets(tmp_path, step, drawn, ["cat", "dog"])
+    empty = Image.new("RGB", (16, 16), "white")
+    labels = ["step 5", "cat", "dog", "step 10", "cat", "dog"]
+    expected = make_image_grid([empty, *rows[5], empty, *rows[10]], labels, columns=3)
+    assert Image.open(tmp_path / "over_time.png").tobytes() == expected.tobytes()
 
 
 def test_a_long_run_keeps_a_sheet_of_bounded_height(tmp_path, images):

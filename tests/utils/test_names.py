@@ -23,6 +23,7 @@ def test_long_names_lose_their_middle():
 def test_names_that_contain_a_word_come_before_those_spelled_like_it():
     known = ["dog", "cast iron", "eduCation", "b/wildcats", "a/cap", "b/cup"]
     assert similar_names("cat", known) == ["eduCation", "b/wildcats", "cast iron"]
+    assert similar_names("Cat", [*known, "tiger cat"]) == ["tiger cat", "eduCation", "b/wildcats", "cast iron"]
     assert similar_names("mamal", ["a/mammal", "dog", "b/animal-mammal"]) == ["a/mammal", "b/animal-mammal"]  # words
     assert similar_names("Tabby kat", ["dog", "tabby cat", "horse"]) == ["tabby cat"]  # a whole name
     assert similar_names("xyz", ["dog", "sly"]) == similar_names("nope", ["hand-open", "dog"]) == []

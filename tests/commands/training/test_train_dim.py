@@ -83,8 +83,12 @@ def test_adapters_of_weights_of_others_are_published_with_your_word(tmp_path, tr
         capsys.readouterr()
         publish.main([*arguments, "--i_have_the_right_to_publish"])
         out = capsys.readouterr().out
-        assert out.count("**No licence is stated") == out.count("2405.14224") == 1 and "# PIS-DM LoRA" in out
-        with pytest.raises(SystemExit, match=r"`license` is 'mit', but .* adapters of weights of others"):
+        assert (
+            out.count("**No licence is stated") == out.count("2405.14224") == 1
+            and "# LoRA adapters for someone/dim" in out
+            and "cascade of" not in out
+        )
+        with pytest.raises(SystemExit, match=r"--license is 'mit', but .* adapters of weights of others"):
             publish.main([*arguments, "--i_have_the_right_to_publish", "--license", "mit"])
 
 

@@ -71,9 +71,20 @@ def test_broken_images_are_all_found_before_the_first_step(train, images, broken
 
 
 def test_broken_images_to_skip_are_told_before_the_first_step(train, images, broken, capsys):
-    train("run", 1, "--check_data", "--on_bad_image", "skip", data=images)
+    train("run", 11, "--check_data", "--on_bad_image", "skip", data=images)
     out = capsys.readouterr().out
-    assert out.index("Skipping 2 images") < out.index("Training: 1 step")
+    assert out.index("Skipping 2 images") < out.index("Training: 11 steps of 8 images, 4 passes over the data")
+    counts = sorted(len(set(folder.iterdir()) - set(broken)) for folder in images.iterdir())
+    assert f"Data: 22 images of {len(counts)} classes, {show_range(counts[0], counts[-1])} of each; 2 more" in out
+
+
+def test_a_warm_up_longer_than_the_run_is_remarked_on(train, images, capsys):
+    train("run", 2, "--lr_warmup_steps", "2", data=images)
+    assert "warm-up" not in capsys.readouterr().out
+    train("run", 3, "--lr_warmup_steps", "4", data=images)
+    assert re.search(
+        r"^Warning: the warm-up of 4 steps .*75%.*--lr_warmup_steps 0", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("condition", [None, 3])
