@@ -195,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         **asdict(settings),
     }
     conditions = json.loads(json.dumps(conditions))  # as they are read back
+    table = None
     for seed in args.seeds:
         sampling = SampleSettings(
             num_samples=args.num_samples,
@@ -242,8 +243,8 @@ def main(argv: list[str] | None = None) -> None:
             }
             with write_whole(folder / "result.json") as file:
                 file.write_text(json.dumps(result, indent=2) + "\n")
-            report(args, seconds)
-    print(report(args, seconds))
+            table = report(args, seconds)
+    print(table or report(args, seconds))
     print(f"Wrote {args.output}/quality.json, quality.png and samples.png")
 
 
