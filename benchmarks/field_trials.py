@@ -7,6 +7,7 @@ import argparse
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,9 @@ from diffusers_pisdm.evaluation import (
     load_feature_extractor,
     write_sample_set,
 )
+from diffusers_pisdm.models.transformer_pisdm import NUM_PREFIX_TOKENS
 from diffusers_pisdm.ops.conditioning_augmentation import augment_low_res, upsample_low_res
+from diffusers_pisdm.ops.scan_paths import move_tokens, scan_transitions
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
 from diffusers_pisdm.training.noise import noise_seed
 from diffusers_pisdm.training.optimization import learning_rate_factor, parameter_groups
@@ -79,6 +82,7 @@ VARIANTS = {
     "weak": {"steps": 0.25},
     "weak_small": {"steps": 0.25, "stages": SMALL},
     "tread": {"tread": 0.5},
+    "tread_equal": {"tread": 0.5, "steps": 1.35},
     **{
         f"p{patch}_{name}": {"stages": one(patch), **options}
         for patch in (2, 4, 8)
@@ -148,6 +152,43 @@ def sigmoid_weights(scheduler, bias):
     return (weights / weights.mean()).float()
 
 
+def route_tokens(model, share):
+    """TREAD: in training, a random `share` of the image tokens bypasses the middle layers."""
+    grid = model.config.sample_size // model.config.patch_size
+    pads = model.config.num_padding_tokens
+    moves = scan_transitions(
+        grid,
+        grid,
+        model.layer_directions,
+        snake=model.config.snake,
+        num_padding_tokens=pads,
+        num_prefix_tokens=NUM_PREFIX_TOKENS,
+    )
+    ids, orders = torch.arange(NUM_PREFIX_TOKENS + grid**2 + pads).float()[None, :, None], []
+    for move in moves[:-1]:
+        ids = ids if move is None else move_tokens(ids, move)
+        orders.append(ids[0, :, 0].long())
+    state = {"keep": None}
+
+    def draw(*_):
+        state["keep"] = None
+        if model.training:
+            state["keep"] = torch.ones(NUM_PREFIX_TOKENS + grid**2 + pads, dtype=torch.bool)
+            state["keep"][NUM_PREFIX_TOKENS + torch.randperm(grid**2)[: round(share * grid**2)]] = False
+
+    def routed(forward, order, hidden_states, modulation, skip=None):
+        rest = (hidden_states, modulation) if skip is None else (hidden_states, modulation, skip)
+        if state["keep"] is None:
+            return forward(*rest)
+        rows = state["keep"][order].nonzero().flatten()
+        part = forward(*(tensor[:, rows] if tensor is not modulation else tensor for tensor in rest))
+        return hidden_states.index_copy(1, rows, part)
+
+    model.register_forward_pre_hook(draw)
+    for block, order in list(zip(model.transformer_blocks, orders))[1:-1]:
+        block.forward = partial(routed, block.forward, order)
+
+
 class Optimizers:
     def __init__(self, optimizers):
         self.optimizers = optimizers
@@ -187,6 +228,9 @@ def make_objective(options, num_classes):
     kind = FlowObjective if "flow" in options else CascadeObjective
     objective = kind(models, schedulers, sil_weight=0.0, loss_weighting=options.get("weighting", "uniform"))
     objective.density = options.get("flow")
+    if "tread" in options:
+        for model in models:
+            route_tokens(model, options["tread"])
     if "sigmoid" in options:
         for index in range(len(stages)):
             objective.get_buffer(f"loss_weights_{index}").copy_(sigmoid_weights(schedulers[0], options["sigmoid"]))
