@@ -79,10 +79,34 @@ VARIANTS = {
     "muon_1e-2": {"muon": 1e-2},
     "muon_3e-2": {"muon": 3e-2},
     "muon_1e-2_b0.9": {"muon": 1e-2, "beta1": 0.9},
+    "muon_6e-3_shared": {"muon": 6e-3, "lr": 6e-3},
+    "muon_1e-2_shared": {"muon": 1e-2, "lr": 1e-2},
+    "muon_2e-2_shared": {"muon": 2e-2, "lr": 2e-2},
     "weak": {"steps": 0.25},
     "weak_small": {"steps": 0.25, "stages": SMALL},
     "tread": {"tread": 0.5},
     "tread_equal": {"tread": 0.5, "steps": 1.35},
+    "b9_flow_uniform": {"flow": "uniform", "beta1": 0.9},
+    "b9_flow_logit": {"flow": "logit_normal", "beta1": 0.9},
+    "b9_sigmoid_-1": {"sigmoid": -1.0, "beta1": 0.9},
+    "b9_sigmoid_0": {"sigmoid": 0.0, "beta1": 0.9},
+    "b9_sigmoid_2": {"sigmoid": 2.0, "beta1": 0.9},
+    "b9_muon_1e-2": {"muon": 1e-2, "beta1": 0.9},
+    "b9_muon_6e-3_shared": {"muon": 6e-3, "lr": 6e-3, "beta1": 0.9},
+    "b9_muon_1e-2_shared": {"muon": 1e-2, "lr": 1e-2, "beta1": 0.9},
+    "b9_muon_2e-2_shared": {"muon": 2e-2, "lr": 2e-2, "beta1": 0.9},
+    "b9_tread_equal": {"tread": 0.5, "steps": 1.35, "beta1": 0.9},
+    "b9_weak": {"steps": 0.25, "beta1": 0.9},
+    "b9_weak_small": {"steps": 0.25, "stages": SMALL, "beta1": 0.9},
+    **{
+        f"b9_p{patch}_{name}": {"stages": one(patch), "beta1": 0.9, **options}
+        for patch in (2, 4, 8)
+        for name, options in {
+            "v": {},
+            "x0": {"prediction": "sample"},
+            "x0_snr": {"prediction": "sample", "weighting": "min_snr"},
+        }.items()
+    },
     **{
         f"p{patch}_{name}": {"stages": one(patch), **options}
         for patch in (2, 4, 8)
