@@ -42,7 +42,7 @@ from diffusers_pisdm.ops.conditioning_augmentation import augment_low_res, upsam
 from diffusers_pisdm.ops.scan_paths import move_tokens, scan_transitions
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
 from diffusers_pisdm.training.noise import noise_seed
-from diffusers_pisdm.training.optimization import learning_rate_factor, parameter_groups
+from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
 from diffusers_pisdm.utils.files import write_whole
 
 
@@ -230,6 +230,8 @@ class Optimizers:
 def make_optimizers(objective, options):
     rate, betas = options.get("lr", 3e-3), (options.get("beta1", 0.99), 0.999)
     groups = parameter_groups(objective, 0.03)
+    if options.get("muon") == rate:  # the same steps as below, but batched
+        return Optimizers([make_optimizer(parameter_groups(objective, 0.03, "muon"), rate, betas, 1e-8)])
     if "muon" not in options:
         return Optimizers([torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)])
     matrices = [
