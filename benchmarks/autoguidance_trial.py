@@ -44,11 +44,21 @@ def record(file, key, make):
     found[key] = {**make(), "seconds": round(time.monotonic() - started)}
     with write_whole(file) as unfinished:
         unfinished.write_text(json.dumps(found, indent=2))
-    print(file.name, key, round(found[key]["frechet_distance"], 1), found[key]["precision"], found[key]["recall"], found[key]["seconds"], flush=True)
+    print(
+        file.name,
+        key,
+        round(found[key]["frechet_distance"], 1),
+        found[key]["precision"],
+        found[key]["recall"],
+        found[key]["seconds"],
+        flush=True,
+    )
 
 
 def build(stages, guides, names):
-    scheduler = DPMSolverMultistepScheduler.from_config(DDPMScheduler(**NOISE_SCHEDULE).config, timestep_spacing="trailing")
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        DDPMScheduler(**NOISE_SCHEDULE).config, timestep_spacing="trailing"
+    )
     pipe = Autoguided.from_stages(stages, scheduler, id2label=dict(enumerate(names)))
     if guides:
         pipe.guides = {id(stage): guide for stage, guide in zip(stages, guides, strict=True)}
@@ -94,7 +104,11 @@ def first_stage(args, seed):
         print("weak loss", loss, flush=True)
     weak = objective.stages[0].eval()
     results = args.output / f"autoguidance_first_stage_{seed}.json"
-    record(results, "weak alone", lambda: judge.score(build([weak], None, data.class_names), args.output / "ag_first", seed))
+    record(
+        results,
+        "weak alone",
+        lambda: judge.score(build([weak], None, data.class_names), args.output / "ag_first", seed),
+    )
     for scale in args.scales:
         for guide in args.guides:
             if guide == "cfg" or scale > 1:

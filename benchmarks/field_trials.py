@@ -49,7 +49,10 @@ from diffusers_pisdm.utils.files import write_whole
 stage_fit.check_scheduler = lambda name, scheduler: None  # trials of what it refuses
 
 SHAPE = {"in_channels": 3, "num_layers": 5, "hidden_size": 64}
-CASCADE = [{"sample_size": 8, "patch_size": 2, **SHAPE}, {"sample_size": 16, "patch_size": 2, "low_res_channels": 3, **SHAPE}]
+CASCADE = [
+    {"sample_size": 8, "patch_size": 2, **SHAPE},
+    {"sample_size": 16, "patch_size": 2, "low_res_channels": 3, **SHAPE},
+]
 SMALL = [{**stage, "num_layers": 3, "hidden_size": 32} for stage in CASCADE]
 
 
@@ -90,6 +93,9 @@ VARIANTS = {
     "b9_flow_logit": {"flow": "logit_normal", "beta1": 0.9},
     "b9_sigmoid_-1": {"sigmoid": -1.0, "beta1": 0.9},
     "b9_sigmoid_0": {"sigmoid": 0.0, "beta1": 0.9},
+    "b9_sigmoid_1": {"sigmoid": 1.0, "beta1": 0.9},
+    "b9_sigmoid_3": {"sigmoid": 3.0, "beta1": 0.9},
+    "b9_muon_sigmoid_2": {"muon": 1e-2, "lr": 1e-2, "beta1": 0.9, "sigmoid": 2.0},
     "b9_sigmoid_2": {"sigmoid": 2.0, "beta1": 0.9},
     "b9_muon_1e-2": {"muon": 1e-2, "beta1": 0.9},
     "b9_muon_6e-3_shared": {"muon": 6e-3, "lr": 6e-3, "beta1": 0.9},
@@ -364,7 +370,15 @@ def main():
             result = {"held_out": held, "train_loss": loss, "seconds": seconds, "scores": scores}
             with write_whole(folder / "result.json") as file:
                 file.write_text(json.dumps(result, indent=2))
-            print(name, seed, [round(h, 4) for h in held], {k: round(s["frechet_distance"], 1) for k, s in scores.items()}, round(seconds), round(time.monotonic() - started), flush=True)
+            print(
+                name,
+                seed,
+                [round(h, 4) for h in held],
+                {k: round(s["frechet_distance"], 1) for k, s in scores.items()},
+                round(seconds),
+                round(time.monotonic() - started),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

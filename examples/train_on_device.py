@@ -41,6 +41,7 @@ from diffusers_pisdm.training.fine_tuning import (
     pretrained_defaults,
     start_cascade,
 )
+from diffusers_pisdm.training.optimization import OPTIMIZERS
 from diffusers_pisdm.training.recipes import (
     Recipe,
     argument,
@@ -120,6 +121,7 @@ class SharedArguments:
     lr_cooldown: float = argument(
         0.3, "Share of the steps over which the learning rate falls to zero.", minimum=0, maximum=1
     )
+    optimizer: str = argument("adamw", "muon: Muon for the layers' matrices, AdamW for the rest.", OPTIMIZERS)
     adam_beta1: float = argument(0.9, "Decay of AdamW's mean gradient.", minimum=0, below=1)
     adam_beta2: float = argument(0.99, "Decay of AdamW's mean square.", minimum=0, below=1)
     adam_weight_decay: float = argument(0.03, "AdamW's, on matrices and filters.", minimum=0)
@@ -197,7 +199,15 @@ def load_data(
 
 def stage_settings(args: DeviceArguments, index: int, on_gpu: bool) -> DeviceSettings:
     """What the arguments say of one stage."""
-    shared = ("lr_warmup_steps", "lr_cooldown", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+    shared = (
+        "optimizer",
+        "lr_warmup_steps",
+        "lr_cooldown",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_weight_decay",
+        "adam_epsilon",
+    )
     shared += ("max_grad_norm", "logging_steps", "validation_minutes", "checkpointing_minutes", "seed")
     own = ("minutes", "max_train_steps", "train_batch_size", "learning_rate", "ema_decay")
     return DeviceSettings(

@@ -284,6 +284,7 @@ def dry_run(args: TrainingArguments, recipe: Recipe | None, accelerator: Acceler
     settings = CostSettings(
         gradient_checkpointing=args.gradient_checkpointing,
         mixed_precision=accelerator.mixed_precision,
+        optimizer=args.optimizer,
         use_8bit_adam=args.use_8bit_adam,
         num_processes=accelerator.num_processes,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -132,7 +132,9 @@ class Muon(torch.optim.AdamW):
                 rate = group["lr"] * (1 - skip)
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's
-            steps = orthogonalize(torch.stack(ahead)).float() * (rate * MUON_SCALE * math.sqrt(max(shape)))  # (K, R, C)
+            steps = orthogonalize(torch.stack(ahead)).float() * (
+                rate * MUON_SCALE * math.sqrt(max(shape))
+            )  # (K, R, C)
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
             torch._foreach_sub_(parameters, steps.unbind())
 
@@ -166,7 +168,7 @@ def make_optimizer(
     uses_muon = any("momentum" in group for group in parameters)
     if use_8bit:
         if uses_muon:
-            raise ValueError("Muon keeps its state in 32 bits. Pass `optimizer=\"adamw\"`, or no `use_8bit_adam`.")
+            raise ValueError("8-bit AdamW does not go with Muon. Train with one of the two.")
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:

@@ -41,12 +41,12 @@ def data(real_images):
     return LabelledImages(images, labels, list("abcd"), torch.arange(len(images)) % 3 > 0)
 
 
-def make_step(data, device="cpu", record=False, **options):
+def make_step(data, device="cpu", record=False, optimizer="adamw", **options):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=device == "cpu")
     objective = make_objective().to(device).train()
     optimizer = make_optimizer(
-        parameter_groups(objective, SETTINGS["weight_decay"]),
+        parameter_groups(objective, SETTINGS["weight_decay"], optimizer),
         1.0,
         SETTINGS["betas"],
         SETTINGS["epsilon"],
@@ -112,8 +112,9 @@ def test_steps_repeat_bit_for_bit(data):
     assert_equal_training(run(make_step(data)), run(make_step(data)), rtol=0, atol=0)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(data):
-    step = make_step(data)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_changes_nothing(data, optimizer):
+    step = make_step(data, optimizer=optimizer)
     step(rows(0), 0, 1e-2)
     before = copy.deepcopy(step.parameters)
     state = copy.deepcopy(step.optimizer.state_dict()["state"])

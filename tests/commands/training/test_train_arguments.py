@@ -30,6 +30,7 @@ CHANGES = {
     "learning_rate": ["--learning_rate", "1e-3"],
     "lr_warmup_steps": ["--lr_warmup_steps", "5"],
     "lr_cooldown_steps": ["--lr_cooldown_steps", "2"],
+    "optimizer": ["--optimizer", "muon"],
     "adam_beta1": ["--adam_beta1", "0.5"],
     "adam_beta2": ["--adam_beta2", "0.5"],
     "adam_weight_decay": ["--adam_weight_decay", "0.9"],
