@@ -70,7 +70,7 @@ def small_cascade(args, seed):
     data = load_images(args.data_dir, "train", 16)
     judge = Judge(args, 16)
     models = {}
-    for name in ("base", "weak", "weak_small"):
+    for name in ("adamw_b0.9", "b9_weak"):
         torch.manual_seed(seed)
         objective = make_objective(VARIANTS[name], len(data.class_names)).eval()
         objective.stages.load_state_dict(torch.load(args.output / name / f"seed-{seed}" / "average.pt"))
@@ -78,7 +78,7 @@ def small_cascade(args, seed):
     file = args.output / f"autoguidance_{seed}.json"
     for scale in args.scales:
         for guide in args.guides:
-            pipe = build(models["base"], models.get(guide), data.class_names)
+            pipe = build(models["adamw_b0.9"], models.get("b9_" + guide), data.class_names)
             record(file, f"{guide} {scale}", lambda: judge.score(pipe, args.output / f"ag_{seed}", seed, scale))
 
 

@@ -110,6 +110,9 @@ class SharedArguments:
     title: ClassVar[str] = "the same for all stages"
 
     snr_gamma: float = argument(OBJECTIVE["min_snr_gamma"], "Gamma of min_snr.", above=0)
+    sigmoid_bias: float = argument(
+        OBJECTIVE["sigmoid_bias"], "Bias of sigmoid: the log SNR above which weights fall.", minimum=-20, maximum=20
+    )
     label_dropout: float = argument(OBJECTIVE["label_dropout"], "Of the class, for guidance.", minimum=0, maximum=1)
     factor_dropout: float = argument(
         OBJECTIVE["factor_dropout"], "In addition, dropout of each factor of a class.", minimum=0, maximum=1
@@ -236,6 +239,7 @@ def train_stage(
         schedulers,
         loss_weighting=args.loss_weighting,
         min_snr_gamma=args.snr_gamma,
+        sigmoid_bias=args.sigmoid_bias,
         label_dropout=args.label_dropout,
         factor_dropout=args.factor_dropout,
         max_noise_level=args.max_noise_level,

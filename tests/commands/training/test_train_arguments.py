@@ -10,6 +10,7 @@ STEPS = 3
 CHANGES = {
     "seed": ["--seed", "1"],
     "loss_weighting": ["--loss_weighting", "vlb"],
+    "sigmoid_bias": ["--loss_weighting", "sigmoid", "--sigmoid_bias", "-1"],
     "snr_gamma": ["--loss_weighting", "min_snr", "--snr_gamma", "1"],
     "label_dropout": ["--label_dropout", "0.9"],
     "max_noise_level": ["--max_noise_level", "0.1"],
