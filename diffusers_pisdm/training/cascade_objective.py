@@ -46,7 +46,8 @@ def warn_of_narrow_stage(number: int, config: Mapping[str, Any]) -> None:
     values = patch_size**2 * channels
     if values > width:
         logger.warning(
-            f"Stage {number} may only ever draw noise: a patch of {patch_size}x{patch_size} with {channels} channels"
+            f"Stage {number} may only ever draw noise, or a blur if it predicts the sample: a patch of"
+            f" {patch_size}x{patch_size} with {channels} channels"
             f" has {values} values, more than its width of {width}. Raise `hidden_size` or lower `patch_size`."
         )
 
