@@ -94,6 +94,7 @@ VARIANTS = {
     "b9_sigmoid_-1": {"sigmoid": -1.0, "beta1": 0.9},
     "b9_sigmoid_0": {"sigmoid": 0.0, "beta1": 0.9},
     "b9_sigmoid_1": {"sigmoid": 1.0, "beta1": 0.9},
+    "b9_x0": {"prediction": "sample", "beta1": 0.9},
     "b9_sigmoid_3": {"sigmoid": 3.0, "beta1": 0.9},
     "b9_muon_sigmoid_2": {"muon": 1e-2, "lr": 1e-2, "beta1": 0.9, "sigmoid": 2.0},
     "b9_sigmoid_2": {"sigmoid": 2.0, "beta1": 0.9},
