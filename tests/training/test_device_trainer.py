@@ -132,6 +132,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data, optimizer):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_muon_is_recorded(data):
+    step = make_step(data, "cuda", record=True, optimizer="muon")
+    found = run(step)
+    assert step.graph is not None
+    assert_equal_training(found, run(make_step(data, "cuda", optimizer="muon")), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_recorded_step_trains_as_the_plain_one_and_waits_for_nothing(data):
     step = make_step(data, "cuda", record=True)
     found = run(step)
