@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
@@ -56,6 +56,7 @@ class Variant:
     label: str
     objective: dict = field(default_factory=dict)  # arguments of `CascadeObjective`
     decay_share: float | None = None  # of the steps, over which the scale-invariant loss fades
+    training: dict = field(default_factory=dict)  # of `TrainingSettings`, in place of the command's
 
 
 BASELINE = "without"
@@ -80,6 +81,13 @@ VARIANTS = {
     ),
     "independent_without": Variant("no SIL, own t per stage", {"sil_weight": 0.0, "independent_conditions": True}),
     "min_snr": Variant("no SIL, min-SNR weights", {"sil_weight": 0.0, "loss_weighting": "min_snr"}),
+    "sigmoid": Variant("no SIL, sigmoid weights", {"sil_weight": 0.0, "loss_weighting": "sigmoid"}),
+    "beta": Variant("no SIL, first beta 0.9", {"sil_weight": 0.0}, training={"betas": (0.9, 0.999)}),
+    "beta_sigmoid": Variant(
+        "no SIL, first beta 0.9, sigmoid weights",
+        {"sil_weight": 0.0, "loss_weighting": "sigmoid"},
+        training={"betas": (0.9, 0.999)},
+    ),
 }
 _SHAPE = {"patch_size": 2, "in_channels": 3, "num_layers": 5, "hidden_size": 64}
 STAGES = [{"sample_size": 8, **_SHAPE}, {"sample_size": 16, "low_res_channels": 3, **_SHAPE}]
@@ -126,6 +134,7 @@ def run(
     if variant.decay_share is not None:
         options["sil_decay_steps"] = max(1, round(variant.decay_share * args.steps))
     contestant = Contestant(variant.label, STAGES, objective=options)
+    settings = replace(settings, **variant.training)
     objective = train_contestant(contestant, images["train"], args.steps, seed, folder, settings)
     for index in range(len(STAGES)):
         objective.get_buffer(f"loss_weights_{index}").fill_(1)  # variants may weigh their losses

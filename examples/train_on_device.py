@@ -41,6 +41,7 @@ from diffusers_pisdm.training.fine_tuning import (
     pretrained_defaults,
     start_cascade,
 )
+from diffusers_pisdm.training.optimization import OPTIMIZERS
 from diffusers_pisdm.training.recipes import (
     Recipe,
     argument,
@@ -109,6 +110,9 @@ class SharedArguments:
     title: ClassVar[str] = "the same for all stages"
 
     snr_gamma: float = argument(OBJECTIVE["min_snr_gamma"], "Gamma of min_snr.", above=0)
+    sigmoid_bias: float = argument(
+        OBJECTIVE["sigmoid_bias"], "Bias of sigmoid: the log SNR above which weights fall.", minimum=-20, maximum=20
+    )
     label_dropout: float = argument(OBJECTIVE["label_dropout"], "Of the class, for guidance.", minimum=0, maximum=1)
     factor_dropout: float = argument(
         OBJECTIVE["factor_dropout"], "In addition, dropout of each factor of a class.", minimum=0, maximum=1
@@ -120,6 +124,7 @@ class SharedArguments:
     lr_cooldown: float = argument(
         0.3, "Share of the steps over which the learning rate falls to zero.", minimum=0, maximum=1
     )
+    optimizer: str = argument("adamw", "muon: Muon for the layers' matrices, AdamW for the rest.", OPTIMIZERS)
     adam_beta1: float = argument(0.9, "Decay of AdamW's mean gradient.", minimum=0, below=1)
     adam_beta2: float = argument(0.99, "Decay of AdamW's mean square.", minimum=0, below=1)
     adam_weight_decay: float = argument(0.03, "AdamW's, on matrices and filters.", minimum=0)
@@ -197,7 +202,15 @@ def load_data(
 
 def stage_settings(args: DeviceArguments, index: int, on_gpu: bool) -> DeviceSettings:
     """What the arguments say of one stage."""
-    shared = ("lr_warmup_steps", "lr_cooldown", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+    shared = (
+        "optimizer",
+        "lr_warmup_steps",
+        "lr_cooldown",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_weight_decay",
+        "adam_epsilon",
+    )
     shared += ("max_grad_norm", "logging_steps", "validation_minutes", "checkpointing_minutes", "seed")
     own = ("minutes", "max_train_steps", "train_batch_size", "learning_rate", "ema_decay")
     return DeviceSettings(
@@ -226,6 +239,7 @@ def train_stage(
         schedulers,
         loss_weighting=args.loss_weighting,
         min_snr_gamma=args.snr_gamma,
+        sigmoid_bias=args.sigmoid_bias,
         label_dropout=args.label_dropout,
         factor_dropout=args.factor_dropout,
         max_noise_level=args.max_noise_level,

@@ -133,6 +133,9 @@ class ObjectiveArguments:
 
     loss_weighting: list[str] = argument([OBJECTIVE["loss_weighting"]], f"lambda(t). {ONE_OR_EACH}", LOSS_WEIGHTINGS)
     snr_gamma: float = argument(OBJECTIVE["min_snr_gamma"], "Gamma of min_snr.", above=0)
+    sigmoid_bias: float = argument(
+        OBJECTIVE["sigmoid_bias"], "Bias of sigmoid: the log SNR above which weights fall.", minimum=-20, maximum=20
+    )
     label_dropout: float = argument(OBJECTIVE["label_dropout"], "Of the class, for guidance.", minimum=0, maximum=1)
     factor_dropout: float = argument(
         OBJECTIVE["factor_dropout"], "In addition, dropout of each factor of a class.", minimum=0, maximum=1
@@ -284,6 +287,7 @@ def dry_run(args: TrainingArguments, recipe: Recipe | None, accelerator: Acceler
     settings = CostSettings(
         gradient_checkpointing=args.gradient_checkpointing,
         mixed_precision=accelerator.mixed_precision,
+        optimizer=args.optimizer,
         use_8bit_adam=args.use_8bit_adam,
         num_processes=accelerator.num_processes,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -567,6 +571,7 @@ def run(args: TrainingArguments, recipe: Recipe | None, accelerator: Accelerator
         schedulers,
         loss_weighting=args.loss_weighting,
         min_snr_gamma=args.snr_gamma,
+        sigmoid_bias=args.sigmoid_bias,
         label_dropout=args.label_dropout,
         factor_dropout=args.factor_dropout,
         max_noise_level=args.max_noise_level,

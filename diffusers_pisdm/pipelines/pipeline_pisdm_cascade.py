@@ -50,7 +50,7 @@ from .lora_loading import PISDMLoraLoaderMixin
 from .number_checks import check_number
 from .saved_files import check_saved_pipeline
 from .stage_denoising import StageDenoisingMixin
-from .stage_fit import check_cascade
+from .stage_fit import check_cascade, check_guides
 from .stage_plan import StagePlan, by_stage, first_values, per_stage, stage_lengths
 
 
@@ -465,6 +465,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
         latents: torch.Tensor | list[torch.Tensor | None] | None,
         class_weights: torch.Tensor | None,
         given: list[GivenImages | None],
+        guidance_model: StageModel | list[StageModel | None] | None,
     ) -> list[StagePlan]:
         """
         Checks the arguments of `__call__` that may differ between stages, and gives each stage its own; those without
@@ -502,9 +503,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
                     f" {setting['guidance_stop']}. Pass a start that is not above the stop; to turn guidance off, pass"
                     " `guidance_scale=1.0`."
                 )
-        for setting, size, images in zip(settings, self.get_stage_sizes(height, width), given):
+        guides = check_guides(guidance_model, self.stages, self._execution_device)
+        for setting, size, images, guide in zip(settings, self.get_stage_sizes(height, width), given, guides):
             setting["shape"] = (num_images, self.transformer.config.in_channels, *size)
             setting["given"] = images
+            setting["guide"] = guide
             if images is not None and images.strength is not None:
                 setting["relay_strength"] = images.strength
             if setting["latents"] is not None:
@@ -640,6 +643,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
         mask_image: PipelineImageInput | None = None,
         strength: float | None = None,
         batch_size: int | None = None,
+        guidance_model: StageModel | list[StageModel | None] | None = None,
     ) -> PISDMCascadePipelineOutput | tuple:
         r"""
         Generates images.
@@ -719,6 +723,12 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             batch_size (`int`, *optional*):
                 The most images that the models and the autoencoder take at once, to bound memory; all by default. The
                 images are the same up to rounding: noise is drawn for all of them.
+            guidance_model ([`PISDMTransformer2DModel`], [`DiMTransformer2DModel`] or a list of these, *optional*):
+                Autoguidance (Karras et al., 2024): `eps_g + w (eps - eps_g)`, with w as in `guidance_scale`, where
+                `eps_g` is a weaker model's prediction, given the same class: a model of the same stage, target and
+                noise schedule that is smaller, or trained less. A single one is the first stage's; a list has one per
+                stage, or None where the model without the class guides. It is not part of the pipeline, which neither
+                saves nor moves it.
 
         Returns:
             [`PISDMCascadePipelineOutput`], or a tuple of its values if `return_dict` is `False`.
@@ -781,6 +791,7 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             latents=latents,
             class_weights=class_weights,
             given=self.place_image(image, mask_image, strength, len(mixes), height, width),
+            guidance_model=guidance_model,
         )
         self._num_timesteps = sum(len(stage.timesteps) for stage in stages)
         self._current_timestep = None

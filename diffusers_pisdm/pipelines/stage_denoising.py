@@ -11,7 +11,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from typing_extensions import Self
 
 from ..models.latents import encode_moments, vae_scale_factor
-from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import augment_low_res, upsample_low_res
 from ..utils.messages import show_size
 from .call_checks import check_callback_outputs
@@ -81,7 +80,7 @@ class StageDenoisingMixin:
         """
         Returns the model's inputs besides latents and timestep: `class_labels` and `noise_level` `(B,)` and `low_res`
         `(B, C, H, W)`, and for mixes of classes, `class_labels` and `class_weights` `(B, K)`; or if guided, twice the
-        batch, the unconditional half first.
+        batch, the unconditional half first; not so if another model guides.
         """
         condition = {"class_labels": class_labels}
         if stage.class_weights is not None:
@@ -91,7 +90,7 @@ class StageDenoisingMixin:
             condition["noise_level"] = torch.full(
                 class_labels.shape[:1], stage.noise_level, dtype=torch.float32, device=class_labels.device
             )  # (B,)
-        if guided:
+        if guided and stage.guide is None:
             null_labels = torch.full_like(class_labels, stage.transformer.config.num_classes)
             unconditional = {**condition, "class_labels": null_labels}
             condition = {name: torch.cat([unconditional[name], condition[name]]) for name in condition}  # (2B, ...)
@@ -107,27 +106,37 @@ class StageDenoisingMixin:
     ) -> torch.Tensor:
         """
         Runs the model on `model_input` `(B, C, H, W)`, at most `stage.batch_size` images at once, and returns its
-        prediction, same shape, float32: if guided, `uncond + guidance_scale * (cond - uncond)` on all channels.
+        prediction, same shape, float32: if guided, `uncond + guidance_scale * (cond - uncond)` on all channels, where
+        `uncond` may be another model's, with the class.
         """
         size = stage.batch_size
         if size >= len(model_input):
-            return self._predict_batch(stage.transformer, model_input, timestep, condition, guided)
-        halves = {name: value.chunk(2 if guided else 1) for name, value in condition.items()}
+            return self._predict_batch(stage, model_input, timestep, condition, guided)
+        halves = {name: value.chunk(2 if guided and stage.guide is None else 1) for name, value in condition.items()}
         predictions = []
         for start in range(0, len(model_input), size):
             batch = slice(start, start + size)
             own = {name: torch.cat([half[batch] for half in halves[name]]) for name in condition}
-            predictions.append(self._predict_batch(stage.transformer, model_input[batch], timestep, own, guided))
+            predictions.append(self._predict_batch(stage, model_input[batch], timestep, own, guided))
         return torch.cat(predictions)
 
     def _predict_batch(
         self,
-        transformer: PISDMTransformer2DModel,
+        stage: StagePlan,
         model_input: torch.Tensor,
         timestep: torch.Tensor,
         condition: dict[str, torch.Tensor],
         guided: bool,
     ) -> torch.Tensor:
+        if guided and stage.guide is not None:
+            prediction = self._predict_batch(stage, model_input, timestep, condition, False)  # (B, C, H, W)
+            inputs = {"hidden_states": model_input, "timestep": timestep.expand(len(model_input)), **condition}
+            half = {
+                name: inputs[name].to(stage.guide.dtype) for name in ("hidden_states", "low_res") if name in inputs
+            }
+            weaker = run_model(stage.guide, {**inputs, **half}).float()  # (B, C, H, W)
+            return weaker + self.guidance_scale * (prediction - weaker)
+        transformer = stage.transformer
         model_input = model_input.to(transformer.dtype)
         inputs = [(model_input, condition)]
         if guided and self._guidance_slicing:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
+import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMixin
 
 from ..models.latents import are_latents
+from ..models.stage_models import StageModel
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..schedulers import check_scheduler, check_unbounded_scheduler
+from ..utils.messages import count_of
 
 
 # What an option of a stage must equal in the stage before.
@@ -54,6 +58,38 @@ def check_cascade(
             check_unbounded_scheduler(name, scheduler or shared, "residuals (`residual_scale`)")
         elif are_latents(first.config.in_channels, vae):
             check_unbounded_scheduler(name, scheduler or shared, "latents")
+
+
+def check_guides(
+    guides: StageModel | Sequence[StageModel | None] | None, stages: list[StageModel], device: torch.device
+) -> list[StageModel | None]:
+    """
+    Each stage's `guidance_model`; a single one is the first stage's. Raises a ValueError if there are not as many as
+    stages, or one does not fit its stage.
+    """
+    if not isinstance(guides, (list, tuple)):
+        guides = [guides] + [None] * (len(stages) - 1)
+    if len(guides) != len(stages):
+        raise ValueError(
+            f"`guidance_model` has {count_of(len(guides), 'value')}, but this pipeline has"
+            f" {count_of(len(stages), 'stage')}. Pass the first stage's, or a list with one per stage, or None."
+        )
+    for number, (guide, stage) in enumerate(zip(guides, stages), 1):
+        if guide is None:
+            continue
+        for option in ("in_channels", "num_classes", "low_res_channels", "residual_scale"):
+            found, wanted = getattr(guide, "config", {}).get(option), stage.config.get(option)
+            if found != wanted:
+                raise ValueError(
+                    f"`guidance_model` of stage {number} has `{option}={found}`, but the stage has {wanted}. Pass a"
+                    " weaker model of the same stage: one that is smaller, or trained less."
+                )
+        if guide.device.type != device.type:
+            raise ValueError(
+                f"`guidance_model` of stage {number} is on {guide.device}, but the pipeline runs on {device}. Move it"
+                f" with `.to('{device}')`."
+            )
+    return list(guides)
 
 
 def _check_transformer(name: str, transformer: PISDMTransformer2DModel, lower: PISDMTransformer2DModel | None) -> None:

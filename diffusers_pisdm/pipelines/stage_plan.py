@@ -11,6 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 
+from ..models.stage_models import StageModel
 from ..models.transformer_pisdm import PISDMTransformer2DModel
 from ..ops.conditioning_augmentation import image_to_residual, residual_to_image
 from ..utils.messages import count_of
@@ -41,6 +42,7 @@ class StagePlan:
     relay_strength: float | None  # None: starts from pure noise
     given: GivenImages
     class_weights: torch.Tensor | None  # (B, K): images are mixes of K classes
+    guide: StageModel | None  # a weaker model of the stage; None: the model without the class guides
 
     @property
     def residual_scale(self) -> float | None:

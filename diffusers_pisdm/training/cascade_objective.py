@@ -46,7 +46,8 @@ def warn_of_narrow_stage(number: int, config: Mapping[str, Any]) -> None:
     values = patch_size**2 * channels
     if values > width:
         logger.warning(
-            f"Stage {number} may only ever draw noise: a patch of {patch_size}x{patch_size} with {channels} channels"
+            f"Stage {number} may only ever draw noise, or a blur if it predicts the sample: a patch of"
+            f" {patch_size}x{patch_size} with {channels} channels"
             f" has {values} values, more than its width of {width}. Raise `hidden_size` or lower `patch_size`."
         )
 
@@ -65,6 +66,7 @@ class CascadeObjective(nn.Module):
         loss_weighting (`str` or `list[str]`, defaults to `"uniform"`):
             See [`denoising_weights`]; one for all stages, or one per stage.
         min_snr_gamma (`float`, defaults to 5.0): The gamma of `min_snr`.
+        sigmoid_bias (`float`, defaults to 2.0): The bias of `sigmoid`.
         label_dropout (`float`, defaults to 0.1): Share of images whose label is replaced by the null label.
         factor_dropout (`float`, defaults to 0.0):
             In addition, the share of images in which a factor of the class is replaced by its null label, drawn
@@ -107,6 +109,7 @@ class CascadeObjective(nn.Module):
         schedulers: list[DDPMScheduler],
         loss_weighting: str | list[str] = "uniform",
         min_snr_gamma: float = 5.0,
+        sigmoid_bias: float = 2.0,
         label_dropout: float = 0.1,
         factor_dropout: float = 0.0,
         max_noise_level: float = 0.5,
@@ -178,7 +181,7 @@ class CascadeObjective(nn.Module):
                 warn_of_narrow_stage(index + 1, stage.config)
             else:
                 stage.requires_grad_(False)
-            weights = denoising_weights(scheduler, loss_weighting[index], min_snr_gamma)
+            weights = denoising_weights(scheduler, loss_weighting[index], min_snr_gamma, sigmoid_bias)
             self.register_buffer(f"loss_weights_{index}", weights, persistent=False)
         self.scale_invariant_loss = None
         compared = [index for index in self.stages_trained if index > 0]

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-LOSS_WEIGHTINGS = ("uniform", "vlb", "min_snr")
+LOSS_WEIGHTINGS = ("uniform", "vlb", "min_snr", "sigmoid")
 
 
 def denoising_target(
@@ -40,7 +40,9 @@ def denoising_target(
     raise ValueError(f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type}.")
 
 
-def denoising_weights(scheduler: DDPMScheduler, weighting: str, min_snr_gamma: float = 5.0) -> torch.Tensor:
+def denoising_weights(
+    scheduler: DDPMScheduler, weighting: str, min_snr_gamma: float = 5.0, sigmoid_bias: float = 2.0
+) -> torch.Tensor:
     r"""
     The weight of the squared error of the model's own prediction at every timestep: lambda(t) of eq. 17.
 
@@ -51,11 +53,14 @@ def denoising_weights(scheduler: DDPMScheduler, weighting: str, min_snr_gamma: f
     - `vlb`: lambda(t) = beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) of eq. 17, with sigma_t^2 = beta_t (the
       posterior variance is zero at the first step).
     - `min_snr`: lambda(t) = min(SNR, gamma) / SNR (Hang et al., 2023).
+    - `sigmoid`: sigmoid(bias - log SNR) for every log SNR (Kingma and Gao, 2023), and so
+      lambda(t) = -(d log SNR / dt) sigmoid(bias - log SNR); scaled so that the result is 1 on average.
 
     Args:
         scheduler (`DDPMScheduler`): The noise schedule and `prediction_type`.
-        weighting (`str`): One of `uniform`, `vlb`, `min_snr`.
+        weighting (`str`): One of `uniform`, `vlb`, `min_snr`, `sigmoid`.
         min_snr_gamma (`float`, defaults to 5.0): The gamma of `min_snr`.
+        sigmoid_bias (`float`, defaults to 2.0): The bias of `sigmoid`: higher means more weight on little noise.
 
     Returns:
         `torch.Tensor` of shape `(num_train_timesteps,)`, float32.
@@ -72,8 +77,12 @@ def denoising_weights(scheduler: DDPMScheduler, weighting: str, min_snr_gamma: f
         weights = scheduler.betas / (2 * scheduler.alphas * (1 - alphas_cumprod))
     elif weighting == "min_snr":
         weights = snr.clamp(max=min_snr_gamma) / snr
+    elif weighting == "sigmoid":
+        log_snr = torch.logit(alphas_cumprod, eps=1e-12)
+        weights = -torch.gradient(log_snr)[0] * torch.sigmoid(sigmoid_bias - log_snr)
     else:
         raise ValueError(f"`weighting` must be one of {', '.join(LOSS_WEIGHTINGS)}, got {weighting}.")
 
     per_prediction = {"epsilon": 1.0, "v_prediction": alphas_cumprod, "sample": snr}
-    return (weights * per_prediction[scheduler.config.prediction_type]).float()
+    weights = weights * per_prediction[scheduler.config.prediction_type]
+    return (weights / weights.mean() if weighting == "sigmoid" else weights).float()

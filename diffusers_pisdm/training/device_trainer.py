@@ -33,8 +33,8 @@ HELD_OUT_BATCH_SIZE = 64
 
 class DeviceStep:
     """
-    An entire training step on images on the device: batch, augmentation, loss, gradient, AdamW and averaged weights.
-    The host only provides the rows, the seed and the learning rate.
+    An entire training step on images on the device: batch, augmentation, loss, gradient, optimizer and averages. The
+    host only provides the rows, the seed and the learning rate.
 
     Running a model of a few million parameters takes a GPU less time than the host needs to launch its kernels one by
     one. So on a GPU the step is recorded once as a CUDA graph and then launched all at once. Noise depends only on
@@ -46,7 +46,8 @@ class DeviceStep:
         accelerator (`Accelerator`): For a single process; its mixed precision applies.
         objective ([`CascadeObjective`]): Prepared by `accelerator`, on the device.
         optimizer (`torch.optim.AdamW`):
-            Fused, prepared by `accelerator`; on a GPU `capturable`, with a tensor as its learning rate.
+            Or [`~training.optimization.Muon`]: fused, prepared by `accelerator`; on a GPU `capturable`, with a tensor
+            as its learning rate.
         average (`EMAModel`): The averages of the stages' trainable parameters.
         data ([`LabelledImages`]): The images, on the device.
         batch_size (`int`): Images per step.
@@ -101,7 +102,7 @@ class DeviceStep:
         Args:
             rows (`np.ndarray` of shape `(batch_size,)`): The images' rows in the data.
             seed (`int`): Determines all noise.
-            learning_rate (`float`): AdamW's learning rate.
+            learning_rate (`float`): The optimizer's learning rate.
         """
         self.rows.copy_(torch.from_numpy(rows), non_blocking=True)
         self.generator.manual_seed(seed)

@@ -25,6 +25,7 @@ from ..utils.files import write_whole
 from ..utils.messages import count_of
 from ..utils.shipped_files import find_recipe, recipe_names
 from .checkpoints import CheckpointError
+from .optimization import OPTIMIZERS
 
 
 T = TypeVar("T")
@@ -165,6 +166,7 @@ class OptimizationSettings:
     learning_rate: float = argument(2e-4, "The highest rate.", minimum=0)
     lr_warmup_steps: int = argument(500, "First steps, over which the rate rises.", minimum=0)
     lr_cooldown_steps: int = argument(0, "Final steps over which the rate falls to 0.", minimum=0)
+    optimizer: str = argument("adamw", "muon: Muon for the layers' matrices, AdamW for the rest.", OPTIMIZERS)
     adam_beta1: float = argument(0.99, "Decay of AdamW's mean gradient.", minimum=0, below=1)
     adam_beta2: float = argument(0.999, "Decay of AdamW's mean square.", minimum=0, below=1)
     adam_weight_decay: float = argument(0.03, "AdamW's, on matrices and filters.", minimum=0)

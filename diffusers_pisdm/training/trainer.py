@@ -106,11 +106,15 @@ class Trainer:
         self.batches, self.held_out_rows, self.vae, self.on_validation = batches, held_out_rows, vae, on_validation
         if accelerator.distributed_type == DistributedType.DEEPSPEED:  # otherwise it takes it from a data loader
             accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
+        is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if is_sharded and settings.optimizer == "muon":
+            raise ValueError(
+                "Muon needs whole matrices, which FSDP and DeepSpeed split: train with --optimizer adamw."
+            )
         self.model, self.optimizer = accelerator.prepare(objective, self.make_optimizer(objective))
         self.objective = accelerator.unwrap_model(self.model)
         named = [(name, p) for name, p in self.objective.stages.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self.skips_on_device = skips_steps_on_device(self.optimizer) and not is_sharded
         # Its decay rises to this over the first steps. On a CPU, `foreach` would only change the rounding.
         foreach = accelerator.device.type == "cuda" and not is_sharded
@@ -130,7 +134,7 @@ class Trainer:
 
     def make_optimizer(self, objective: CascadeObjective, capturable: bool = False) -> torch.optim.Optimizer:
         s = self.settings
-        groups, betas = parameter_groups(objective, s.adam_weight_decay), (s.adam_beta1, s.adam_beta2)
+        groups, betas = parameter_groups(objective, s.adam_weight_decay, s.optimizer), (s.adam_beta1, s.adam_beta2)
         return make_optimizer(groups, s.learning_rate, betas, s.adam_epsilon, s.use_8bit_adam, capturable)
 
     def train(self) -> None:
@@ -416,6 +420,8 @@ class Trainer:
             }
         found["trained weights"] = sum(parameter.numel() for parameter in self.parameters)
         found["use_8bit_adam"] = self.settings.use_8bit_adam
+        if self.settings.optimizer != "adamw":  # as of the runs before there was a choice
+            found["optimizer"] = self.settings.optimizer
         return found
 
     def resume(self) -> None:

@@ -68,10 +68,11 @@ def compare(monkeypatch, tmp_path, real_image_dir, capsys):
 def test_variants_are_trained_once_and_compared(compare, tmp_path):
     compare("--variants", "without", "decay")
     made = (tmp_path / "without" / "seed-0" / "result.json").stat().st_mtime_ns
-    table = compare("--variants", "without", "decay", "min_snr")
+    table = compare("--variants", "without", "decay", "min_snr", "beta")
     assert (tmp_path / "without" / "seed-0" / "result.json").stat().st_mtime_ns == made
     rows = json.loads((tmp_path / "variants.json").read_text())["variants"]
-    assert [row["variant"] for row in rows] == ["without", "decay", "min_snr"] and "min-SNR" in table
+    assert [row["variant"] for row in rows] == ["without", "decay", "min_snr", "beta"] and "min-SNR" in table
+    assert rows[3]["held_out"] != rows[0]["held_out"]  # only its optimizer differs
     assert all(row["frechet_distances"][0] > 0 for row in rows)
     assert (tmp_path / "variants.png").stat().st_size > 1000 and not list(tmp_path.glob("*/*/checkpoint-*"))
     with pytest.raises(SystemExit, match="other conditions"):

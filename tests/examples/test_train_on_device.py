@@ -82,6 +82,7 @@ def test_a_run_trains_stage_by_stage_and_leaves_a_pipeline(train):
 
 def test_a_killed_run_resumes_to_the_same_bits(train, monkeypatch):
     arguments = ["--max_train_steps", "6", "--checkpointing_minutes", "0", "--train_stages", "2", "1"]
+    arguments += ["--optimizer", "muon"]
     through = train("through", *arguments)
 
     class Killed(BaseException):

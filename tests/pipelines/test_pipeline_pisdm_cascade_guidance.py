@@ -170,3 +170,71 @@ def test_the_condition_is_prepared_once_a_stage(slicing, monkeypatch):
     monkeypatch.setattr(pipe, "prepare_condition", record)
     run(pipe, guidance_stop=0.5)
     assert prepared == [(1, True), (1, False), (2, True), (2, False)]
+
+
+def weaker_of(transformer):
+    """Another model of the same stage."""
+    torch.manual_seed(9)
+    weaker = type(transformer).from_config(transformer.config, num_layers=1).eval()
+    torch.nn.init.normal_(weaker.proj_out.weight, std=0.1)  # zero at first
+    return weaker
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_a_weaker_model_guides_its_stage_by_the_formula(batch_size):
+    pipe, scales = make_cascade(2), [3.0, 1.5]
+    guides = [weaker_of(stage) for stage in pipe.stages]
+
+    class Guided(torch.nn.Module):
+        """The formula as a model, for a pipeline without guidance."""
+
+        def __init__(self, strong, weak, scale):
+            super().__init__()
+            self.strong, self.weak, self.scale = strong, weak, scale
+            self.config, self.dtype, self.device = strong.config, strong.dtype, strong.device
+
+        def forward(self, *args, return_dict=True, **kwargs):
+            strong, weak = (m(*args, return_dict=False, **kwargs)[0] for m in (self.strong, self.weak))
+            return (weak + self.scale * (strong - weak), None)
+
+    found = run(pipe, guidance_scale=scales, guidance_model=guides, batch_size=batch_size)
+    assert not torch.allclose(found, run(pipe, guidance_scale=scales), rtol=0.01)
+    stages = [Guided(*parts) for parts in zip(pipe.stages, guides, scales)]
+    formula = make_cascade(2)
+    formula.transformer, formula.transformer_2 = stages
+    torch.testing.assert_close(found, run(formula, guidance_scale=1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_guide_is_the_first_stages():
+    pipe = make_cascade(2)
+    guide, labels = weaker_of(pipe.transformer), record_labels(pipe)
+    found = run(pipe, guidance_model=guide, guidance_start=0.5)
+    assert labels == [[1, 2]] * 4  # the model never runs without the class
+    assert torch.equal(found, run(pipe, guidance_model=[guide, None], guidance_start=0.5))
+    unguided = run(pipe, guidance_scale=[1.0, 4.0], guidance_start=0.5)
+    assert torch.equal(unguided, run(pipe, guidance_scale=[1.0, 4.0], guidance_start=0.5, guidance_model=guide))
+    assert not torch.equal(found, unguided)
+
+
+def test_a_guide_in_half_precision_and_mixes_of_classes():
+    pipe = make_cascade(2)
+    guides = [weaker_of(stage) for stage in pipe.stages]
+    mixes = {"guidance_model": guides, "output_type": "latent", "num_inference_steps": 2}
+    found = [pipe([{1: 0.5, 2: 0.5}], generator=generators(0), **mixes).images]
+    for guide in guides:
+        guide.to(torch.bfloat16)
+    found.append(pipe([{1: 0.5, 2: 0.5}], generator=generators(0), **mixes).images)
+    assert (found[0] - found[1]).abs().max() < 0.1 * found[0].abs().max()
+
+
+def test_a_guide_has_to_fit_its_stage():
+    pipe = make_cascade(2)
+    first, second = pipe.stages
+    with pytest.raises(ValueError, match=r"`guidance_model` of stage 1 has `low_res_channels=3`.*None"):
+        run(pipe, guidance_model=second)
+    with pytest.raises(ValueError, match=r"stage 2 has `low_res_channels=None`"):
+        run(pipe, guidance_model=[None, first])
+    with pytest.raises(ValueError, match=r"1 value.*2 stages"):
+        run(pipe, guidance_model=[first])
+    with pytest.raises(ValueError, match=r"stage 1 is on meta.*cpu"):
+        run(pipe, guidance_model=weaker_of(first).to("meta"))

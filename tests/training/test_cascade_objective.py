@@ -139,9 +139,11 @@ def test_defaults(real_images):
         "num_processes": 1,
     }
     assert make_objective()(pyramid, labels, 3).total == make_objective(**stated)(pyramid, labels, 3).total
-    min_snr = {"loss_weighting": "min_snr"}
-    expected = make_objective(**min_snr, min_snr_gamma=5.0)(pyramid, labels, 3).total
-    assert make_objective(**min_snr)(pyramid, labels, 3).total == expected
+    for weighting, default in (("min_snr", {"min_snr_gamma": 5.0}), ("sigmoid", {"sigmoid_bias": 2.0})):
+        chosen, other = {"loss_weighting": weighting}, {name: value / 2 for name, value in default.items()}
+        expected = make_objective(**chosen, **default)(pyramid, labels, 3).total
+        assert make_objective(**chosen)(pyramid, labels, 3).total == expected
+        assert make_objective(**chosen, **other)(pyramid, labels, 3).total != expected
 
 
 def test_residual_stages_learn_what_the_clean_upsampled_image_lacks(batch):

@@ -30,13 +30,35 @@ def test_weights_are_their_formulas_in_double_precision(prediction_type):
         "vlb": beta**2 / (2 * sigma_squared * alpha * (1 - alpha_bar)),  # equation 17
         "min_snr": snr.clamp(max=5.0) / snr,
     }
-    assert of_noise.keys() == set(LOSS_WEIGHTINGS)
+    assert {*of_noise, "sigmoid"} == set(LOSS_WEIGHTINGS)
     for weighting, weights in of_noise.items():
         expected = (weights * relation(prediction_type, alpha_bar)).float()
         actual = denoising_weights(scheduler, weighting)
         torch.testing.assert_close(actual, expected, rtol=1e-7, atol=0)
     capped = denoising_weights(make_scheduler("epsilon"), "min_snr", min_snr_gamma=2.0)
     torch.testing.assert_close(capped, (snr.clamp(max=2.0) / snr).float(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_sigmoid_weights_are_those_of_their_integral_over_log_snr(prediction_type):
+    """On the cosine schedule, log SNR = -2 log tan(pi t / 2), whose derivative is known."""
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
+    found = denoising_weights(scheduler, "sigmoid", sigmoid_bias=-1.0).double()
+    assert found.mean() == pytest.approx(1)
+    alpha_bar = scheduler.alphas_cumprod.double()
+    snr = alpha_bar / (1 - alpha_bar)
+    slope = torch.pi / (alpha_bar * (1 - alpha_bar)).sqrt()  # -d log SNR / dt
+    expected = slope / (1 + snr * torch.e) * relation(prediction_type, alpha_bar)  # sigmoid(-1 - log SNR)
+    middle = slice(50, 950)
+    torch.testing.assert_close(found[middle] / found[500], expected[middle] / expected[500], rtol=0.05, atol=0)
+    higher = denoising_weights(scheduler, "sigmoid", sigmoid_bias=1.0)
+    assert higher[100] / higher[900] > found[100] / found[900]
+
+
+def test_sigmoid_weights_of_a_schedule_without_signal_at_its_end_are_finite():
+    scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+    assert denoising_weights(scheduler, "sigmoid").isfinite().all()
 
 
 @pytest.mark.parametrize("weighting", ["vlb", "min_snr"])
@@ -60,7 +82,7 @@ def test_every_prediction_type_gives_the_loss_of_the_noise(weighting, prediction
 
 
 def test_unknown_weighting_and_prediction_type_name_the_choices():
-    with pytest.raises(ValueError, match=r"`weighting`.*uniform, vlb, min_snr.*cosine"):
+    with pytest.raises(ValueError, match=r"`weighting`.*uniform, vlb, min_snr, sigmoid.*cosine"):
         denoising_weights(make_scheduler("epsilon"), "cosine")
     scheduler = make_scheduler("epsilon")
     scheduler.register_to_config(prediction_type="flow")

@@ -41,12 +41,12 @@ def data(real_images):
     return LabelledImages(images, labels, list("abcd"), torch.arange(len(images)) % 3 > 0)
 
 
-def make_step(data, device="cpu", record=False, **options):
+def make_step(data, device="cpu", record=False, optimizer="adamw", **options):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=device == "cpu")
     objective = make_objective().to(device).train()
     optimizer = make_optimizer(
-        parameter_groups(objective, SETTINGS["weight_decay"]),
+        parameter_groups(objective, SETTINGS["weight_decay"], optimizer),
         1.0,
         SETTINGS["betas"],
         SETTINGS["epsilon"],
@@ -112,8 +112,9 @@ def test_steps_repeat_bit_for_bit(data):
     assert_equal_training(run(make_step(data)), run(make_step(data)), rtol=0, atol=0)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(data):
-    step = make_step(data)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_changes_nothing(data, optimizer):
+    step = make_step(data, optimizer=optimizer)
     step(rows(0), 0, 1e-2)
     before = copy.deepcopy(step.parameters)
     state = copy.deepcopy(step.optimizer.state_dict()["state"])
@@ -128,6 +129,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data):
     assert step.skipped_steps == 1
     assert all(torch.isfinite(p).all() for p in step.parameters)
     assert not all(torch.equal(now, then) for now, then in zip(step.parameters, before))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_muon_is_recorded(data):
+    step = make_step(data, "cuda", record=True, optimizer="muon")
+    found = run(step)
+    assert step.graph is not None
+    assert_equal_training(found, run(make_step(data, "cuda", optimizer="muon")), rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

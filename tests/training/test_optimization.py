@@ -1,11 +1,17 @@
+import copy
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from diffusers_pisdm import PISDMTransformer2DModel
-from diffusers_pisdm.training.optimization import learning_rate_factor, make_optimizer, parameter_groups
+from diffusers_pisdm import DiMTransformer2DModel, PISDMTransformer2DModel
+from diffusers_pisdm.training.optimization import (
+    learning_rate_factor,
+    make_optimizer,
+    orthogonalize,
+    parameter_groups,
+)
 
 
 def test_vectors_embeddings_pads_and_scan_parameters_do_not_decay():
@@ -29,6 +35,50 @@ def test_frozen_parameters_are_in_no_group():
     model = torch.nn.Linear(3, 3)
     model.weight.requires_grad_(False)
     assert [len(group["params"]) for group in parameter_groups(model, 0.1)] == [0, 1]
+
+
+def test_the_layers_matrices_are_muons():
+    model = PISDMTransformer2DModel(8, 2, 3, num_layers=3, hidden_size=16, num_classes=4, low_res_channels=3)
+    plain, groups = parameter_groups(model, 0.03), parameter_groups(model, 0.03, "muon")
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [{names[id(p)] for p in group["params"]} for group in groups]
+    mixer = [f"{i}.mixer.{name}" for i in range(3) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+    assert found[2] == {f"transformer_blocks.{name}.weight" for name in (*mixer, "2.skip_proj")}
+    assert found[0] | found[2] == {names[id(p)] for p in plain[0]["params"]} and found[0].isdisjoint(found[2])
+    assert [group["weight_decay"] for group in groups] == [0.03, 0.0, 0.03]
+    dim = DiMTransformer2DModel(8, 2, 3, num_layers=4, hidden_size=16, num_classes=4)
+    matrices = {id(p) for p in parameter_groups(dim, 0.03, "muon")[2]["params"]}
+    assert id(dim.skip_projections[0].weight) in matrices and id(dim.modulation.weight) not in matrices
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+def test_muons_steps_are_pytorchs():
+    torch.manual_seed(0)
+    model = PISDMTransformer2DModel(8, 2, 3, num_layers=3, hidden_size=16, num_classes=4)
+    other = copy.deepcopy(model)
+    optimizer = make_optimizer(parameter_groups(model, 0.3, "muon"), 1.0, (0.8, 0.9), 1e-6)
+    *groups, matrices = parameter_groups(other, 0.3, "muon")
+    adam = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-6)
+    muon = torch.optim.Muon(matrices["params"], weight_decay=0.3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for rate in (1e-2, 3e-2, 2e-2):
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            ours.grad = torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
+        for group in (*optimizer.param_groups, *adam.param_groups, *muon.param_groups):
+            group["lr"] = rate
+        for each in (optimizer, adam, muon):
+            each.step()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_orthogonal_directions_have_like_lengths():
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 24, 6) * torch.logspace(0, -2, 6)  # condition numbers of about 100
+    for found in (orthogonalize(matrices), orthogonalize(matrices.mT).mT):
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+        lengths = torch.diagonal(left.mT @ found.float() @ right.mT, dim1=1, dim2=2)
+        assert ((lengths > 0.6) & (lengths < 1.3)).all()
 
 
 def rates(warmup, cooldown, total):
@@ -83,6 +133,9 @@ def test_8_bit_adam_needs_bitsandbytes(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         make_optimizer([], 1e-2, (0.8, 0.9), 1e-6, use_8bit=True)
+    with pytest.raises(ValueError, match=r"8-bit.*Muon"):
+        groups = parameter_groups(torch.nn.Linear(3, 3), 0.1, "muon")
+        make_optimizer(groups, 1e-2, (0.8, 0.9), 1e-6, use_8bit=True)
 
 
 def test_8_bit_adam_is_bitsandbytes(monkeypatch):

@@ -94,7 +94,7 @@ def test_arguments_get_the_type_of_their_field():
         ({"batch_shares": [0.5, 0]}, "'batch_shares' must be more than 0, got 0"),
         ({"batch_shares": []}, "'batch_shares' must have at least one value"),
         ({"random_flip": 1}, "'random_flip' must be true or false, not 1"),
-        ({"loss_weighting": "snr"}, "'loss_weighting' must be one of uniform, vlb, min_snr, not 'snr'"),
+        ({"loss_weighting": "snr"}, "'loss_weighting' must be one of uniform, vlb, min_snr, sigmoid, not 'snr'"),
     ],
 )
 def test_a_value_that_the_command_line_would_not_take_is_refused(training, message):
@@ -114,6 +114,7 @@ OUT_OF_RANGE = {
     "-1e-9": "learning_rate adam_weight_decay sil_weight validation_guidance_scale",
     "-0.1 1.1": "label_dropout factor_dropout max_noise_level ema_decay",
     "-0.1 1": "adam_beta1 adam_beta2",
+    "-20.1 20.1": "sigmoid_bias",
     "0 1.01": "batch_shares",
 }
 

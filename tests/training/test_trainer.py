@@ -444,10 +444,11 @@ def test_numbers_logged_are_of_all_processes(make, second_of_two, monkeypatch, c
     assert torch.cat([batch.labels for _, batch in trainer.held_out_batches()]).tolist() == [i % 5 for i in range(14)]
 
 
-def test_a_resumed_run_ends_with_the_same_bits_counts_and_time(make):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_ends_with_the_same_bits_counts_and_time(make, optimizer):
     rows = Rows()
     rows.bad = {4: ["four.png: torn"]}
-    options = {"max_train_steps": 6, "lr_cooldown_steps": 0}
+    options = {"max_train_steps": 6, "lr_cooldown_steps": 0, "optimizer": optimizer}
     whole = make(rows, settings=options)
     whole.resume()
     whole.train()
@@ -512,6 +513,12 @@ def test_8_bit_adam_is_passed_on(make):
         pytest.skip("bitsandbytes is installed, and wants a GPU")
     with pytest.raises(ImportError, match="bitsandbytes"):
         make(settings={"use_8bit_adam": True})
+
+
+def test_muon_needs_whole_matrices(make, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", "FSDP")
+    with pytest.raises(ValueError, match=r"FSDP.*--optimizer adamw"):
+        make(settings={"optimizer": "muon"})
 
 
 def test_what_a_run_has_reached_is_kept_whole():
@@ -671,6 +678,8 @@ def test_another_runs_checkpoint_is_refused(make, objective, change, told):
     trainer.settings.use_8bit_adam = True
     with pytest.raises(CheckpointError, match="use_8bit_adam was False, is True"):
         trainer.resume()
+    with pytest.raises(CheckpointError, match="optimizer was None, is 'muon'"):
+        make(class_names=["a", "b"], settings={"optimizer": "muon"}).resume()
     change(objective)
     with pytest.raises(CheckpointError, match=told):
         make(class_names=["a", "b"]).resume()

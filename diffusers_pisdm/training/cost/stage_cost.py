@@ -20,6 +20,7 @@ from ...models import stage_models
 from ...ops.common.backends import force_backends
 from ...ops.scan.dispatch import choose_backend
 from ..cascade_objective import stage_batch_size
+from ..optimization import parameter_groups
 from .flops import StepTrace
 
 
@@ -44,7 +45,7 @@ class StageCost:
             checkpointing.
         weight_bytes, gradient_bytes, optimizer_bytes, ema_bytes (`int`):
             Calculated: float32 weights, gradients (twice under DDP, which copies them into buckets) and averaged
-            weights; Adam's moments in float32 or 8 bits.
+            weights; the optimizer's moments in float32 or 8 bits.
         saved_bytes (`int`): Storages alive between forward and backward: what autograd keeps, and the outputs.
         working_bytes (`int`): What is alive beyond these at the peak of forward and backward.
     """
@@ -113,7 +114,11 @@ def estimate_stage_cost(config: dict, num_classes: int, batch_size: int, setting
             loss = stage_loss(model, batch_size, settings)
             forward_flops, saved_bytes = trace.flops, trace.live_bytes
             loss.backward()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        moments = parameters * (ADAM_8BIT_BYTES if settings.use_8bit_adam else ADAM_BYTES)
+        if settings.optimizer == "muon":  # one instead of two
+            matrices = parameter_groups(model, 0.0, "muon")[-1]["params"]
+            moments -= FLOAT32_BYTES * sum(matrix.numel() for matrix in matrices)
     return StageCost(
         sample_size=model.config.sample_size,
         num_layers=model.config.num_layers,
@@ -123,7 +128,7 @@ def estimate_stage_cost(config: dict, num_classes: int, batch_size: int, setting
         training_flops=trace.flops // batch_size,
         weight_bytes=parameters * FLOAT32_BYTES,
         gradient_bytes=parameters * FLOAT32_BYTES * (1 if settings.num_processes == 1 else 2),
-        optimizer_bytes=round(parameters * (ADAM_8BIT_BYTES if settings.use_8bit_adam else ADAM_BYTES)),
+        optimizer_bytes=round(moments),
         ema_bytes=parameters * FLOAT32_BYTES if settings.ema else 0,
         saved_bytes=saved_bytes,
         working_bytes=trace.peak_bytes - saved_bytes,
@@ -169,6 +174,7 @@ class CostSettings:
         gradient_checkpointing (`bool`, defaults to `False`): Whether layers are recomputed in the backward pass.
         mixed_precision (`str`, defaults to `"no"`): `"no"`, `"fp16"` or `"bf16"`; weights are always float32.
         ema (`bool`, defaults to `True`): Whether a float32 average of the weights is kept on the device.
+        optimizer (`str`, defaults to `"adamw"`): With `"muon"`, the layers' matrices have one moment instead of two.
         use_8bit_adam (`bool`, defaults to `False`): Whether Adam's moments take one byte each instead of four.
         num_processes (`int`, defaults to 1): Processes, one per device.
         gradient_accumulation_steps (`int`, defaults to 1): Batches per process and optimizer step.
@@ -184,6 +190,7 @@ class CostSettings:
     gradient_checkpointing: bool = False
     mixed_precision: str = "no"
     ema: bool = True
+    optimizer: str = "adamw"
     use_8bit_adam: bool = False
     num_processes: int = 1
     gradient_accumulation_steps: int = 1

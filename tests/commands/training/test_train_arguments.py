@@ -10,6 +10,7 @@ STEPS = 3
 CHANGES = {
     "seed": ["--seed", "1"],
     "loss_weighting": ["--loss_weighting", "vlb"],
+    "sigmoid_bias": ["--loss_weighting", "sigmoid", "--sigmoid_bias", "-1"],
     "snr_gamma": ["--loss_weighting", "min_snr", "--snr_gamma", "1"],
     "label_dropout": ["--label_dropout", "0.9"],
     "max_noise_level": ["--max_noise_level", "0.1"],
@@ -30,6 +31,7 @@ CHANGES = {
     "learning_rate": ["--learning_rate", "1e-3"],
     "lr_warmup_steps": ["--lr_warmup_steps", "5"],
     "lr_cooldown_steps": ["--lr_cooldown_steps", "2"],
+    "optimizer": ["--optimizer", "muon"],
     "adam_beta1": ["--adam_beta1", "0.5"],
     "adam_beta2": ["--adam_beta2", "0.5"],
     "adam_weight_decay": ["--adam_weight_decay", "0.9"],

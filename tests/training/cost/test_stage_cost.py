@@ -98,6 +98,9 @@ def test_state_by_arithmetic():
     assert state(mixed_precision="bf16") == state()
     assert state(num_processes=2, ema=False) == (count, (4 * count, 8 * count, 8 * count, 0))
     assert state(use_8bit_adam=True)[1][2] == pytest.approx(2 * count, rel=0.02)
+    block = model.transformer_blocks[0].mixer
+    matrices = [getattr(block, name).weight.numel() for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+    assert state(optimizer="muon")[1][2] == 8 * count - 4 * sum(matrices)
 
 
 def test_a_model_larger_than_this_machine_is_counted():
