@@ -51,6 +51,7 @@ from diffusers_pisdm.evaluation import (
     write_sample_set,
 )
 from diffusers_pisdm.schedulers import sampling_schedulers
+from diffusers_pisdm.training.optimization import OPTIMIZERS
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.machine import describe_machine
 
@@ -73,6 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--points", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="Shares of a run after which to draw.")
     add("--batch_size", type=int, default=settings.batch_size)
     add("--learning_rate", type=float, default=settings.learning_rate)
+    add("--optimizer", choices=OPTIMIZERS, default=settings.optimizer)
     add("--adam_beta1", type=float, default=settings.adam_beta1)
     add("--mixed_precision", choices=["no", "bf16"], default=settings.mixed_precision, help="Of training.")
     add("--num_samples", type=int, default=1000)
@@ -160,7 +162,10 @@ def report(args: argparse.Namespace, seconds: dict[str, float]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = TrainingSettings(
-        **{name: getattr(args, name) for name in ("batch_size", "learning_rate", "adam_beta1", "mixed_precision")}
+        **{
+            name: getattr(args, name)
+            for name in ("batch_size", "learning_rate", "optimizer", "adam_beta1", "mixed_precision")
+        }
     )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     contestants = {name: CONTESTANTS[args.comparison][name] for name in args.contestants}

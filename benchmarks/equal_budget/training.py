@@ -29,6 +29,7 @@ class TrainingSettings:
             AdamW's learning rate, by default the best of 1e-3, 3e-3, 6e-3 and 1.2e-2 for the small DiT in short
             trials.
         lr_warmup_steps (`int`): Steps in which the learning rate rises.
+        optimizer (`str`): `"adamw"` or `"muon"`.
         adam_beta1 (`float`): AdamW's; the paper's 0.99 learns more slowly in runs as short as these.
         weight_decay (`float`): AdamW's; the default is the paper's.
         max_grad_norm (`float`): Larger gradients are scaled down to this norm.
@@ -39,6 +40,7 @@ class TrainingSettings:
     batch_size: int = 32
     learning_rate: float = 6e-3
     lr_warmup_steps: int = 50
+    optimizer: str = "adamw"
     adam_beta1: float = 0.9
     weight_decay: float = 0.03
     max_grad_norm: float = 1.0
@@ -89,6 +91,7 @@ def make_trainer(
         learning_rate=settings.learning_rate,
         lr_warmup_steps=settings.lr_warmup_steps,
         lr_cooldown=0.0,
+        optimizer=settings.optimizer,
         adam_beta1=settings.adam_beta1,
         adam_weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,

@@ -167,7 +167,7 @@ class OptimizationSettings:
     lr_warmup_steps: int = argument(500, "First steps, over which the rate rises.", minimum=0)
     lr_cooldown_steps: int = argument(0, "Final steps over which the rate falls to 0.", minimum=0)
     optimizer: str = argument("adamw", "muon: Muon for the layers' matrices, AdamW for the rest.", OPTIMIZERS)
-    adam_beta1: float = argument(0.99, "Decay of AdamW's mean gradient.", minimum=0, below=1)
+    adam_beta1: float = argument(0.9, "Decay of AdamW's mean gradient; 0.99 in the paper.", minimum=0, below=1)
     adam_beta2: float = argument(0.999, "Decay of AdamW's mean square.", minimum=0, below=1)
     adam_weight_decay: float = argument(0.03, "AdamW's, on matrices and filters.", minimum=0)
     adam_epsilon: float = argument(1e-8, "Added to AdamW's denominator.", above=0)
