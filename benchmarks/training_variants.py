@@ -31,7 +31,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from benchmarks.equal_budget.contestants import Contestant
 from benchmarks.equal_budget.reference_images import reference_statistics
-from benchmarks.equal_budget.training import TrainingSettings, train_contestant
+from benchmarks.equal_budget.training import TrainingSettings, make_trainer
 from benchmarks.quality import load_images
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.device_images import LabelledImages
@@ -82,11 +82,16 @@ VARIANTS = {
     "independent_without": Variant("no SIL, own t per stage", {"sil_weight": 0.0, "independent_conditions": True}),
     "min_snr": Variant("no SIL, min-SNR weights", {"sil_weight": 0.0, "loss_weighting": "min_snr"}),
     "sigmoid": Variant("no SIL, sigmoid weights", {"sil_weight": 0.0, "loss_weighting": "sigmoid"}),
-    "beta": Variant("no SIL, first beta 0.9", {"sil_weight": 0.0}, training={"betas": (0.9, 0.999)}),
+    "beta": Variant("no SIL, first beta 0.9", {"sil_weight": 0.0}, training={"adam_beta1": 0.9}),
+    "beta_muon": Variant(
+        "no SIL, first beta 0.9, Muon",
+        {"sil_weight": 0.0},
+        training={"adam_beta1": 0.9, "optimizer": "muon", "learning_rate": 1e-2},
+    ),
     "beta_sigmoid": Variant(
         "no SIL, first beta 0.9, sigmoid weights",
         {"sil_weight": 0.0, "loss_weighting": "sigmoid"},
-        training={"betas": (0.9, 0.999)},
+        training={"adam_beta1": 0.9},
     ),
 }
 _SHAPE = {"patch_size": 2, "in_channels": 3, "num_layers": 5, "hidden_size": 64}
@@ -135,7 +140,13 @@ def run(
         options["sil_decay_steps"] = max(1, round(variant.decay_share * args.steps))
     contestant = Contestant(variant.label, STAGES, objective=options)
     settings = replace(settings, **variant.training)
-    objective = train_contestant(contestant, images["train"], args.steps, seed, folder, settings)
+    trainer = make_trainer(contestant, images["train"], [args.steps], seed, folder, settings)
+    trainer.resume()
+    trainer.train()
+    if not trainer.is_done:
+        raise SystemExit(128 + (trainer.stopped_by or 0))
+    trainer.average.copy_to(trainer.parameters)
+    objective = trainer.objective.eval()
     for index in range(len(STAGES)):
         objective.get_buffer(f"loss_weights_{index}").fill_(1)  # variants may weigh their losses
     losses = held_out_losses(objective, images["held_out"])
@@ -243,7 +254,8 @@ def plot(rows: list[dict], picture: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, settings = parse_args(argv), TrainingSettings(learning_rate=3e-3)
+    args = parse_args(argv)
+    settings = TrainingSettings(learning_rate=3e-3, lr_warmup_steps=args.steps // 10, lr_cooldown=0.2, adam_beta1=0.99)
     size = STAGES[-1]["sample_size"]
     images = {
         "train": load_images(args.data_dir, args.train_split, size),

@@ -53,7 +53,7 @@ class Contestant:
         schedulers = stage_noise_schedules(DDPMScheduler(**NOISE_SCHEDULE), len(stages), prediction_types=types)
         weighting = ["min_snr" if kind == "sample" else "uniform" for kind in types]
         models = [self.stage_class(num_classes=num_classes, **stage) for stage in stages]
-        return CascadeObjective(models, schedulers, loss_weighting=weighting, **self.objective)
+        return CascadeObjective(models, schedulers, **{"loss_weighting": weighting, **self.objective})
 
 
 def measure_residual_scales(contestant: Contestant, images: torch.Tensor) -> list[float]:

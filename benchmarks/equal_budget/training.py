@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from benchmarks.equal_budget.contestants import Contestant, measure_residual_scales
 from benchmarks.measuring.timing import now
@@ -20,8 +21,8 @@ from diffusers_pisdm.training.device_trainer import WARM_UP_STEPS, DeviceSetting
 @dataclass(frozen=True)
 class TrainingSettings:
     """
-    How to train, the same for all contestants. The learning rate stays constant after its rise, so that a model in
-    the middle of a run is one that a smaller budget would have bought: its averaged weights draw the samples.
+    How to train, the same for all contestants. By default, the learning rate stays constant after its rise, so that a
+    model in the middle of a run is one that a smaller budget would have bought: its averaged weights draw the samples.
 
     Args:
         batch_size (`int`): Images per step.
@@ -29,6 +30,7 @@ class TrainingSettings:
             AdamW's learning rate, by default the best of 1e-3, 3e-3, 6e-3 and 1.2e-2 for the small DiT in short
             trials.
         lr_warmup_steps (`int`): Steps in which the learning rate rises.
+        lr_cooldown (`float`): Share of the steps in which it falls, if a run's end is all that counts.
         optimizer (`str`): `"adamw"` or `"muon"`.
         adam_beta1 (`float`): AdamW's; the paper's 0.99 learns more slowly in runs as short as these.
         weight_decay (`float`): AdamW's; the default is the paper's.
@@ -40,6 +42,7 @@ class TrainingSettings:
     batch_size: int = 32
     learning_rate: float = 6e-3
     lr_warmup_steps: int = 50
+    lr_cooldown: float = 0.0
     optimizer: str = "adamw"
     adam_beta1: float = 0.9
     weight_decay: float = 0.03
@@ -80,6 +83,7 @@ def make_trainer(
         [`CurveTrainer`] at step 0.
     """
     on_gpu = data.images.device.type == "cuda"
+    AcceleratorState._reset_state(reset_partial_state=True)  # each run is a process of its own, as it were
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=settings.mixed_precision)
     scales = measure_residual_scales(contestant, data.images[:1000])
     torch.manual_seed(seed)
@@ -90,7 +94,7 @@ def make_trainer(
         max_train_steps=points[-1],
         learning_rate=settings.learning_rate,
         lr_warmup_steps=settings.lr_warmup_steps,
-        lr_cooldown=0.0,
+        lr_cooldown=settings.lr_cooldown,
         optimizer=settings.optimizer,
         adam_beta1=settings.adam_beta1,
         adam_weight_decay=settings.weight_decay,

@@ -29,8 +29,10 @@ def load_vae(
         raise ValueError("The autoencoder's name is empty: pass its folder, or its repository on the Hub.")
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").is_file():
-        is_pipeline = (path / "vae" / "config.json").is_file()
-        place = "its `vae` subfolder" if is_pipeline else "the folder of a saved autoencoder, e.g. a pipeline's `vae`"
+        inside = path / "vae"
+        place = (
+            inside if (inside / "config.json").is_file() else "the folder of one, e.g. a pipeline's vae/"
+        )
         raise ValueError(f"{name_or_path} holds no autoencoder (`config.json`). Pass {place}.")
     loaded_dtype = torch.float32 if dtype == torch.float16 else dtype
     with hub_or_cache(name_or_path) as local_files_only:

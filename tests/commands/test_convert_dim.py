@@ -290,7 +290,7 @@ def test_outputs_that_cannot_be_are_told_before_anything_is_read(tmp_path, outpu
 
 @pytest.mark.parametrize(
     ("vae", "explained"),
-    [("", "empty"), ("./lost", "no folder"), ("pipeline", "`vae` subfolder"), ("file", "holds no autoencoder")],
+    [("", "empty"), ("./lost", "no folder"), ("pipeline", "Pass pipeline/vae"), ("file", "holds no autoencoder")],
 )
 def test_an_autoencoder_that_is_none(checkpoint, tmp_path, monkeypatch, vae, explained):
     (tmp_path / "pipeline" / "vae").mkdir(parents=True)
