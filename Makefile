@@ -27,7 +27,7 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 # A file's tests stay in one process, as they share trained models.
-TWO_PROCESSES := --numprocesses 2 --dist loadfile
+TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 INCEPTION_VENV := .venv-inception
 INCEPTION_PYTHON := $(INCEPTION_VENV)/bin/python
 DEMO_ARGS = --model checkpoints/pisdm-emoji128 $(if $(STEPS),--num_inference_steps $(STEPS)) --output demo.png \

@@ -18,6 +18,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
 
+# Files that take longest go first: if one began last, a process would run it while the others have nothing to do.
+LONG = """
+commands/training/test_train_arguments commands/training/test_train_faults models/dim/test_transformer_dim
+ops/scan/test_triton_operator app/test_endpoints test_readme examples/test_ablate test_wheel commands/test_evaluate
+commands/training/test_train_processes publishing/test_hub app/test_page commands/training/test_train_uses
+commands/test_new_recipe test_registration test_fuzz test_docs benchmarks/test_quality benchmarks/test_schedulers
+benchmarks/test_sampling_efficiency
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Needs `--no-loadscope-reorder`: otherwise pytest-xdist starts with the files that have the most tests."""
+    places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # what imports made is not searched again and again: accelerate collects after each training
 

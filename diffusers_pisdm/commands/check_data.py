@@ -90,7 +90,11 @@ def check_data(args: argparse.Namespace) -> int:
     if args.output is not None and good:
         save_image(draw_sheet(data, good), args.output)
         print(f"Wrote {args.output}")
-    next_step = f"pisdm new-recipe {source_options(args)} --size {args.size} --minutes 30"
+    next_step = (
+        'fine-tune the published checkpoint, which takes the fewest pictures ("Start from the published checkpoint" in'
+        " docs/training.md), or start anew:\n"
+        f"  pisdm new-recipe {source_options(args)} --size {args.size} --minutes 30"
+    )
     print(f"Next: fix or remove {count_of(len(faults), 'unreadable image')}" if faults else f"Next: {next_step}")
     return len(faults)
 

@@ -124,7 +124,10 @@ class ImageRows:
                 image = read_image(self.data, fields, position)
             except BadImageError as error:
                 if self.on_bad_image == "stop":
-                    raise BadImageError(f"{error}. Fix or remove it, or pass --on_bad_image skip.") from error
+                    raise BadImageError(
+                        f"{error}. Fix or remove it (`pisdm check-data` lists all such images), or pass --on_bad_image"
+                        " skip."
+                    ) from error
                 raise
             pixels = self.transform.crop(image, random)
             if self.kept is not None:

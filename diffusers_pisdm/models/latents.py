@@ -30,9 +30,7 @@ def load_vae(
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").is_file():
         inside = path / "vae"
-        place = (
-            inside if (inside / "config.json").is_file() else "the folder of one, e.g. a pipeline's vae/"
-        )
+        place = inside if (inside / "config.json").is_file() else "the folder of one, e.g. a pipeline's vae/"
         raise ValueError(f"{name_or_path} holds no autoencoder (`config.json`). Pass {place}.")
     loaded_dtype = torch.float32 if dtype == torch.float16 else dtype
     with hub_or_cache(name_or_path) as local_files_only:

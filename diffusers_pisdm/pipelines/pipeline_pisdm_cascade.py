@@ -735,7 +735,8 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
 
         Raises:
             TypeError: A label, `latents`, `generator`, the callback or what it returns has the wrong type.
-            ValueError: An argument has a wrong value, length, shape or device; the message names it.
+            ValueError: An argument has a wrong value, length, shape or device; the message names it. Or the images are
+                NaN or infinite, and `output_type` is `"pil"`.
 
         A pipeline draws for one thread at a time; others wait. For several at once, give each thread a pipeline of its
         own with [`~PISDMCascadePipeline.from_pipe`]: they share the models. Each call puts copies in the place of the
@@ -854,6 +855,11 @@ class PISDMCascadePipeline(StrictLoadingMixin, StageDenoisingMixin, DiffusionPip
             given = (stage.given.known, stage.given.mask)
             known, mask = (repeat_images(part, len(images)).to(images.device) for part in given)
             images = torch.where(mask, images, known)
+        if output_type == "pil" and not images.isfinite().all():  # which 8 bits cannot show
+            raise ValueError(
+                "The images came out as NaN or infinity. Lower `guidance_scale` if it is large, and draw in bfloat16"
+                " or float32 instead of float16."
+            )
         return self.image_processor.postprocess(images, output_type)
 
 

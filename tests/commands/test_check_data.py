@@ -34,7 +34,8 @@ def test_good_images_are_counted_and_a_recipe_is_the_next_step(images, capsys):
         assert re.search(rf"^  {name} +{number}{'  few' if number < 10 else ''}$", out, re.MULTILINE)
     assert "Shorter side: 64 px, median 64" in out
     assert "Smaller" not in out and "Unreadable" not in out and "Duplicates" not in out
-    assert re.search(rf"^Next: pisdm new-recipe --train_data_dir '{images}' --size 64", out, re.MULTILINE)
+    assert re.search(r"^Next: .*published checkpoint.*docs/training.md", out, re.MULTILINE)
+    assert re.search(rf"^  pisdm new-recipe --train_data_dir '{images}' --size 64", out, re.MULTILINE)
 
 
 def test_what_is_wrong_is_named_by_path_and_ends_with_1(images, capsys):

@@ -461,3 +461,10 @@ def test_values_that_cannot_be_meant_are_refused(pipe, arguments, told):
 def test_what_a_callback_returns_must_fit(name, value):
     with pytest.raises((TypeError, ValueError), match=f"`{name}`, which `callback_on_step_end` returned, has to be"):
         make_cascade(1)(0, num_inference_steps=2, callback_on_step_end=lambda *_: {name: value})
+
+
+def test_pictures_of_nothing_finite_are_refused(pipe):
+    options = {"guidance_scale": 1e38, "num_inference_steps": 2}
+    with raises(ValueError, "NaN or infinity", "Lower `guidance_scale`"):
+        pipe("cat", **options)
+    assert not np.isfinite(pipe("cat", output_type="np", **options).images).all()
