@@ -148,15 +148,16 @@ def parse_classes(words: list[str], names: set[str]) -> list[int | str]:
     return classes
 
 
-def find_class_ids(pipe: DiffusionPipeline, words: list[str], model: str) -> list[int]:
-    """The ids of the classes that `--classes` lists, for the pipeline of `--model`."""
+def find_class_ids(pipe: DiffusionPipeline, words: list[str], model: str, lora: str | None = None) -> list[int]:
+    """The ids of the classes that `--classes` lists, for the pipeline of `--model` with the adapter of `--lora`."""
     names = set(getattr(pipe, "labels", ()))  # DiT's, whose configuration has none
     for label in (pipe.config.get("id2label") or {}).values():
         names |= {label, *map(str.strip, label.split(","))}
     classes = parse_classes(words, names)
     if isinstance(pipe, PISDMCascadePipeline):
-        option = "" if model == str(CHECKPOINT) else f" --model {shlex.quote(model)}"
-        find = partial(get_class_id, listed_by=f"`pisdm generate --list_classes{option}`")
+        options = {"--model": None if model == str(CHECKPOINT) else model, "--lora": lora}
+        given = "".join(f" {option} {shlex.quote(value)}" for option, value in options.items() if value is not None)
+        find = partial(get_class_id, listed_by=f"`pisdm generate --list_classes{given}`")
         return for_each_label(find, list_labels(classes), pipe.config.id2label, count_classes(pipe))
     unknown = [name for name in classes if isinstance(name, str)]
     if unknown and not hasattr(pipe, "get_label_ids"):

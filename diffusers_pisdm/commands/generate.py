@@ -24,6 +24,8 @@ from PIL import Image
 from .. import PISDMCascadePipeline, PISDMTransformer2DModel
 from ..evaluation.samples.settings import CALL_ARGUMENTS
 from ..pipelines.class_names import check_id2label, ids_by_name
+from ..pipelines.lora_fit import read_classes as read_adapter_classes
+from ..pipelines.lora_fit import split_by_component
 from ..schedulers import swap_scheduler
 from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, CommandParser, output_path, picture_path, with_options
 from ..utils.files import check_writable
@@ -142,13 +144,23 @@ def load_pipeline(args: argparse.Namespace) -> PISDMCascadePipeline:
     return pipe
 
 
-def list_classes(model: str, word: str) -> None:
-    """Prints the ids and names of the classes whose name contains a word, without loading weights."""
+def read_classes(model: str, lora: str | None) -> tuple[int, dict[int, str] | None]:
+    """The number of a model's classes, or of its adapter's, and their names, without loading the model's weights."""
+    if lora:
+        weights, metadata = PISDMCascadePipeline.lora_state_dict(lora, return_lora_metadata=True)
+        classes = read_adapter_classes(split_by_component(weights), split_by_component(metadata or {}))
+        if classes is not None:
+            return classes
     with hub_or_cache(model) as local_files_only:
         options = {"local_files_only": local_files_only}
         names = PISDMCascadePipeline.load_config(model, **options).get("id2label")
         num_classes = PISDMTransformer2DModel.load_config(model, subfolder="transformer", **options)["num_classes"]
-    names = check_id2label(names, num_classes)
+    return num_classes, check_id2label(names, num_classes)
+
+
+def list_classes(model: str, word: str, lora: str | None = None) -> None:
+    """Prints the ids and names of the classes whose name contains a word."""
+    num_classes, names = read_classes(model, lora)
     if not names:
         raise ValueError(f"This model's classes have no names: they are 0 to {num_classes - 1}.")
     found = set(names_with(word, names.values()))
@@ -214,7 +226,7 @@ def generate(args: argparse.Namespace) -> str:
     pipe = load_pipeline(args)
     num_classes = pipe.transformer.config.num_classes
     if args.classes:
-        classes = find_class_ids(pipe, args.classes, args.model)
+        classes = find_class_ids(pipe, args.classes, args.model, args.lora)
     else:
         classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     pipe = place(pipe, args.device)
@@ -250,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
         if args.list_classes is not None:
-            list_classes(args.model, args.list_classes)
+            list_classes(args.model, args.list_classes, args.lora)
         else:
             print(generate(args))
     except (ImportError, OSError, ValueError, NotImplementedError) as error:  # the last: a scheduler that cannot

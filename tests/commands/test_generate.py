@@ -15,7 +15,7 @@ import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.commands import drawing, generate
 from diffusers_pisdm.schedulers import swap_scheduler
-from diffusers_pisdm.training.fine_tuning import add_lora
+from diffusers_pisdm.training.fine_tuning import add_lora, resize_class_embedding
 from diffusers_pisdm.utils.png_recipe import read_recipe
 from tests.pipelines.tiny_cascade import make_cascade
 
@@ -277,6 +277,26 @@ def test_classes_are_listed_without_weights(model_dir, tmp_path, capsys):
     make_cascade(1).save_pretrained(tmp_path / "nameless")
     with pytest.raises(SystemExit, match="no names: they are 0 to 9"):
         generate.main(["--model", str(tmp_path / "nameless"), "--list_classes", "cat"])
+
+
+def test_an_adapters_own_classes_are_listed(model_dir, tmp_path, capsys):
+    pipe = PISDMCascadePipeline.from_pretrained(model_dir)
+    for stage in pipe.stages:
+        resize_class_embedding(stage, NAMES, ["ours, mine", "yours"])
+        add_lora(stage, rank=2, alpha=2)
+    pipe.save_lora_weights(tmp_path / "base classes")
+    pipe.register_to_config(id2label={0: "ours, mine", 1: "yours"})
+    pipe.save_lora_weights(tmp_path / "lora", save_class_embeddings=True)
+    listed = {}
+    for name in ("lora", "base classes"):
+        generate.main(["--model", str(model_dir), "--lora", str(tmp_path / name), "--list_classes"])
+        listed[name] = capsys.readouterr().out.splitlines()
+    assert listed["lora"] == ["     0  ours, mine", "     1  yours"]
+    assert [line[8:] for line in listed["base classes"]] == NAMES
+    run(model_dir, tmp_path, "--lora", str(tmp_path / "lora"), "--classes", "yours", "--images_per_class", "1")
+    with pytest.raises(SystemExit) as error:
+        run(model_dir, tmp_path, "--lora", str(tmp_path / "base classes"), "--classes", "zzz")
+    assert f"--list_classes --model {model_dir} --lora '{tmp_path / 'base classes'}'` lists" in error.value.code
 
 
 def test_an_adapter_draws_at_its_scale(model_dir, tmp_path):
