@@ -24,8 +24,9 @@ from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_cla
 from ..pipelines.class_names import for_each_label, get_class_id, list_labels
 from ..schedulers import find_scheduler
 from ..utils.arguments import COUNT, SHARE, Bounds, bounded
-from ..utils.hub_names import hub_or_cache
-from ..utils.shipped_files import CHECKPOINT
+from ..utils.hub_names import holds_lora, hub_or_cache
+from ..utils.names import show_name
+from ..utils.shipped_files import CHECKPOINT, find_model
 
 
 T = TypeVar("T")
@@ -45,6 +46,15 @@ CALL_TYPES = {
     "relay_strength": bounded(float, Bounds(above=0, maximum=1)),
 }
 MODEL_HELP = f"A folder, a Hub repository or {CHECKPOINT.name}, the checkpoint that comes with this package"
+
+
+def pipeline_name(text: str) -> str:
+    """A `type` for `ArgumentParser.add_argument`: what [`find_model`] finds, unless it is an adapter."""
+    if holds_lora(text):
+        raise argparse.ArgumentTypeError(
+            f"{show_name(text)} is a LoRA adapter: pass it as --lora, with its base as --model"
+        )
+    return find_model(text)
 
 
 def add_call_arguments(add: Callable[..., argparse.Action]) -> None:

@@ -53,7 +53,6 @@ from ..utils.files import write_whole
 from ..utils.image_grid import make_image_grid
 from ..utils.machine import describe_machine
 from ..utils.messages import count_of
-from ..utils.shipped_files import find_model
 from .drawing import (
     ERRORS,
     MODEL_HELP,
@@ -62,6 +61,7 @@ from .drawing import (
     exit_with,
     find_processes,
     load_pipeline,
+    pipeline_name,
     together,
 )
 
@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     what = parser.add_argument_group("what to score: --model or --samples (neither, with --save_reference)")
-    what.add_argument("--model", type=find_model, help=f"A pipeline to draw samples with. {MODEL_HELP}.")
+    what.add_argument("--model", type=pipeline_name, help=f"A pipeline to draw samples with. {MODEL_HELP}.")
     what.add_argument("--revision", help="The repository's branch, tag or commit.")
     what.add_argument("--samples", help="Images: a folder, an .npz file or a data set.")
     what.add_argument("--samples_split", help="Read --samples as a data set, and use this split.")

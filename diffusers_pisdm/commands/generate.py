@@ -34,8 +34,8 @@ from ..utils.image_grid import make_image_grid
 from ..utils.messages import count_of, show_duration, show_size
 from ..utils.names import did_you_mean, names_with, show_name
 from ..utils.png_recipe import dtype_name, read_recipe, save_image
-from ..utils.shipped_files import CHECKPOINT, find_model, model_name
-from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids, place
+from ..utils.shipped_files import CHECKPOINT, model_name
+from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids, pipeline_name, place
 
 
 NUM_DEFAULT_CLASSES = 8
@@ -52,7 +52,7 @@ LONGEST_STEM = 60  # characters of a class name in a file's name, whose bytes ar
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=find_model, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
+    add("--model", type=pipeline_name, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
     add("--lora", metavar="FOLDER_OR_REPO", help="A LoRA adapter for the model: a folder, file or Hub repository.")
     add("--lora_scale", type=NOT_NEGATIVE, help="Multiplies the adapter's strength.")
     add(

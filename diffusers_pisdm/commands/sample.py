@@ -16,7 +16,7 @@ import time
 from ..evaluation import missing_samples, write_sample_archive
 from ..utils.arguments import COUNT, COUNT_OR_ZERO, CommandParser, not_empty
 from ..utils.messages import count_of, show_duration
-from ..utils.shipped_files import CHECKPOINT, find_model
+from ..utils.shipped_files import CHECKPOINT
 from .drawing import (
     ERRORS,
     MODEL_HELP,
@@ -25,6 +25,7 @@ from .drawing import (
     exit_with,
     find_processes,
     load_pipeline,
+    pipeline_name,
     together,
 )
 
@@ -34,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", type=find_model, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
+    add("--model", type=pipeline_name, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
     add("--revision", help="The repository's branch, tag or commit.")
     add("--output_dir", type=not_empty, required=True, help="Where the images go.")
     add("--num_samples", type=COUNT, default=50_000)

@@ -13,12 +13,11 @@ from typing import Any
 from urllib.parse import unquote
 
 import yaml
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import EvalResult, ModelCard
 
 from ..pipelines.lora_fit import read_classes, split_by_component
 from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
-from ..utils.hub_names import is_path
+from ..utils.hub_names import holds_lora, is_path
 from ..utils.messages import count_of, list_first, one_line
 from ..utils.metrics_file import read_metrics
 from ..utils.shipped_files import CHECKPOINT, install_command
@@ -161,11 +160,6 @@ def make_model_card(
         if body:
             card.text = _fill(card.text, name, body)
     return card
-
-
-def holds_lora(folder: Path) -> bool:
-    """Whether a folder holds LoRA adapters instead of a cascade."""
-    return (folder / LORA_WEIGHT_NAME_SAFE).is_file() and not (folder / "model_index.json").exists()
 
 
 def find_pictures(card: ModelCard, folders: Iterable[str | Path]) -> dict[str, Path]:

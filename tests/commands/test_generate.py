@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 
 import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
-from diffusers_pisdm.commands import drawing, generate
+from diffusers_pisdm.commands import drawing, evaluate, generate, sample
 from diffusers_pisdm.schedulers import swap_scheduler
 from diffusers_pisdm.training.fine_tuning import add_lora, resize_class_embedding
 from diffusers_pisdm.utils.png_recipe import read_recipe
@@ -297,6 +297,19 @@ def test_an_adapters_own_classes_are_listed(model_dir, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         run(model_dir, tmp_path, "--lora", str(tmp_path / "base classes"), "--classes", "zzz")
     assert f"--list_classes --model {model_dir} --lora '{tmp_path / 'base classes'}'` lists" in error.value.code
+
+
+def test_an_adapter_in_place_of_a_model_is_told(model_dir, tmp_path, capsys):
+    pipe = PISDMCascadePipeline.from_pretrained(model_dir)
+    add_lora(pipe.transformer, rank=2, alpha=2)
+    pipe.save_lora_weights(tmp_path)
+    told = rf"{tmp_path} is a LoRA adapter: .*--lora, with its base as --model"
+    with pytest.raises(OSError, match=told):
+        PISDMCascadePipeline.from_pretrained(tmp_path)
+    for parse_args in (generate.parse_args, sample.parse_args, evaluate.parse_args):
+        with pytest.raises(SystemExit):
+            parse_args(["--model", str(tmp_path), "--output", str(tmp_path / "x.json")])
+        assert re.search(rf"argument --model: {told}", capsys.readouterr().err)
 
 
 def test_an_adapter_draws_at_its_scale(model_dir, tmp_path):
