@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -27,7 +28,16 @@ from ..pipelines.class_names import check_id2label, ids_by_name
 from ..pipelines.lora_fit import read_classes as read_adapter_classes
 from ..pipelines.lora_fit import split_by_component
 from ..schedulers import swap_scheduler
-from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, CommandParser, output_path, picture_path, with_options
+from ..utils.arguments import (
+    COUNT,
+    NOT_NEGATIVE,
+    SEED,
+    CommandParser,
+    not_empty,
+    output_path,
+    picture_path,
+    with_options,
+)
 from ..utils.files import check_writable
 from ..utils.hub_names import hub_or_cache
 from ..utils.image_grid import make_image_grid
@@ -71,7 +81,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--recipe",
-        type=recipe_file,
+        type=not_empty,
         metavar="PNG",
         help="Draw the picture of this PNG again; options given beside it replace its recipe's.",
     )
@@ -93,8 +103,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
     if args.recipe is not None:
+        given = args
         try:
             args = parser.parse_args([*recipe_arguments(args.recipe), *arguments])  # the later ones win
+            check_models(args, given)
         except ValueError as error:
             parser.error(f"argument --recipe: {error}")
     if args.lora_scale is not None and args.lora is None:
@@ -104,16 +116,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def recipe_file(path: str) -> dict[str, Any]:
+def recipe_arguments(path: str) -> list[str]:
+    """The command line that draws the picture again whose recipe a file carries; raises a ValueError if none does."""
     try:
-        return read_recipe(path)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def recipe_arguments(recipe: dict[str, Any]) -> list[str]:
-    """The command line that draws a recipe's picture; raises a ValueError if none does."""
-    recipe = {key: value for key, value in recipe.items() if key != "versions"}
+        recipe = read_recipe(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    recipe.pop("versions", None)
     absent = [key for key in ("class_label", "seed") if key not in recipe]
     if absent:
         raise ValueError(f"the recipe has no `{absent[0]}`")
@@ -126,6 +135,17 @@ def recipe_arguments(recipe: dict[str, Any]) -> list[str]:
         elif value:  # of one stage, there are no noise levels
             arguments += [f"--{key}", *map(json.dumps, value)]  # quotes keep a text from being an option
     return arguments
+
+
+def check_models(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """Raises a ValueError for a model that a recipe names but is not here: a stranger's must not choose a download."""
+    for key in ("model", "lora"):
+        name = getattr(args, key)
+        if name is not None and name != getattr(given, key) and not os.path.exists(name):
+            raise ValueError(
+                f"the recipe of {args.recipe} names the {key} {show_name(name)!r}, which is no folder here:"
+                f" pass --{key}"
+            )
 
 
 def usable_device(text: str) -> torch.device:

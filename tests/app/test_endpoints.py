@@ -224,7 +224,7 @@ def test_only_the_machines_own_user_loads_other_models(
 
 def test_an_adapter_in_place_of_a_model_is_told(tmp_path):
     (tmp_path / "pytorch_lora_weights.safetensors").touch()
-    with pytest.raises(ValueError, match="is a LoRA adapter: .*--lora"):
+    with pytest.raises(ValueError, match=r"is a LoRA adapter: .*--lora"):
         page.launch(str(tmp_path))
 
 

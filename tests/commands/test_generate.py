@@ -225,6 +225,27 @@ def test_a_recipe_that_cannot_be_drawn_says_why(tmp_path, monkeypatch, capsys, r
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
+@pytest.mark.parametrize("key", ["model", "lora"])
+def test_a_recipe_does_not_choose_what_is_downloaded(tmp_path, capsys, key):
+    recipe = {"class_label": 0, "seed": 1, "model": "pisdm-emoji128", key: "someone/other", "lora_scale": 0.5}
+    recipe = recipe if key == "lora" else {**recipe, "lora": str(tmp_path)}
+    generate.save_image(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
+    arguments = ["--recipe", str(tmp_path / "x.png")]
+    with pytest.raises(SystemExit):
+        generate.parse_args(arguments)
+    assert re.search(rf"x\.png names the {key} 'someone/other', .*: pass --{key}\n", capsys.readouterr().err)
+    for name in ("someone/other", "some/else", str(tmp_path)):  # a user may
+        assert getattr(generate.parse_args([*arguments, f"--{key}", name]), key) == name
+
+
+def test_a_recipe_that_cannot_be_read_is_told(tmp_path, capsys):
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(SystemExit):
+            generate.main(["--recipe", str(path)])
+        message = capsys.readouterr().err
+        assert f"--recipe: {path} cannot be read: " in message and "Errno" not in message
+
+
 def test_a_grid_keeps_a_recipe_if_it_shows_one_image(model_dir, tmp_path):
     path = run(model_dir, tmp_path, "--classes", "0", "--images_per_class", "1")
     recipe = read_recipe(path)
