@@ -158,8 +158,13 @@ def parse_classes(words: list[str], names: set[str]) -> list[int | str]:
     return classes
 
 
-def find_class_ids(pipe: DiffusionPipeline, words: list[str], model: str, lora: str | None = None) -> list[int]:
-    """The ids of the classes that `--classes` lists, for the pipeline of `--model` with the adapter of `--lora`."""
+def find_class_ids(
+    pipe: DiffusionPipeline, words: list[str], model: str, lora: str | None = None, given_by: str = "--classes"
+) -> list[int]:
+    """
+    The ids of the classes that `--classes` lists, or another option whose name messages take, for the pipeline of
+    `--model` with the adapter of `--lora`.
+    """
     names = set(getattr(pipe, "labels", ()))  # DiT's, whose configuration has none
     for label in (pipe.config.get("id2label") or {}).values():
         names |= {label, *map(str.strip, label.split(","))}
@@ -168,7 +173,10 @@ def find_class_ids(pipe: DiffusionPipeline, words: list[str], model: str, lora: 
         options = {"--model": None if model == str(CHECKPOINT) else model, "--lora": lora}
         given = "".join(f" {option} {shlex.quote(value)}" for option, value in options.items() if value is not None)
         find = partial(get_class_id, listed_by=f"`pisdm generate --list_classes{given}`")
-        return for_each_label(find, list_labels(classes), pipe.config.id2label, count_classes(pipe))
+        try:
+            return for_each_label(find, list_labels(classes), pipe.config.id2label, count_classes(pipe))
+        except ValueError as error:
+            raise ValueError(str(error).replace("`class_labels`", given_by)) from error
     unknown = [name for name in classes if isinstance(name, str)]
     if unknown and not hasattr(pipe, "get_label_ids"):
         raise ValueError(f"{type(pipe).__name__} has no class names: pass class ids to --classes, not {unknown[0]!r}.")

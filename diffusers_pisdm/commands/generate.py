@@ -102,10 +102,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
+    args.classes_given_by = "--classes"
     if args.recipe is not None:
         given = args
         try:
             args = parser.parse_args([*recipe_arguments(args.recipe), *arguments])  # the later ones win
+            args.classes_given_by = "--recipe" if given.classes is None else "--classes"
             check_models(args, given)
         except ValueError as error:
             parser.error(f"argument --recipe: {error}")
@@ -246,7 +248,7 @@ def generate(args: argparse.Namespace) -> str:
     pipe = load_pipeline(args)
     num_classes = pipe.transformer.config.num_classes
     if args.classes:
-        classes = find_class_ids(pipe, args.classes, args.model, args.lora)
+        classes = find_class_ids(pipe, args.classes, args.model, args.lora, args.classes_given_by)
     else:
         classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     pipe = place(pipe, args.device)

@@ -119,9 +119,9 @@ def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(model_dir, tmp_p
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--classes", "4"], "`class_labels` contains 4, but this pipeline's classes are 0 to 3"),
+        (["--classes", "4"], "--classes contains 4, but this pipeline's classes are 0 to 3"),
         (["--classes", "noto/flagg"], "Did you mean 'noto/flag'?"),
-        (["--classes", ","], "`class_labels` is empty"),
+        (["--classes", ","], "--classes is empty"),
         (["--lora", "no/such/adapter"], "no/such/adapter"),
         (["--model", "no/such/folder/anywhere"], "There is no folder no/such/folder/anywhere"),
     ],
@@ -236,6 +236,14 @@ def test_a_recipe_does_not_choose_what_is_downloaded(tmp_path, capsys, key):
     assert re.search(rf"x\.png names the {key} 'someone/other', .*: pass --{key}\n", capsys.readouterr().err)
     for name in ("someone/other", "some/else", str(tmp_path)):  # a user may
         assert getattr(generate.parse_args([*arguments, f"--{key}", name]), key) == name
+
+
+def test_a_class_that_a_recipe_names_is_told_as_such(model_dir, tmp_path):
+    recipe = {"class_label": "zzz", "seed": 1, "model": str(model_dir)}
+    generate.save_image(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
+    for arguments, option in ((), "--recipe"), (("--classes", "yyy"), "--classes"):
+        with pytest.raises(SystemExit, match=rf"error: {option} contains '(zzz|yyy)'"):
+            run(model_dir, tmp_path, "--recipe", str(tmp_path / "x.png"), *arguments)
 
 
 def test_a_recipe_that_cannot_be_read_is_told(tmp_path, capsys):

@@ -90,7 +90,7 @@ def test_names_of_another_pipeline():
     [
         (["--num_samples", "4294967297"], "`num_samples` has to be from 1"),
         (["--classes", "cat", "3"], "Cannot look up class names"),
-        (["--classes", "-1"], "`class_labels` contains -1, but this pipeline's classes are 0 to 9"),
+        (["--classes", "-1"], "--classes contains -1, but this pipeline's classes are 0 to 9"),
         (["--guidance_scale", "1", "2", "3"], "`guidance_scale` has 3 values, but this pipeline has 2 stages"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
     ],
