@@ -23,7 +23,7 @@ from ..evaluation import SampleSettings, write_sample_set
 from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_classes, sample_classes
 from ..pipelines.class_names import for_each_label, get_class_id, list_labels
 from ..schedulers import find_scheduler
-from ..utils.arguments import COUNT, SHARE, Bounds, bounded
+from ..utils.arguments import COUNT, NOT_NEGATIVE, SHARE, Bounds, bounded, not_empty
 from ..utils.hub_names import holds_lora, hub_or_cache
 from ..utils.names import show_name
 from ..utils.shipped_files import CHECKPOINT, find_model
@@ -55,6 +55,17 @@ def pipeline_name(text: str) -> str:
             f"{show_name(text)} is a LoRA adapter: pass it as --lora, with its base as --model"
         )
     return find_model(text)
+
+
+def add_adapter_arguments(add: Callable[..., argparse.Action]) -> None:
+    add("--lora", type=not_empty, metavar="ADAPTER", help="The model's LoRA adapter: a folder, file or Hub repository.")
+    add("--lora_scale", type=NOT_NEGATIVE, help="Multiplies the adapter's strength.")
+
+
+def check_adapter_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for option, needed in (("lora_scale", "lora"), ("lora", "model")):
+        if getattr(args, option) is not None and getattr(args, needed) is None:
+            parser.error(f"--{option} needs --{needed}")
 
 
 def add_call_arguments(add: Callable[..., argparse.Action]) -> None:
@@ -122,7 +133,10 @@ def exit_with(error: Exception, state: PartialState) -> NoReturn:
 
 def load_pipeline(args: argparse.Namespace, state: PartialState) -> tuple[DiffusionPipeline, SampleSettings]:
     """The pipeline to draw with, and how, both checked as far as that is possible without drawing."""
-    pipe = place(_load_pipeline(args.model, args.revision, getattr(torch, args.dtype)), state.device)
+    pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype))
+    if args.lora is not None:
+        _fuse_adapter(pipe, args.lora, 1.0 if args.lora_scale is None else args.lora_scale)
+    pipe = place(pipe, state.device)
     settings = _read_settings(args, pipe)
     settings.resolve(pipe)
     sample_classes(settings, count_classes(pipe))
@@ -185,7 +199,7 @@ def find_class_ids(
 
 def _read_settings(args: argparse.Namespace, pipe: DiffusionPipeline) -> SampleSettings:
     is_rule = len(args.classes) == 1 and args.classes[0] in CLASS_RULES
-    classes = args.classes[0] if is_rule else find_class_ids(pipe, args.classes, args.model)
+    classes = args.classes[0] if is_rule else find_class_ids(pipe, args.classes, args.model, args.lora)
     return SampleSettings(args.num_samples, args.seed, classes, scheduler=args.scheduler, **call_arguments(args))
 
 
@@ -199,3 +213,14 @@ def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Diff
         if pipeline_class is None:
             raise ValueError(f"{model} is a pipeline of class {name}, which diffusers does not have.")
         return pipeline_class.from_pretrained(model, dtype=dtype, **options)
+
+
+def _fuse_adapter(pipe: DiffusionPipeline, lora: str, scale: float) -> None:
+    """Merges an adapter into the weights, whose hash, in a sample set's record, then also tells of its strength."""
+    if not isinstance(pipe, PISDMCascadePipeline):
+        raise ValueError(f"{type(pipe).__name__} is no PIS-DM cascade: leave out --lora, an adapter of one.")
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora(lora_scale=scale)
+    pipe.unload_lora_weights()
+    # What the record has as the model's path: the base alone would be another model.
+    pipe.register_to_config(_name_or_path=f"{pipe.name_or_path} with {lora}, scaled by {scale}")

@@ -28,16 +28,7 @@ from ..pipelines.class_names import check_id2label, ids_by_name
 from ..pipelines.lora_fit import read_classes as read_adapter_classes
 from ..pipelines.lora_fit import split_by_component
 from ..schedulers import swap_scheduler
-from ..utils.arguments import (
-    COUNT,
-    NOT_NEGATIVE,
-    SEED,
-    CommandParser,
-    not_empty,
-    output_path,
-    picture_path,
-    with_options,
-)
+from ..utils.arguments import COUNT, SEED, CommandParser, not_empty, output_path, picture_path, with_options
 from ..utils.files import check_writable
 from ..utils.hub_names import hub_or_cache
 from ..utils.image_grid import make_image_grid
@@ -45,7 +36,16 @@ from ..utils.messages import count_of, show_duration, show_size
 from ..utils.names import did_you_mean, names_with, show_name
 from ..utils.png_recipe import dtype_name, read_recipe, save_image
 from ..utils.shipped_files import CHECKPOINT, model_name
-from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids, pipeline_name, place
+from .drawing import (
+    MODEL_HELP,
+    add_adapter_arguments,
+    add_call_arguments,
+    call_arguments,
+    check_adapter_arguments,
+    find_class_ids,
+    pipeline_name,
+    place,
+)
 
 
 NUM_DEFAULT_CLASSES = 8
@@ -63,8 +63,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=pipeline_name, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
-    add("--lora", metavar="FOLDER_OR_REPO", help="A LoRA adapter for the model: a folder, file or Hub repository.")
-    add("--lora_scale", type=NOT_NEGATIVE, help="Multiplies the adapter's strength.")
+    add_adapter_arguments(add)
     add(
         "--list_classes",
         nargs="?",
@@ -111,8 +110,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             check_models(args, given)
         except ValueError as error:
             parser.error(f"argument --recipe: {error}")
-    if args.lora_scale is not None and args.lora is None:
-        parser.error("--lora_scale needs --lora")
+    check_adapter_arguments(parser, args)
     if args.output is None and args.output_dir is None:
         args.output = DEFAULT_OUTPUT
     return args

@@ -20,7 +20,9 @@ from ..utils.shipped_files import CHECKPOINT
 from .drawing import (
     ERRORS,
     MODEL_HELP,
+    add_adapter_arguments,
     add_drawing_arguments,
+    check_adapter_arguments,
     draw_sample_set,
     exit_with,
     find_processes,
@@ -37,6 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=pipeline_name, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
     add("--revision", help="The repository's branch, tag or commit.")
+    add_adapter_arguments(add)
     add("--output_dir", type=not_empty, required=True, help="Where the images go.")
     add("--num_samples", type=COUNT, default=50_000)
     add("--seed", type=COUNT_OR_ZERO, default=0)
@@ -44,7 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save_npz", type=not_empty, metavar="FILE", help="Pack the complete set into this file for ADM's evaluator.")
 
     add_drawing_arguments(parser.add_argument_group("how they are drawn").add_argument)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_adapter_arguments(parser, args)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
