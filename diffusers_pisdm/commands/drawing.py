@@ -58,7 +58,7 @@ def pipeline_name(text: str) -> str:
 
 
 def add_adapter_arguments(add: Callable[..., argparse.Action]) -> None:
-    add("--lora", type=not_empty, metavar="ADAPTER", help="The model's LoRA adapter: a folder, file or Hub repository.")
+    add("--lora", type=not_empty, metavar="ADAPTER", help="A LoRA adapter for it: a folder, file or Hub repository.")
     add("--lora_scale", type=NOT_NEGATIVE, help="Multiplies the adapter's strength.")
 
 

@@ -37,6 +37,7 @@ from ..utils.names import did_you_mean, names_with, show_name
 from ..utils.png_recipe import dtype_name, read_recipe, save_image
 from ..utils.shipped_files import CHECKPOINT, model_name
 from .drawing import (
+    ERRORS,
     MODEL_HELP,
     add_adapter_arguments,
     add_call_arguments,
@@ -285,5 +286,5 @@ def main(arguments: list[str] | None = None) -> None:
             list_classes(args.model, args.list_classes, args.lora)
         else:
             print(generate(args))
-    except (ImportError, OSError, ValueError, NotImplementedError) as error:  # the last: a scheduler that cannot
+    except (*ERRORS, NotImplementedError) as error:  # the last: a scheduler that cannot
         sys.exit(f"error: {with_options(error, args)}")

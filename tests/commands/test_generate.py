@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageChops
+from safetensors.torch import save_file
 
 import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
@@ -326,6 +327,13 @@ def test_an_adapters_own_classes_are_listed(model_dir, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         run(model_dir, tmp_path, "--lora", str(tmp_path / "base classes"), "--classes", "zzz")
     assert f"--list_classes --model {model_dir} --lora '{tmp_path / 'base classes'}'` lists" in error.value.code
+
+
+def test_a_damaged_adapters_classes_end_with_one_line(model_dir, tmp_path):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({"transformer.class_embedding.weight": torch.tensor(1.0)}, file)
+    with pytest.raises(SystemExit, match="^error: "):
+        generate.main(["--model", str(model_dir), "--lora", str(tmp_path), "--list_classes"])
 
 
 def test_an_adapter_in_place_of_a_model_is_told(model_dir, tmp_path, capsys):
