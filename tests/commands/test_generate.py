@@ -332,7 +332,7 @@ def test_an_adapters_own_classes_are_listed(model_dir, tmp_path, capsys):
 def test_a_damaged_adapters_classes_end_with_one_line(model_dir, tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({"transformer.class_embedding.weight": torch.tensor(1.0)}, file)
-    with pytest.raises(SystemExit, match="^error: "):
+    with pytest.raises(SystemExit, match=r"^error: "):
         generate.main(["--model", str(model_dir), "--lora", str(tmp_path), "--list_classes"])
 
 
