@@ -23,9 +23,10 @@ from ..evaluation import SampleSettings, write_sample_set
 from ..evaluation.samples.settings import CALL_ARGUMENTS, CLASS_RULES, count_classes, sample_classes
 from ..pipelines.class_names import for_each_label, get_class_id, list_labels
 from ..schedulers import find_scheduler
-from ..utils.arguments import COUNT, SHARE, Bounds, bounded
-from ..utils.hub_names import hub_or_cache
-from ..utils.shipped_files import CHECKPOINT
+from ..utils.arguments import COUNT, NOT_NEGATIVE, SHARE, Bounds, bounded, not_empty
+from ..utils.hub_names import holds_lora, hub_or_cache
+from ..utils.names import show_name
+from ..utils.shipped_files import CHECKPOINT, find_model
 
 
 T = TypeVar("T")
@@ -45,6 +46,26 @@ CALL_TYPES = {
     "relay_strength": bounded(float, Bounds(above=0, maximum=1)),
 }
 MODEL_HELP = f"A folder, a Hub repository or {CHECKPOINT.name}, the checkpoint that comes with this package"
+
+
+def pipeline_name(text: str) -> str:
+    """A `type` for `ArgumentParser.add_argument`: what [`find_model`] finds, unless it is an adapter."""
+    if holds_lora(text):
+        raise argparse.ArgumentTypeError(
+            f"{show_name(text)} is a LoRA adapter: pass it as --lora, with its base as --model"
+        )
+    return find_model(text)
+
+
+def add_adapter_arguments(add: Callable[..., argparse.Action]) -> None:
+    add("--lora", type=not_empty, metavar="ADAPTER", help="A LoRA adapter for it: a folder, file or Hub repository.")
+    add("--lora_scale", type=NOT_NEGATIVE, help="Multiplies the adapter's strength.")
+
+
+def check_adapter_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for option, needed in (("lora_scale", "lora"), ("lora", "model")):
+        if getattr(args, option) is not None and getattr(args, needed) is None:
+            parser.error(f"--{option} needs --{needed}")
 
 
 def add_call_arguments(add: Callable[..., argparse.Action]) -> None:
@@ -112,7 +133,10 @@ def exit_with(error: Exception, state: PartialState) -> NoReturn:
 
 def load_pipeline(args: argparse.Namespace, state: PartialState) -> tuple[DiffusionPipeline, SampleSettings]:
     """The pipeline to draw with, and how, both checked as far as that is possible without drawing."""
-    pipe = place(_load_pipeline(args.model, args.revision, getattr(torch, args.dtype)), state.device)
+    pipe = _load_pipeline(args.model, args.revision, getattr(torch, args.dtype))
+    if args.lora is not None:
+        _fuse_adapter(pipe, args.lora, 1.0 if args.lora_scale is None else args.lora_scale)
+    pipe = place(pipe, state.device)
     settings = _read_settings(args, pipe)
     settings.resolve(pipe)
     sample_classes(settings, count_classes(pipe))
@@ -148,16 +172,25 @@ def parse_classes(words: list[str], names: set[str]) -> list[int | str]:
     return classes
 
 
-def find_class_ids(pipe: DiffusionPipeline, words: list[str], model: str) -> list[int]:
-    """The ids of the classes that `--classes` lists, for the pipeline of `--model`."""
+def find_class_ids(
+    pipe: DiffusionPipeline, words: list[str], model: str, lora: str | None = None, given_by: str = "--classes"
+) -> list[int]:
+    """
+    The ids of the classes that `--classes` lists, or another option whose name messages take, for the pipeline of
+    `--model` with the adapter of `--lora`.
+    """
     names = set(getattr(pipe, "labels", ()))  # DiT's, whose configuration has none
     for label in (pipe.config.get("id2label") or {}).values():
         names |= {label, *map(str.strip, label.split(","))}
     classes = parse_classes(words, names)
     if isinstance(pipe, PISDMCascadePipeline):
-        option = "" if model == str(CHECKPOINT) else f" --model {shlex.quote(model)}"
-        find = partial(get_class_id, listed_by=f"`pisdm generate --list_classes{option}`")
-        return for_each_label(find, list_labels(classes), pipe.config.id2label, count_classes(pipe))
+        options = {"--model": None if model == str(CHECKPOINT) else model, "--lora": lora}
+        given = "".join(f" {option} {shlex.quote(value)}" for option, value in options.items() if value is not None)
+        find = partial(get_class_id, listed_by=f"`pisdm generate --list_classes{given}`")
+        try:
+            return for_each_label(find, list_labels(classes), pipe.config.id2label, count_classes(pipe))
+        except ValueError as error:
+            raise ValueError(str(error).replace("`class_labels`", given_by)) from error
     unknown = [name for name in classes if isinstance(name, str)]
     if unknown and not hasattr(pipe, "get_label_ids"):
         raise ValueError(f"{type(pipe).__name__} has no class names: pass class ids to --classes, not {unknown[0]!r}.")
@@ -166,7 +199,7 @@ def find_class_ids(pipe: DiffusionPipeline, words: list[str], model: str) -> lis
 
 def _read_settings(args: argparse.Namespace, pipe: DiffusionPipeline) -> SampleSettings:
     is_rule = len(args.classes) == 1 and args.classes[0] in CLASS_RULES
-    classes = args.classes[0] if is_rule else find_class_ids(pipe, args.classes, args.model)
+    classes = args.classes[0] if is_rule else find_class_ids(pipe, args.classes, args.model, args.lora)
     return SampleSettings(args.num_samples, args.seed, classes, scheduler=args.scheduler, **call_arguments(args))
 
 
@@ -180,3 +213,14 @@ def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Diff
         if pipeline_class is None:
             raise ValueError(f"{model} is a pipeline of class {name}, which diffusers does not have.")
         return pipeline_class.from_pretrained(model, dtype=dtype, **options)
+
+
+def _fuse_adapter(pipe: DiffusionPipeline, lora: str, scale: float) -> None:
+    """Merges an adapter into the weights, whose hash, in a sample set's record, then also tells of its strength."""
+    if not isinstance(pipe, PISDMCascadePipeline):
+        raise ValueError(f"{type(pipe).__name__} is no PIS-DM cascade: leave out --lora, an adapter of one.")
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora(lora_scale=scale)
+    pipe.unload_lora_weights()
+    # What the record has as the model's path: the base alone would be another model.
+    pipe.register_to_config(_name_or_path=f"{pipe.name_or_path} with {lora}, scaled by {scale}")

@@ -53,15 +53,17 @@ from ..utils.files import write_whole
 from ..utils.image_grid import make_image_grid
 from ..utils.machine import describe_machine
 from ..utils.messages import count_of
-from ..utils.shipped_files import find_model
 from .drawing import (
     ERRORS,
     MODEL_HELP,
+    add_adapter_arguments,
     add_drawing_arguments,
+    check_adapter_arguments,
     draw_sample_set,
     exit_with,
     find_processes,
     load_pipeline,
+    pipeline_name,
     together,
 )
 
@@ -79,8 +81,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     what = parser.add_argument_group("what to score: --model or --samples (neither, with --save_reference)")
-    what.add_argument("--model", type=find_model, help=f"A pipeline to draw samples with. {MODEL_HELP}.")
+    what.add_argument("--model", type=pipeline_name, help=f"A pipeline to draw samples with. {MODEL_HELP}.")
     what.add_argument("--revision", help="The repository's branch, tag or commit.")
+    add_adapter_arguments(what.add_argument)
     what.add_argument("--samples", help="Images: a folder, an .npz file or a data set.")
     what.add_argument("--samples_split", help="Read --samples as a data set, and use this split.")
 
@@ -125,6 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("pass --model or --samples, not both")
     if not (args.model or args.samples) and not (args.reference and args.save_reference):
         parser.error("pass --model or --samples, or --reference with --save_reference")
+    check_adapter_arguments(parser, args)
     if args.save_reference and not args.reference:
         parser.error("--save_reference needs --reference")
     if args.samples_split and not args.samples:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -24,16 +25,28 @@ from PIL import Image
 from .. import PISDMCascadePipeline, PISDMTransformer2DModel
 from ..evaluation.samples.settings import CALL_ARGUMENTS
 from ..pipelines.class_names import check_id2label, ids_by_name
+from ..pipelines.lora_fit import read_classes as read_adapter_classes
+from ..pipelines.lora_fit import split_by_component
 from ..schedulers import swap_scheduler
-from ..utils.arguments import COUNT, NOT_NEGATIVE, SEED, CommandParser, output_path, picture_path, with_options
+from ..utils.arguments import COUNT, SEED, CommandParser, not_empty, output_path, picture_path, with_options
 from ..utils.files import check_writable
 from ..utils.hub_names import hub_or_cache
 from ..utils.image_grid import make_image_grid
 from ..utils.messages import count_of, show_duration, show_size
 from ..utils.names import did_you_mean, names_with, show_name
 from ..utils.png_recipe import dtype_name, read_recipe, save_image
-from ..utils.shipped_files import CHECKPOINT, find_model, model_name
-from .drawing import MODEL_HELP, add_call_arguments, call_arguments, find_class_ids, place
+from ..utils.shipped_files import CHECKPOINT, model_name
+from .drawing import (
+    ERRORS,
+    MODEL_HELP,
+    add_adapter_arguments,
+    add_call_arguments,
+    call_arguments,
+    check_adapter_arguments,
+    find_class_ids,
+    pipeline_name,
+    place,
+)
 
 
 NUM_DEFAULT_CLASSES = 8
@@ -50,9 +63,8 @@ LONGEST_STEM = 60  # characters of a class name in a file's name, whose bytes ar
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=find_model, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
-    add("--lora", metavar="FOLDER_OR_REPO", help="A LoRA adapter for the model: a folder, file or Hub repository.")
-    add("--lora_scale", type=NOT_NEGATIVE, help="Multiplies the adapter's strength.")
+    add("--model", type=pipeline_name, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
+    add_adapter_arguments(add)
     add(
         "--list_classes",
         nargs="?",
@@ -69,7 +81,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--recipe",
-        type=recipe_file,
+        type=not_empty,
         metavar="PNG",
         help="Draw the picture of this PNG again; options given beside it replace its recipe's.",
     )
@@ -90,28 +102,28 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
+    args.classes_given_by = "--classes"
     if args.recipe is not None:
+        given = args
         try:
             args = parser.parse_args([*recipe_arguments(args.recipe), *arguments])  # the later ones win
+            args.classes_given_by = "--recipe" if given.classes is None else "--classes"
+            check_models(args, given)
         except ValueError as error:
             parser.error(f"argument --recipe: {error}")
-    if args.lora_scale is not None and args.lora is None:
-        parser.error("--lora_scale needs --lora")
+    check_adapter_arguments(parser, args)
     if args.output is None and args.output_dir is None:
         args.output = DEFAULT_OUTPUT
     return args
 
 
-def recipe_file(path: str) -> dict[str, Any]:
+def recipe_arguments(path: str) -> list[str]:
+    """The command line that draws the picture again whose recipe a file carries; raises a ValueError if none does."""
     try:
-        return read_recipe(path)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def recipe_arguments(recipe: dict[str, Any]) -> list[str]:
-    """The command line that draws a recipe's picture; raises a ValueError if none does."""
-    recipe = {key: value for key, value in recipe.items() if key != "versions"}
+        recipe = read_recipe(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    recipe.pop("versions", None)
     absent = [key for key in ("class_label", "seed") if key not in recipe]
     if absent:
         raise ValueError(f"the recipe has no `{absent[0]}`")
@@ -124,6 +136,17 @@ def recipe_arguments(recipe: dict[str, Any]) -> list[str]:
         elif value:  # of one stage, there are no noise levels
             arguments += [f"--{key}", *map(json.dumps, value)]  # quotes keep a text from being an option
     return arguments
+
+
+def check_models(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """Raises a ValueError for a model that a recipe names but is not here: a stranger's must not choose a download."""
+    for key in ("model", "lora"):
+        name = getattr(args, key)
+        if name is not None and name != getattr(given, key) and not os.path.exists(name):
+            raise ValueError(
+                f"the recipe of {args.recipe} names the {key} {show_name(name)!r}, which is no folder here:"
+                f" pass --{key}"
+            )
 
 
 def usable_device(text: str) -> torch.device:
@@ -142,13 +165,23 @@ def load_pipeline(args: argparse.Namespace) -> PISDMCascadePipeline:
     return pipe
 
 
-def list_classes(model: str, word: str) -> None:
-    """Prints the ids and names of the classes whose name contains a word, without loading weights."""
+def read_classes(model: str, lora: str | None) -> tuple[int, dict[int, str] | None]:
+    """The number of a model's classes, or of its adapter's, and their names, without loading the model's weights."""
+    if lora:
+        weights, metadata = PISDMCascadePipeline.lora_state_dict(lora, return_lora_metadata=True)
+        classes = read_adapter_classes(split_by_component(weights), split_by_component(metadata or {}))
+        if classes is not None:
+            return classes
     with hub_or_cache(model) as local_files_only:
         options = {"local_files_only": local_files_only}
         names = PISDMCascadePipeline.load_config(model, **options).get("id2label")
         num_classes = PISDMTransformer2DModel.load_config(model, subfolder="transformer", **options)["num_classes"]
-    names = check_id2label(names, num_classes)
+    return num_classes, check_id2label(names, num_classes)
+
+
+def list_classes(model: str, word: str, lora: str | None = None) -> None:
+    """Prints the ids and names of the classes whose name contains a word."""
+    num_classes, names = read_classes(model, lora)
     if not names:
         raise ValueError(f"This model's classes have no names: they are 0 to {num_classes - 1}.")
     found = set(names_with(word, names.values()))
@@ -214,7 +247,7 @@ def generate(args: argparse.Namespace) -> str:
     pipe = load_pipeline(args)
     num_classes = pipe.transformer.config.num_classes
     if args.classes:
-        classes = find_class_ids(pipe, args.classes, args.model)
+        classes = find_class_ids(pipe, args.classes, args.model, args.lora, args.classes_given_by)
     else:
         classes = torch.linspace(0, num_classes - 1, min(NUM_DEFAULT_CLASSES, num_classes)).long().tolist()
     pipe = place(pipe, args.device)
@@ -250,8 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
         if args.list_classes is not None:
-            list_classes(args.model, args.list_classes)
+            list_classes(args.model, args.list_classes, args.lora)
         else:
             print(generate(args))
-    except (ImportError, OSError, ValueError, NotImplementedError) as error:  # the last: a scheduler that cannot
+    except (*ERRORS, NotImplementedError) as error:  # the last: a scheduler that cannot
         sys.exit(f"error: {with_options(error, args)}")

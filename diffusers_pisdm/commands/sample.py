@@ -16,15 +16,18 @@ import time
 from ..evaluation import missing_samples, write_sample_archive
 from ..utils.arguments import COUNT, COUNT_OR_ZERO, CommandParser, not_empty
 from ..utils.messages import count_of, show_duration
-from ..utils.shipped_files import CHECKPOINT, find_model
+from ..utils.shipped_files import CHECKPOINT
 from .drawing import (
     ERRORS,
     MODEL_HELP,
+    add_adapter_arguments,
     add_drawing_arguments,
+    check_adapter_arguments,
     draw_sample_set,
     exit_with,
     find_processes,
     load_pipeline,
+    pipeline_name,
     together,
 )
 
@@ -34,8 +37,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", type=find_model, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
+    add("--model", type=pipeline_name, default=str(CHECKPOINT), help=f"{MODEL_HELP} (the default).")
     add("--revision", help="The repository's branch, tag or commit.")
+    add_adapter_arguments(add)
     add("--output_dir", type=not_empty, required=True, help="Where the images go.")
     add("--num_samples", type=COUNT, default=50_000)
     add("--seed", type=COUNT_OR_ZERO, default=0)
@@ -43,7 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save_npz", type=not_empty, metavar="FILE", help="Pack the complete set into this file for ADM's evaluator.")
 
     add_drawing_arguments(parser.add_argument_group("how they are drawn").add_argument)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_adapter_arguments(parser, args)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers.utils import WEIGHTS_NAME
 from typing_extensions import Self
 
-from ..utils.hub_names import hub_or_cache
+from ..utils.hub_names import holds_lora, hub_or_cache
 
 
 # Keys that diffusers itself adds to a configuration: for quantized models, for remote code, and by `EMAModel`.
@@ -59,6 +59,11 @@ class StrictLoadingMixin:
             folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
             if not folder.is_dir() or "Remedy:" in str(error):  # from the Hub, or already complete
                 raise
+            if not is_model and holds_lora(folder):
+                raise OSError(
+                    f"{folder} is a LoRA adapter: load its base, and then the adapter with `load_lora_weights`; `pisdm"
+                    " generate` takes it as --lora, with its base as --model."
+                ) from error
             if not is_model and not (folder / "model_index.json").exists():
                 raise OSError(
                     f"{folder} is not a saved pipeline: it has no `model_index.json`. Pass the folder that"

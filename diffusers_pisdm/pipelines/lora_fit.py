@@ -247,9 +247,19 @@ def _read_ranks(name: str, layers: dict[str, torch.Tensor]) -> dict[str, int | N
     return ranks
 
 
-def read_id2label(metadata: dict[str, Any], num_classes: int) -> dict[int, str] | None:
-    """The names of the classes that an adapter brings; raises a `ValueError` if they are not such."""
+def read_classes(
+    weights: dict[str, dict[str, torch.Tensor]], metadata: dict[str, dict[str, Any]]
+) -> tuple[int, dict[int, str] | None] | None:
+    """
+    The number of the classes that an adapter brings and their names, from its weights and metadata by component;
+    `None` if it has none of its own. Raises a `ValueError` if the names are not such.
+    """
+    num_classes = next(
+        (len(layers[CLASS_EMBEDDING]) - 1 for layers in weights.values() if CLASS_EMBEDDING in layers), None
+    )
+    if num_classes is None:
+        return None
     try:
-        return check_id2label(metadata.get("id2label"), num_classes)
+        return num_classes, check_id2label(metadata.get(PIPELINE, {}).get("id2label"), num_classes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"The adapter's class names are wrong: {error} {_DAMAGED}") from error

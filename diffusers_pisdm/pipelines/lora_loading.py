@@ -29,8 +29,8 @@ from .lora_fit import (
     config_fault,
     plain_config,
     quote,
+    read_classes,
     read_config,
-    read_id2label,
     split_by_component,
 )
 from .saved_files import RIGHTS_KEY
@@ -215,6 +215,7 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
 
         # Check everything before changing anything.
         check_adapter_fits(weights, transformers)
+        classes = read_classes(weights, metadata)
         embeddings = {
             name: layers.pop(CLASS_EMBEDDING) for name, layers in weights.items() if CLASS_EMBEDDING in layers
         }
@@ -227,16 +228,13 @@ class PISDMLoraLoaderMixin(LoraBaseMixin):
                 f"The adapter brings its own classes, but `{replaced}` already did. Call"
                 f" `delete_adapters({replaced!r})` first."
             )
-        if embeddings:
-            num_classes = len(next(iter(embeddings.values()))) - 1
-            id2label = read_id2label(metadata.get(PIPELINE, {}), num_classes)
 
         with self._unchanged_on_error():
             if hotswap:
                 self._restore_classes([adapter_name])
-            if embeddings:
+            if classes is not None:
                 former_classes = self._get_classes(adapter_name)
-                self._set_classes(embeddings, dict.fromkeys(embeddings), id2label)
+                self._set_classes(embeddings, dict.fromkeys(embeddings), classes[1])
                 self._former_classes = former_classes
             for name, layers in weights.items():
                 transformers[name].load_lora_adapter(

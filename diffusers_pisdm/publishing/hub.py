@@ -19,7 +19,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..pipelines.lora_fit import PIPELINE
 from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
 from ..pipelines.saved_files import RIGHTS_KEY
-from .model_card import add_rights, check_links, find_pictures, holds_lora, make_model_card
+from ..utils.hub_names import holds_lora
+from .model_card import add_rights, check_links, find_pictures, make_model_card
 
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}

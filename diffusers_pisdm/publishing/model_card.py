@@ -13,12 +13,11 @@ from typing import Any
 from urllib.parse import unquote
 
 import yaml
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import EvalResult, ModelCard
 
-from ..pipelines.lora_fit import CLASS_EMBEDDING, PIPELINE, read_id2label, split_by_component
+from ..pipelines.lora_fit import read_classes, split_by_component
 from ..pipelines.pipeline_pisdm_cascade import PISDMCascadePipeline
-from ..utils.hub_names import is_path
+from ..utils.hub_names import holds_lora, is_path
 from ..utils.messages import count_of, list_first, one_line
 from ..utils.metrics_file import read_metrics
 from ..utils.shipped_files import CHECKPOINT, install_command
@@ -163,11 +162,6 @@ def make_model_card(
     return card
 
 
-def holds_lora(folder: Path) -> bool:
-    """Whether a folder holds LoRA adapters instead of a cascade."""
-    return (folder / LORA_WEIGHT_NAME_SAFE).is_file() and not (folder / "model_index.json").exists()
-
-
 def find_pictures(card: ModelCard, folders: Iterable[str | Path]) -> dict[str, Path]:
     """
     The pictures that a card shows through relative links.
@@ -291,12 +285,12 @@ def public_base(name: object) -> str:
 
 def _adapter_classes(run_dir: Path) -> str:
     weights, metadata = PISDMCascadePipeline.lora_state_dict(run_dir, return_lora_metadata=True)
-    embeddings = [weight for name, weight in weights.items() if name.endswith(f".{CLASS_EMBEDDING}")]
-    if not embeddings:
+    classes = read_classes(split_by_component(weights), split_by_component(metadata or {}))
+    if classes is None:
         return "They draw its classes."
-    names = read_id2label(split_by_component(metadata or {}).get(PIPELINE, {}), len(embeddings[0]) - 1)
+    num_classes, names = classes
     if not names:
-        return f"They have {count_of(len(embeddings[0]) - 1, 'class')} of their own."
+        return f"They have {count_of(num_classes, 'class')} of their own."
     return f"Their classes: {list_first(map(_plain, names.values()), MOST_CLASSES)}."
 
 

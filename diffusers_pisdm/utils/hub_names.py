@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -27,6 +28,11 @@ def is_path(name: str) -> bool:
     except HFValidationError:
         return True
     return False
+
+
+def holds_lora(folder: str | Path) -> bool:
+    """Whether a folder holds LoRA adapters instead of a pipeline."""
+    return Path(folder, LORA_WEIGHT_NAME_SAFE).is_file() and not Path(folder, "model_index.json").exists()
 
 
 def check_exists(name: str | Path) -> None:

@@ -222,6 +222,12 @@ def test_only_the_machines_own_user_loads_other_models(
     assert any(function.name == "load" for function in built[0].fns.values()) == takes_models
 
 
+def test_an_adapter_in_place_of_a_model_is_told(tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(ValueError, match=r"is a LoRA adapter: .*--lora"):
+        page.launch(str(tmp_path))
+
+
 def test_a_taken_port_is_told_before_a_model_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match=r"port \d+ .*in use.*--port"):
         page.launch("no/such/model", port=taken.getsockname()[1])

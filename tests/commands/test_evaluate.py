@@ -258,6 +258,7 @@ def test_errors_are_one_line(model, folders, tmp_path, arguments, message, monke
         (["--model", "a", "--samples", "b"], "--model or --samples, not both"),
         (["--scheduler", "DDIMSchedular"], "Did you mean 'DDIMScheduler'"),
         (["--scheduler", "EDMEulerScheduler"], "is for EDM models"),
+        (["--samples", "a", "--lora", "b"], "--lora needs --model"),
         (["--samples", "a", "--save_reference", "b.npz"], "--save_reference needs --reference"),
         (["--model", "a", "--guidance_scale", "1.5", "nan"], "--guidance_scale: must be finite, got nan"),
         (["--model", "a", "--noise_level", "1"], "--noise_level: must be less than 1, got 1.0"),

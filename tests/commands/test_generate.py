@@ -10,12 +10,13 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageChops
+from safetensors.torch import save_file
 
 import diffusers_pisdm
 from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
-from diffusers_pisdm.commands import drawing, generate
+from diffusers_pisdm.commands import drawing, evaluate, generate, sample
 from diffusers_pisdm.schedulers import swap_scheduler
-from diffusers_pisdm.training.fine_tuning import add_lora
+from diffusers_pisdm.training.fine_tuning import add_lora, resize_class_embedding
 from diffusers_pisdm.utils.png_recipe import read_recipe
 from tests.pipelines.tiny_cascade import make_cascade
 
@@ -119,9 +120,9 @@ def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(model_dir, tmp_p
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--classes", "4"], "`class_labels` contains 4, but this pipeline's classes are 0 to 3"),
+        (["--classes", "4"], "--classes contains 4, but this pipeline's classes are 0 to 3"),
         (["--classes", "noto/flagg"], "Did you mean 'noto/flag'?"),
-        (["--classes", ","], "`class_labels` is empty"),
+        (["--classes", ","], "--classes is empty"),
         (["--lora", "no/such/adapter"], "no/such/adapter"),
         (["--model", "no/such/folder/anywhere"], "There is no folder no/such/folder/anywhere"),
     ],
@@ -225,6 +226,35 @@ def test_a_recipe_that_cannot_be_drawn_says_why(tmp_path, monkeypatch, capsys, r
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
+@pytest.mark.parametrize("key", ["model", "lora"])
+def test_a_recipe_does_not_choose_what_is_downloaded(tmp_path, capsys, key):
+    recipe = {"class_label": 0, "seed": 1, "model": "pisdm-emoji128", key: "someone/other", "lora_scale": 0.5}
+    recipe = recipe if key == "lora" else {**recipe, "lora": str(tmp_path)}
+    generate.save_image(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
+    arguments = ["--recipe", str(tmp_path / "x.png")]
+    with pytest.raises(SystemExit):
+        generate.parse_args(arguments)
+    assert re.search(rf"x\.png names the {key} 'someone/other', .*: pass --{key}\n", capsys.readouterr().err)
+    for name in ("someone/other", "some/else", str(tmp_path)):  # a user may
+        assert getattr(generate.parse_args([*arguments, f"--{key}", name]), key) == name
+
+
+def test_a_class_that_a_recipe_names_is_told_as_such(model_dir, tmp_path):
+    recipe = {"class_label": "zzz", "seed": 1, "model": str(model_dir)}
+    generate.save_image(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
+    for arguments, option in ((), "--recipe"), (("--classes", "yyy"), "--classes"):
+        with pytest.raises(SystemExit, match=rf"error: {option} contains '(zzz|yyy)'"):
+            run(model_dir, tmp_path, "--recipe", str(tmp_path / "x.png"), *arguments)
+
+
+def test_a_recipe_that_cannot_be_read_is_told(tmp_path, capsys):
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(SystemExit):
+            generate.main(["--recipe", str(path)])
+        message = capsys.readouterr().err
+        assert f"--recipe: {path} cannot be read: " in message and "Errno" not in message
+
+
 def test_a_grid_keeps_a_recipe_if_it_shows_one_image(model_dir, tmp_path):
     path = run(model_dir, tmp_path, "--classes", "0", "--images_per_class", "1")
     recipe = read_recipe(path)
@@ -277,6 +307,46 @@ def test_classes_are_listed_without_weights(model_dir, tmp_path, capsys):
     make_cascade(1).save_pretrained(tmp_path / "nameless")
     with pytest.raises(SystemExit, match="no names: they are 0 to 9"):
         generate.main(["--model", str(tmp_path / "nameless"), "--list_classes", "cat"])
+
+
+def test_an_adapters_own_classes_are_listed(model_dir, tmp_path, capsys):
+    pipe = PISDMCascadePipeline.from_pretrained(model_dir)
+    for stage in pipe.stages:
+        resize_class_embedding(stage, NAMES, ["ours, mine", "yours"])
+        add_lora(stage, rank=2, alpha=2)
+    pipe.save_lora_weights(tmp_path / "base classes")
+    pipe.register_to_config(id2label={0: "ours, mine", 1: "yours"})
+    pipe.save_lora_weights(tmp_path / "lora", save_class_embeddings=True)
+    listed = {}
+    for name in ("lora", "base classes"):
+        generate.main(["--model", str(model_dir), "--lora", str(tmp_path / name), "--list_classes"])
+        listed[name] = capsys.readouterr().out.splitlines()
+    assert listed["lora"] == ["     0  ours, mine", "     1  yours"]
+    assert [line[8:] for line in listed["base classes"]] == NAMES
+    run(model_dir, tmp_path, "--lora", str(tmp_path / "lora"), "--classes", "yours", "--images_per_class", "1")
+    with pytest.raises(SystemExit) as error:
+        run(model_dir, tmp_path, "--lora", str(tmp_path / "base classes"), "--classes", "zzz")
+    assert f"--list_classes --model {model_dir} --lora '{tmp_path / 'base classes'}'` lists" in error.value.code
+
+
+def test_a_damaged_adapters_classes_end_with_one_line(model_dir, tmp_path):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({"transformer.class_embedding.weight": torch.tensor(1.0)}, file)
+    with pytest.raises(SystemExit, match=r"^error: "):
+        generate.main(["--model", str(model_dir), "--lora", str(tmp_path), "--list_classes"])
+
+
+def test_an_adapter_in_place_of_a_model_is_told(model_dir, tmp_path, capsys):
+    pipe = PISDMCascadePipeline.from_pretrained(model_dir)
+    add_lora(pipe.transformer, rank=2, alpha=2)
+    pipe.save_lora_weights(tmp_path)
+    told = rf"{tmp_path} is a LoRA adapter: .*--lora, with its base as --model"
+    with pytest.raises(OSError, match=told):
+        PISDMCascadePipeline.from_pretrained(tmp_path)
+    for parse_args in (generate.parse_args, sample.parse_args, evaluate.parse_args):
+        with pytest.raises(SystemExit):
+            parse_args(["--model", str(tmp_path), "--output", str(tmp_path / "x.json")])
+        assert re.search(rf"argument --model: {told}", capsys.readouterr().err)
 
 
 def test_an_adapter_draws_at_its_scale(model_dir, tmp_path):

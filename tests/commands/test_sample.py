@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.commands import drawing, sample
-from diffusers_pisdm.evaluation import read_sample_set
+from diffusers_pisdm.evaluation import SampleSettings, read_sample_set, write_sample_set
+from diffusers_pisdm.training.fine_tuning import add_lora, resize_class_embedding
 from tests.commands import sample_in_processes
 from tests.pipelines.tiny_cascade import make_cascade
 from tests.pipelines.tiny_dit import make_dit
@@ -58,6 +61,42 @@ def test_writes_what_the_arguments_say(model, tmp_path, capsys):
     assert contents(folder) == before
 
 
+def test_an_adapter_draws_at_its_scale_and_with_its_classes(model, tmp_path):
+    pipe = PISDMCascadePipeline.from_pretrained(model)
+    old = [str(number) for number in range(10)]
+    names = ["ours", *old[1:]]
+    for stage in pipe.stages:
+        resize_class_embedding(stage, old, names)
+        add_lora(stage, rank=2, alpha=64)
+        for name, weight in stage.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.5)
+    pipe.register_to_config(id2label=dict(enumerate(names)))
+    lora = str(tmp_path / "lora")
+    pipe.save_lora_weights(lora, save_class_embeddings=True)
+    options = ["--num_inference_steps", "1", "--classes", "1", "2"]
+    run(model, tmp_path / "plain", *options)
+    run(model, tmp_path / "off", *options, "--lora", lora, "--lora_scale", "0")
+    run(model, tmp_path / "half", *options, "ours", "--lora", lora, "--lora_scale", "0.5")
+    pipe.set_adapters(pipe.get_active_adapters(), 0.5)
+    write_sample_set(pipe, tmp_path / "expected", SampleSettings(4, classes=[1, 2, 0], num_inference_steps=1))
+
+    drawn = {}
+    for name in ("plain", "off", "half", "expected"):
+        files = sorted((tmp_path / name).rglob("*.png"))
+        drawn[name] = np.stack([np.asarray(Image.open(file), dtype=int) for file in files])
+    assert np.array_equal(drawn["plain"], drawn["off"])
+    assert abs(drawn["half"] - drawn["expected"]).max() <= 1 < abs(drawn["half"] - drawn["plain"]).max()
+    record = read_sample_set(tmp_path / "half")
+    assert record["settings"]["classes"] == [1, 2, 0]
+    assert record["model"]["path"] == f"{model} with {lora}, scaled by 0.5"
+    with pytest.raises(SystemExit, match=r"made differently: model\.sha256"):
+        run(model, tmp_path / "half", *options, "ours", "--lora", lora)
+    make_dit().save_pretrained(tmp_path / "dit")
+    with pytest.raises(SystemExit, match="DiTPipeline is no PIS-DM cascade"):
+        run(str(tmp_path / "dit"), tmp_path / "samples", "--lora", lora)
+
+
 def test_any_class_conditional_pipeline_is_sampled(tmp_path):
     make_dit().save_pretrained(tmp_path / "dit")
     run(str(tmp_path / "dit"), tmp_path / "samples", "--num_inference_steps", "1", "--classes", "uniform")
@@ -90,7 +129,7 @@ def test_names_of_another_pipeline():
     [
         (["--num_samples", "4294967297"], "`num_samples` has to be from 1"),
         (["--classes", "cat", "3"], "Cannot look up class names"),
-        (["--classes", "-1"], "`class_labels` contains -1, but this pipeline's classes are 0 to 9"),
+        (["--classes", "-1"], "--classes contains -1, but this pipeline's classes are 0 to 9"),
         (["--guidance_scale", "1", "2", "3"], "`guidance_scale` has 3 values, but this pipeline has 2 stages"),
         (["--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
     ],
