@@ -86,7 +86,7 @@ def plot_quality(results: list[dict], picture: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4), sharey=True, constrained_layout=True)
     order = list(dict.fromkeys(result["contestant"] for result in results))
     for panel, (axis, title) in zip(panels, AXES.items(), strict=True):
         for position, label in enumerate(order):
@@ -103,7 +103,7 @@ def plot_quality(results: list[dict], picture: Path) -> None:
             ruler.set_minor_locator(NullLocator())
             ruler.set_major_formatter("{x:g}")
     panels[0].set_ylabel(results[0]["points"][0]["score_names"]["frechet_distance"])
-    panels[1].legend()
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
