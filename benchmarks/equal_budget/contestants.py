@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 
 from benchmarks.peers import DiTPeer, UViT2DModel
 from diffusers_pisdm import DiMTransformer2DModel, PISDMTransformer2DModel
-from diffusers_pisdm.ops.conditioning_augmentation import upsample_low_res
+from diffusers_pisdm.ops.conditioning_augmentation import residual_deviations
 from diffusers_pisdm.schedulers import stage_noise_schedules
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
 from diffusers_pisdm.training.cost.flops import StepTrace
@@ -57,10 +57,9 @@ class Contestant:
 
 
 def measure_residual_scales(contestant: Contestant, images: torch.Tensor) -> list[float]:
-    """The standard deviation of what each higher stage's condition lacks, in images (N, 3, H, W) of type uint8."""
-    pyramid = image_pyramid(images.float() / 127.5 - 1.0, [stage["sample_size"] for stage in contestant.stages])
-    pairs = zip(pyramid, pyramid[1:])
-    return [float((high - upsample_low_res(low, high.shape[-2:], 1.0)).std()) for low, high in pairs]
+    """The scales of a contestant's residuals, from images (N, 3, H, W) of type uint8."""
+    sizes = [stage["sample_size"] for stage in contestant.stages]
+    return residual_deviations(image_pyramid(images.float() / 127.5 - 1.0, sizes))
 
 
 # 32 px in patches of 2, as in the paper: 256 tokens. A test keeps the parameters of a size equal within 5%.

@@ -85,7 +85,7 @@ def make_trainer(
     on_gpu = data.images.device.type == "cuda"
     AcceleratorState._reset_state(reset_partial_state=True)  # each run is a process of its own, as it were
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=settings.mixed_precision)
-    scales = measure_residual_scales(contestant, data.images[:1000])
+    scales = measure_residual_scales(contestant, data.images[:1000]) if contestant.residual else None
     torch.manual_seed(seed)
     objective: CascadeObjective = contestant.make_objective(len(data.class_names), scales)
     device_settings = DeviceSettings(

@@ -21,7 +21,7 @@ from ..data.image_data import ImageData
 from ..data.image_pyramid import image_pyramid
 from ..data.image_rows import ImageRows
 from ..data.image_transform import ImageTransform
-from ..ops.conditioning_augmentation import upsample_low_res
+from ..ops.conditioning_augmentation import residual_deviations
 from ..training.cost.stage_cost import CostSettings, StageCost, estimate_cascade_cost
 from ..training.cost.stage_speed import measure_stage_speed, seconds_per_step
 from ..utils.arguments import Bounds, CommandParser, bounded, output_path
@@ -223,10 +223,7 @@ def residual_scales(data: ImageData, sizes: list[int]) -> tuple[list[float], lis
     read = [rows.read(i * len(rows) // count, epoch=0, seed=0) for i in range(count)]
     images = torch.stack([row.images for row in read])  # (N, 3, H, W)
     pyramid = image_pyramid(images.float() / 127.5 - 1.0, sizes)  # (N, 3, H_s, W_s) each
-    scales = []
-    for low, image in zip(pyramid, pyramid[1:]):
-        upsampled = upsample_low_res(low, image.shape[-2:], residual_scale=1.0)
-        scales.append(max(0.01, round((image - upsampled).std().item(), 3)))  # 0 for plain colours
+    scales = [max(0.01, round(scale, 3)) for scale in residual_deviations(pyramid)]  # 0 for plain colours
     return scales, list(dict.fromkeys(fault for row in read for fault in row.bad_images))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -82,17 +81,10 @@ class DeviceBatches:
         data ([`LabelledImages`]): The images to draw from.
         batch_size (`int`): Images per batch.
         seed (`int`): Seeds the order of the images.
-        choose_rows (`Callable`, *optional*): Chooses a batch's rows in place of [`batch_rows`], with its arguments.
     """
 
-    def __init__(
-        self,
-        data: LabelledImages,
-        batch_size: int,
-        seed: int,
-        choose_rows: Callable[[int, int, int, int], np.ndarray] = batch_rows,
-    ):
-        self.data, self.batch_size, self.seed, self.choose_rows = data, batch_size, seed, choose_rows
+    def __init__(self, data: LabelledImages, batch_size: int, seed: int):
+        self.data, self.batch_size, self.seed = data, batch_size, seed
         self.step = 0
 
     def __iter__(self) -> DeviceBatches:
@@ -104,7 +96,7 @@ class DeviceBatches:
 
     def next_rows(self) -> np.ndarray:
         """The rows of the next batch, of shape `(batch_size,)`."""
-        rows = self.choose_rows(self.step, len(self.data.images), self.batch_size, self.seed)
+        rows = batch_rows(self.step, len(self.data.images), self.batch_size, self.seed)
         self.step += 1
         return rows
 

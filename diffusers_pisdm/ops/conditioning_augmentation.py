@@ -56,6 +56,20 @@ def image_to_residual(image: torch.Tensor, upsampled: torch.Tensor, residual_sca
     return (image - upsampled) / residual_scale
 
 
+def residual_deviations(pyramid: list[torch.Tensor]) -> list[float]:
+    """
+    What suits as each higher stage's `residual_scale`: the standard deviation of what its upsampled condition lacks.
+
+    Args:
+        pyramid (`list[torch.Tensor]` of shapes `(N, C, H_s, W_s)`): The stages' images, the smallest first.
+
+    Returns:
+        `list[float]`: One per stage but the first.
+    """
+    pairs = zip(pyramid, pyramid[1:])
+    return [(high - upsample_low_res(low, high.shape[-2:], residual_scale=1.0)).std().item() for low, high in pairs]
+
+
 def residual_to_image(residual: torch.Tensor, upsampled: torch.Tensor, residual_scale: float) -> torch.Tensor:
     """
     The inverse of [`image_to_residual`].
