@@ -25,7 +25,8 @@ export CLASSES
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
-PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input -c constraints.txt
+# Compiling every module would take as long as all the rest; Python compiles those that are imported.
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input --no-compile -c constraints.txt
 # A file's tests stay in one process, as they share trained models.
 TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 INCEPTION_VENV := .venv-inception

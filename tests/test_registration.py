@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 LOAD = """
 import json
+import os
+import sys
 
 import diffusers_pisdm
 from diffusers import AutoModel, DiffusionPipeline
@@ -30,6 +32,21 @@ def load(name, **kwargs):
     model = AutoModel.from_pretrained(name, subfolder="transformer_2", **kwargs)
     classes = [type(loaded).__name__ for loaded in (*pipes, model)]
     return [*classes, model.config.low_res_channels, *(pipe.num_stages for pipe in pipes)]
+
+
+result = {
+    "threads' waiting": os.environ.get("OMP_WAIT_POLICY"),
+    "folder": load(sys.argv[1]),
+    "model alone": type(AutoModel.from_pretrained(sys.argv[1] + "/transformer")).__name__,
+    "hub": load("someone/cascade"),
+    "cache": load("someone/cascade", local_files_only=True),
+    "shortened": PISDMCascadePipeline.from_pretrained("someone/shortened", transformer_2=None).num_stages,
+}
+try:
+    PISDMCascadePipeline.from_pretrained("someone/pickled")
+except OSError as error:
+    result["pickled"] = str(error)
+print(json.dumps(result))
 """
 LOADED = ["PISDMCascadePipeline", "PISDMCascadePipeline", "PISDMTransformer2DModel", 3, 2, 2]
 
@@ -41,17 +58,23 @@ def folder(tmp_path_factory):
     return path
 
 
-def run_python(code: str, **environment: str) -> dict:
-    """Runs code after `LOAD` in a fresh process and returns the dictionary `result` that it leaves."""
-    run = subprocess.run(
-        [sys.executable, "-c", f"{LOAD}\nresult = {{}}\n{code}\nprint(json.dumps(result))"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+@pytest.fixture(scope="module")
+def loaded(folder, tmp_path_factory):
+    """What a fresh process loads, and what it asks the Hub for; one process, as importing takes most of the time."""
+    home = tmp_path_factory.mktemp("home")
+    make_cascade(1).save_pretrained(home / "pickled", safe_serialization=False)
+    repositories = {"someone/cascade": folder, "someone/shortened": folder, "someone/pickled": home / "pickled"}
+    with serve_hub(repositories) as hub:
+        place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        run = subprocess.run(
+            [sys.executable, "-c", LOAD, str(folder)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **place},
+        )
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1]), [path for _, _, path in hub.requests]
 
 
 def test_public_names():
@@ -86,39 +109,22 @@ def test_saved_pipeline_names_the_package(folder):
     assert index["transformer_3"] == [None, None]
 
 
-def test_loads_from_a_folder(folder):
-    code = f"""
-result["all"] = load({str(folder)!r})
-result["model alone"] = type(AutoModel.from_pretrained({str(folder / "transformer")!r})).__name__
-import os
-result["threads' waiting"] = os.environ.get("OMP_WAIT_POLICY")  # commands set it if need be, the package never
-"""
-    assert run_python(code) == {
-        "all": LOADED,
-        "model alone": "PISDMTransformer2DModel",
-        "threads' waiting": os.environ.get("OMP_WAIT_POLICY"),
-    }
+def test_loads_from_a_folder(loaded):
+    result, _ = loaded
+    assert result["folder"] == LOADED
+    assert result["model alone"] == "PISDMTransformer2DModel"
 
 
-def test_loads_from_a_hub(folder, tmp_path):
-    """All in one process, as importing takes most of the time."""
-    make_cascade(1).save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    code = """
-result["all"] = load("someone/cascade")
-result["from its cache"] = load("someone/cascade", local_files_only=True)
-result["shortened"] = PISDMCascadePipeline.from_pretrained("someone/shortened", transformer_2=None).num_stages
-try:
-    PISDMCascadePipeline.from_pretrained("someone/pickled")
-except OSError as error:
-    result["pickled"] = str(error)
-"""
-    repositories = {"someone/cascade": folder, "someone/shortened": folder, "someone/pickled": tmp_path / "pickled"}
-    with serve_hub(repositories) as hub:
-        result = run_python(code, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
-    assert result["all"] == result["from its cache"] == LOADED
+def test_loads_from_a_hub(loaded):
+    result, paths = loaded
+    assert result["hub"] == result["cache"] == LOADED
     assert result["shortened"] == 1
     assert "Could not find the necessary `safetensors` weights" in result["pickled"]
-    paths = [path for _, _, path in hub.requests]
     assert any(path.startswith("/someone/cascade/resolve/") and "transformer_2" in path for path in paths)
     assert not any(path.startswith("/someone/shortened/resolve/") and "transformer_2" in path for path in paths)
     assert not any(path.endswith(".bin") for path in paths)
+
+
+def test_importing_does_not_change_how_threads_wait(loaded):
+    """Commands do, if need be; the package never."""
+    assert loaded[0]["threads' waiting"] == os.environ.get("OMP_WAIT_POLICY")

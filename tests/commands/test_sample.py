@@ -1,7 +1,4 @@
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +11,9 @@ from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.commands import drawing, sample
 from diffusers_pisdm.evaluation import SampleSettings, read_sample_set, write_sample_set
 from diffusers_pisdm.training.fine_tuning import add_lora, resize_class_embedding
-from tests.commands import sample_in_processes
 from tests.pipelines.tiny_cascade import make_cascade
 from tests.pipelines.tiny_dit import make_dit
+from tests.support.processes import run_ranks, start_ranks
 
 
 ROOT = Path(__file__).parents[2]
@@ -149,22 +146,18 @@ def test_a_folder_of_no_pipeline_is_told(tmp_path):
 
 
 def test_killed_processes_go_on_to_the_files_that_one_process_writes(model, tmp_path):
-    finished = subprocess.run(
-        [sys.executable, sample_in_processes.__file__, model, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-        },
-        timeout=250,
-    )
-    assert finished.returncode == 0, finished.stderr
-    left = int(re.search(r"^left (\d+)$", finished.stdout, re.MULTILINE)[1])
-    assert 5 <= left < 20, "killed too late to test anything"
-    assert finished.stdout.count("20 samples in") == 2  # one process of each run says so
+    killed = tmp_path / "killed"
+    arguments = ["--model", model, "--num_samples", "20", "--batch_size", "2", "--num_inference_steps", "2"]
+    processes = start_ranks(sample.main, [*arguments, "--output_dir", str(killed)])
+    processes[0].wait_for(lambda: len(list(killed.rglob("*.png"))) >= 5)
+    for process in processes:
+        process.kill()
+    assert 5 <= len(list(killed.rglob("*.png"))) < 20, "killed too late to test anything"
+    rest = ["--output_dir", str(killed), "--save_npz", str(tmp_path / "killed.npz")]
+    processes = run_ranks(sample.main, [*arguments, *rest])
+    assert sum(process.stdout.count("20 samples in") for process in processes) == 1
+    alone = ["--output_dir", str(tmp_path / "one"), "--save_npz", str(tmp_path / "one.npz")]
+    run_ranks(sample.main, [*arguments, *alone], num_processes=1)
     killed, one = contents(tmp_path / "killed"), contents(tmp_path / "one")
     assert killed == one
     assert len(one) == 21

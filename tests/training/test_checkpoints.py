@@ -1,10 +1,6 @@
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +19,7 @@ from diffusers_pisdm.training.checkpoints import (
     save_checkpoint,
     settings_changed,
 )
+from tests.support.processes import run_ranks
 from tests.training.processes import sharded_average
 
 
@@ -269,6 +266,4 @@ def test_averages_are_saved_by_name_and_loaded(tmp_path):
 
 
 def test_averages_of_sharded_weights_are_saved_whole(tmp_path):
-    script = Path(sharded_average.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, env=environment, timeout=280)
+    run_ranks(sharded_average.main, [str(tmp_path)])

@@ -1,9 +1,5 @@
 import math
 import multiprocessing
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +8,7 @@ from safetensors.torch import load_file
 
 from diffusers_pisdm.training import ScaleInvariantLoss, info_nce
 from diffusers_pisdm.training.scale_invariant_loss import dispersive_loss, gather_rows
+from tests.support.processes import run_ranks
 from tests.training.processes import objective_in_processes
 
 
@@ -264,10 +261,7 @@ def test_rows_of_two_processes_are_gathered_with_the_gradient_of_both_losses(tmp
 
 def test_two_processes_give_the_losses_and_gradients_of_one(tmp_path):
     """Noise, batch shares and the scale-invariant loss with its negatives from the other process."""
-    script = Path(objective_in_processes.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path / "two.safetensors")]
-    subprocess.run(command, check=True, env=environment, timeout=200)
+    run_ranks(objective_in_processes.main, [str(tmp_path / "two.safetensors")])
     two, one = load_file(tmp_path / "two.safetensors"), objective_in_processes.run(0, 1)
     assert two.keys() == one.keys()
     for name, expected in one.items():

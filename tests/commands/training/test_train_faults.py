@@ -6,8 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,44 +19,17 @@ from diffusers_pisdm.training import CascadeObjective
 from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoints, read_state
 from diffusers_pisdm.training.metrics import read_metrics
 from tests.commands.training.tiny_training import weights
+from tests.support.processes import Process
 
 
 ROOT = Path(__file__).parents[3]
 
 
-SLOW_DISK = """
-import os, time
-flush = os.fsync
-os.fsync = lambda descriptor: (time.sleep(0.05), flush(descriptor))
-"""
-
-
-def start(arguments, patches):
-    """A process of its own, on a disk slow enough for a checkpoint to be caught while it is being written."""
-    patches.mkdir(exist_ok=True)
-    (patches / "sitecustomize.py").write_text(SLOW_DISK)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(patches), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    script = ROOT / "examples" / "train_pisdm.py"
-    return subprocess.Popen(
-        [sys.executable, str(script), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(found, process, seconds=200):
-    end = time.time() + seconds
-    while not found():
-        assert process.poll() is None, process.stdout.read()
-        assert time.time() < end, "it did not happen"
-        time.sleep(0.002)
-
-
-def kill(process):
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def train_on_a_slow_disk(arguments):
+    """Slow enough for a checkpoint to be caught while it is being written."""
+    flush = os.fsync
+    os.fsync = lambda descriptor: (time.sleep(0.05), flush(descriptor))
+    train_command.main(arguments)
 
 
 @pytest.fixture
@@ -74,12 +45,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, command, train, one_
     expected = weights(train("through", 8, "--checkpointing_steps", "2") / "checkpoint-8")
     arguments, output = command("killed", 8, "--checkpointing_steps", "2"), tmp_path / "killed"
 
-    process = start(arguments, tmp_path / "patches")
-    wait_for(lambda: (output / "checkpoint-2").exists(), process)
-    kill(process)  # somewhere in the steps after a checkpoint
-    process = start(arguments, tmp_path / "patches")
-    wait_for(lambda: list(output.glob("partial-checkpoint-*")), process)
-    kill(process)  # while a checkpoint is being written
+    process = Process(train_on_a_slow_disk, arguments)
+    process.wait_for((output / "checkpoint-2").exists)
+    process.kill()  # somewhere in the steps after a checkpoint
+    process = Process(train_on_a_slow_disk, arguments)
+    process.wait_for(lambda: list(output.glob("partial-checkpoint-*")))
+    process.kill()  # while a checkpoint is being written
     left = [path.name for path in output.glob("partial-checkpoint-*")]
     last = find_checkpoints(output)[0][-1]
     assert read_state(last)["step"] >= 2
@@ -186,14 +157,13 @@ def test_the_training_configuration_is_kept(train):
 
 def test_a_signal_ends_a_run_with_a_checkpoint_and_a_second_run_in_its_folder_is_refused(tmp_path, command):
     arguments, output = command("run", 500, "--checkpointing_steps", "0"), tmp_path / "run"
-    process = start(arguments, tmp_path / "patches")
-    wait_for(lambda: (output / "metrics.jsonl").exists() and read_metrics(output / "metrics.jsonl"), process)
-    second = start(arguments, tmp_path / "patches")
-    said, _ = second.communicate(timeout=200)
-    assert second.returncode == 1 and f"error: Another process is writing to {output}" in said
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 128 + signal.SIGTERM, said
+    process = Process(train_on_a_slow_disk, arguments)
+    process.wait_for(lambda: (output / "metrics.jsonl").exists() and read_metrics(output / "metrics.jsonl"))
+    second = Process(train_on_a_slow_disk, arguments)
+    assert second.wait() == 1 and f"error: Another process is writing to {output}" in second.said
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM, process.said
+    said = process.said
     assert "SIGTERM: stopping after this step" in said and "Traceback" not in said
     ((checkpoint,), _) = find_checkpoints(output)
     step = read_state(checkpoint)["step"]

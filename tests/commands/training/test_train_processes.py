@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_pisdm import PISDMCascadePipeline
+from diffusers_pisdm.commands import train as train_command
 from diffusers_pisdm.training.checkpoints import find_checkpoints, find_fault, read_state
 from diffusers_pisdm.training.metrics import read_metrics
-from tests.commands import train_in_processes
 from tests.commands.training.tiny_training import weights
+from tests.support.processes import run_ranks
 
 
 ROOT = Path(__file__).parents[3]
@@ -51,14 +52,12 @@ def losses(folder):
     return [[row[name] for name in names] for row in read_metrics(folder / "metrics.jsonl") if names[0] in row]
 
 
-def test_two_processes_with_half_the_batch_train_like_one_and_resume(train, command, launch, tmp_path):
+def test_two_processes_with_half_the_batch_train_like_one_and_resume(train, command, tmp_path):
     options = ["--batch_shares", "1", "0.5", "--logging_steps", "1", "--random_flip"]
     one = train("one", 8, *options)
     half = [*options, "--train_batch_size", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    first = [sys.executable, train_in_processes.__file__, *command("two", 4, *half)]
-    subprocess.run(first, check=True, env=environment, timeout=280)
-    launch("cpu.yaml", "two", 8, *half)
+    for steps in (4, 8):
+        run_ranks(train_command.main, command("two", steps, *half))
     two = tmp_path / "two"
     torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-4, atol=1e-5)
     expected, actual = weights(one / "checkpoint-8"), weights(two / "checkpoint-8")

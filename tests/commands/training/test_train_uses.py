@@ -263,21 +263,13 @@ save_file(weights, sys.argv[1])
 """
 
 
-def test_a_run_publishes_itself_and_a_fresh_process_loads_it(command, tmp_path):
+def test_a_run_publishes_itself_and_a_fresh_process_loads_it(train, monkeypatch, tmp_path):
+    loaded = tmp_path / "loaded.safetensors"
     with serve_hub(tokens={"secret": "someone"}) as hub:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": "secret",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",  # the server speaks LFS only
-        }
-        arguments = command("run", 2, "--push_to_hub", "--hub_model_id", "someone/tiny")
-        script, loaded = ROOT / "examples" / "train_pisdm.py", tmp_path / "loaded.safetensors"
-        subprocess.run([sys.executable, str(script), *arguments], env=environment, check=True, timeout=250)
-        environment |= {"HF_HOME": str(tmp_path / "reader"), "HF_TOKEN": ""}
+        connect(monkeypatch, hub, "secret", tmp_path)
+        train("run", 2, "--push_to_hub", "--hub_model_id", "someone/tiny")
+        place = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "", "HF_HOME": str(tmp_path / "reader"), "HF_HUB_OFFLINE": "0"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **place}
         subprocess.run([sys.executable, "-c", LOAD, str(loaded)], env=environment, check=True, timeout=250)
     average = load_file(tmp_path / "run" / "checkpoint-2" / "ema.safetensors")
     published = load_file(loaded)

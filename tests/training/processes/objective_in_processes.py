@@ -1,10 +1,6 @@
-"""One step of the objective in each of two processes; the first writes losses and averaged gradients to a file.
-
-objective_in_processes.py RESULT.safetensors
-"""
+"""One step of the objective in each of two processes; the first writes losses and averaged gradients to a file."""
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -12,7 +8,6 @@ from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
-from tests.support.forked_processes import finish, start
 from tests.training.test_cascade_objective import make_stages
 
 
@@ -39,6 +34,7 @@ def run(process_index: int, num_processes: int) -> dict[str, torch.Tensor]:
 
 
 def main(arguments: list[str]) -> None:
+    """arguments: the file."""
     dist.init_process_group("gloo")
     results = run(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     for tensor in results.values():
@@ -47,7 +43,3 @@ def main(arguments: list[str]) -> None:
     if dist.get_rank() == 0:
         save_file(results, arguments[0])
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    finish(start(main, sys.argv[1:]))

@@ -1,9 +1,5 @@
-"""Averages of sharded weights (FSDP2), in two processes on the CPU.
+"""Averages of sharded weights (FSDP2), in two processes on the CPU."""
 
-sharded_average.py FOLDER
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -15,10 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from diffusers_pisdm import PISDMTransformer2DModel
 from diffusers_pisdm.training.checkpoints import load_average, save_average
-from tests.support.forked_processes import finish, start
 
 
 def main(arguments: list[str]) -> None:
+    """arguments: a folder for the averages."""
     folder = Path(arguments[0])
     dist.init_process_group("gloo")
     torch.manual_seed(0)
@@ -53,7 +49,3 @@ def main(arguments: list[str]) -> None:
     x = torch.randn(2, 3, 4, 4)
     model(x, torch.tensor([1, 2]), torch.tensor([0, 1]))  # the averages can be sampled with
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    finish(start(main, sys.argv[1:]))
