@@ -1,5 +1,6 @@
 # make demo [CLASSES="fluent3d/animal-mammal 12"] [STEPS=10]   sample the checkpoint: demo.png and demo_stages.png
-# make test [PYTEST_ARGS="tests/ops -k scan"]   run all tests in two processes, or selected ones in one
+# make test [PYTEST_ARGS="tests/ops -k scan"]   run the tests in two processes, or selected ones in one
+# make test-slow   run those that take long and change rarely: benchmarks, whole ablations, kernels compiled for a GPU
 # make test-inception   compare with torch-fidelity's Inception v3 (downloads gigabytes)
 # make mutants [MUTANTS="diffusers_pisdm/ops/scan_paths.py"]   list the edits that no test notices
 # make fuzz [FUZZ="--mutations 20000 --seed 1"]   damage files and read them: documented errors, no hang
@@ -38,7 +39,7 @@ DEMO_ARGS = --model checkpoints/pisdm-emoji128 $(if $(STEPS),--num_inference_ste
 REMOVE_OLD_COPY = rm -rf $(VENV)/lib/python*/site-packages/diffusers_pisdm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-inception mutants fuzz lint docs clean
+.PHONY: help demo test test-slow test-inception mutants fuzz lint docs clean
 # All steps install into one environment, which two pips at once would break, so even `make -j` runs them one by one.
 .NOTPARALLEL:
 
@@ -48,8 +49,11 @@ help:
 demo: $(VENV)/.installed
 	@$(VENV_PYTHON) examples/generate.py $(DEMO_ARGS) $${CLASSES:+--classes "$$CLASSES"}
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-dev
 	@$(VENV_PYTHON) -m pytest $(or $(PYTEST_ARGS),$(TWO_PROCESSES))
+
+test-slow: $(VENV)/.installed-dev
+	@$(VENV_PYTHON) -m pytest $(TWO_PROCESSES) -m slow
 
 test-inception: $(INCEPTION_VENV)/.installed
 	@$(INCEPTION_PYTHON) -m pytest tests/evaluation/networks/test_inception_v3.py $(PYTEST_ARGS)
@@ -57,14 +61,14 @@ test-inception: $(INCEPTION_VENV)/.installed
 mutants: $(VENV)/.installed-mutants
 	@$(VENV_PYTHON) -m tests.mutants $(MUTANTS)
 
-fuzz: $(VENV)/.installed-test
+fuzz: $(VENV)/.installed-dev
 	@$(VENV_PYTHON) -m tests.fuzz $(FUZZ)
 
-lint: $(VENV)/.installed-lint
+lint: $(VENV)/.installed-dev
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 
-docs: $(VENV)/.installed-docs
+docs: $(VENV)/.installed-dev
 	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --quiet --strict
 	@echo "The documentation is in site/index.html"
 
@@ -99,7 +103,7 @@ $(VENV)/.installed: $(VENV)/.created constraints.txt setup.py
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed
-	@echo "Installing what 'make $*' needs"
+	@echo "Installing what developers need"
 	@$(PIP_INSTALL) --quiet --editable ".[$*]"
 	@$(REMOVE_OLD_COPY)
 	@touch $@

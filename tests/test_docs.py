@@ -15,8 +15,13 @@ def site(tmp_path_factory):
     pytest.importorskip("material", reason="the site needs the extra [docs]")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
     return folder
+
+
+def test_the_site_builds_without_a_warning(site):
+    assert (site / "index.html").is_file()
 
 
 def test_pages_fit_a_phone(browser, site):

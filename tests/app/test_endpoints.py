@@ -233,6 +233,7 @@ def test_a_taken_port_is_told_before_a_model_is_loaded():
         page.launch("no/such/model", port=taken.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_many_clients_at_once_see_no_errors(model_folder):
     result = app_load.measure(str(model_folder), num_clients=4, seconds=4, steps_per_stage=1)
     assert result["errors"] == [] and result["drawn"] >= 4

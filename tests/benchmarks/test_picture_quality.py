@@ -43,7 +43,7 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("styles", [None, "noto"])
+@pytest.mark.parametrize("styles", [None, pytest.param("noto", marks=pytest.mark.slow)])
 def test_a_model_is_judged(data, model, tmp_path, styles):
     output = tmp_path / "output"
     arguments = ["--model", str(model), "--data_dir", str(data), "--output", str(output), "--num_samples", "10"]

@@ -37,6 +37,7 @@ def compare(monkeypatch, tmp_path, real_image_dir, capsys):
     return compare
 
 
+@pytest.mark.slow
 def test_it_compares_resumes_and_refuses_other_conditions(compare, tmp_path):
     flops = ("--training_tflop", "0.0004", "--points", "1")
     printed = compare("--seeds", "0", *flops, "--contestants", "dit", "dim")
@@ -62,6 +63,7 @@ def test_it_compares_resumes_and_refuses_other_conditions(compare, tmp_path):
         compare("--seeds", "0", *flops, "--guidance_scale", "2", "--contestants", "dit")
 
 
+@pytest.mark.slow
 def test_equal_time_gives_cheaper_steps_more_of_them(compare, tmp_path):
     seconds = {"dit": 0.5, "pisdm_residual": 0.09}
     (tmp_path / "step_seconds.json").write_text(json.dumps(seconds))

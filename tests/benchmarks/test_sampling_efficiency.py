@@ -29,6 +29,7 @@ def measure(tmp_path, real_image_dir, capsys):
     return measure
 
 
+@pytest.mark.slow
 def test_ways_are_drawn_in_parts_evaluated_timed_and_not_done_again(measure, tmp_path):
     out = tmp_path / "out"
     measure("--part", "0", "2")

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # 
 MODEL = str(Path(__file__).parents[2] / "checkpoints" / "pisdm-emoji128")
 
 
+@pytest.mark.slow
 def test_heun_is_as_right_as_ddim_on_the_published_checkpoint(tmp_path, capsys):
     output = tmp_path / "report.json"
     names = ["DDIMScheduler", "HeunDiscreteScheduler", "CogVideoXDDIMScheduler", "EDMEulerScheduler"]

@@ -21,6 +21,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_every_size_is_measured_at_every_resolution(run):
     report, said = run("--pixels", "32", "64", "--batch-size", "4", "--seconds", "20")
     rows = report["rows"]

@@ -65,6 +65,7 @@ def compare(monkeypatch, tmp_path, real_image_dir, capsys):
     return compare
 
 
+@pytest.mark.slow
 def test_variants_are_trained_once_and_compared(compare, tmp_path):
     compare("--variants", "without", "decay")
     made = (tmp_path / "without" / "seed-0" / "result.json").stat().st_mtime_ns
@@ -79,6 +80,7 @@ def test_variants_are_trained_once_and_compared(compare, tmp_path):
         compare("--variants", "without", "--steps", "3")
 
 
+@pytest.mark.slow
 def test_held_out_losses_do_not_depend_on_the_variants_weights(compare, tmp_path):
     """Before any step, all variants of a seed are the same models."""
     compare("--variants", "without", "min_snr", "weight_1", "--steps", "0")

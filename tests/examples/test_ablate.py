@@ -75,6 +75,7 @@ def read(file):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_ablation_goes_on(finished):
     output, before = finished
     table = before["table_1.md"].decode()
@@ -101,6 +102,7 @@ def test_a_killed_ablation_goes_on(finished):
         assert pipe.stages[-1].config.low_res_channels == (None if variant == "without_cn" else 3)
 
 
+@pytest.mark.slow
 def test_rows_are_sampled_alike(finished):
     output, _ = finished
     full, without = (read_sample_set(output / variant / "seed-0" / "samples") for variant in ("full", "without_cn"))
@@ -113,6 +115,7 @@ def test_rows_are_sampled_alike(finished):
     assert coloured == [True, False, True, False, False, False]
 
 
+@pytest.mark.slow
 def test_the_report_counts_what_rows_cost(finished):
     output, _ = finished
     summary = read(output / "table_1.json")["summary"]
@@ -125,6 +128,7 @@ def test_the_report_counts_what_rows_cost(finished):
     assert ["missing" in line for line in rows] == [False, True, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(finished, arguments, capsys):
     output, _ = finished
     times = {path: path.stat().st_mtime_ns for path in output.glob("*/seed-0/**/*") if path.is_file()}
@@ -135,6 +139,7 @@ def test_what_is_done_is_not_done_again(finished, arguments, capsys):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+@pytest.mark.slow
 def test_another_process_is_not_disturbed(finished, arguments, capsys):
     output, _ = finished
     (output / "full" / "seed-7").mkdir(parents=True)
@@ -145,6 +150,7 @@ def test_another_process_is_not_disturbed(finished, arguments, capsys):
     assert [path.name for path in (output / "full" / "seed-7").iterdir()] == ["lock"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "training", "message"),
     [

@@ -107,6 +107,7 @@ causal_conv(torch.ones(1, 2, 3), torch.ones(2, 1), backend="triton")
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_and_refuse_the_cpu_without_the_interpreter():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", WITHOUT_INTERPRETER]

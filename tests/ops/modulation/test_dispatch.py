@@ -212,6 +212,7 @@ for name in ("norm_forward", "norm_backward", "gate_forward", "gate_backward"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing_backend("triton") is not None, reason="needs Triton")
 def test_kernels_compile_for_a_gpu():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -442,6 +442,7 @@ def without_interpreter():
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu(without_interpreter):
     # What the interpreter takes, the compiler may refuse; it needs no GPU.
     lines = [f"{name} True" for name in ("rates", "chunk_state", "chunk_gradient", "join", "forward", "backward")]
