@@ -14,7 +14,8 @@ DiT, U-ViT and DiM, with equal parameters, data, optimizer and sampler; or the r
 Every contestant gets the same number of FLOPs (`--training_tflop`) or the same time (`--training_minutes`), at the
 speed found by timing all in turns at the start (`step_seconds.json`; delete it to time them again). Samples are drawn
 at several points of each run (`--points`), so each run is a curve, and both comparisons can be read from it at the
-largest budget that all have reached.
+largest budget that all have reached. At the end, each contestant is compared with the first by a bootstrap over seeds
+and images: *better* or *worse* if the 95% interval of the difference is on one side of zero.
 
 Every run (a contestant and a seed) leaves its checkpoint, samples and `result.json` in its own folder. If interrupted,
 rerun the same command to resume; several commands with different `--seeds` may share an output folder. Also prints a
@@ -26,16 +27,18 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.equal_budget.contestants import CONTESTANTS, Contestant, measure_budget
 from benchmarks.equal_budget.reference_images import reference_statistics
 from benchmarks.equal_budget.report import format_table, plot_quality, plot_samples, summarize
 from benchmarks.equal_budget.training import CurveTrainer, TrainingSettings, make_trainer, measure_step_seconds
+from benchmarks.equal_budget.verdicts import Difference, compare_distances, resampled_distances, run_features
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.device_images import LabelledImages, load_labelled_images
 from diffusers_pisdm.data.image_data import load_image_data
@@ -143,7 +146,33 @@ def step_seconds(
     return found
 
 
-def report(args: argparse.Namespace, seconds: dict[str, float]) -> str:
+def compare_with_baseline(
+    args: argparse.Namespace, reference: FeatureStatistics, extractor: FeatureExtractor
+) -> dict[str, Difference]:
+    """How the others' distances differ from the first contestant's at the runs' ends, over the seeds they share."""
+    baseline, *others = CONTESTANTS[args.comparison]
+
+    def seeds(name: str) -> set[str]:
+        return {file.parent.name for file in args.output.glob(f"{name}/seed-*/result.json")}
+
+    @cache
+    def distances(name: str, seed: str) -> np.ndarray:
+        folder = args.output / name / seed
+        features = run_features(folder, folder / f"share-{args.points[-1]:g}" / "samples", extractor)
+        return resampled_distances(features, reference.pooled, int(seed.removeprefix("seed-")))
+
+    differences = {}
+    for name in others:
+        shared = sorted(seeds(name) & seeds(baseline))
+        if shared:
+            runs = ([distances(which, seed) for seed in shared] for which in (name, baseline))
+            differences[CONTESTANTS[args.comparison][name].label] = compare_distances(*runs)
+    return differences
+
+
+def report(
+    args: argparse.Namespace, seconds: dict[str, float], differences: dict[str, Difference] | None = None
+) -> str:
     """Writes the results so far; returns a table."""
     results = [json.loads(file.read_text()) for file in sorted(args.output.glob("*/seed-*/result.json"))]
     names = {contestant.label: name for name, contestant in CONTESTANTS[args.comparison].items()}
@@ -152,11 +181,14 @@ def report(args: argparse.Namespace, seconds: dict[str, float]) -> str:
         for point in result["points"]:
             point["seconds"] = point["steps"] * result["step_seconds"]
     summary = summarize(results, baseline=next(iter(names)))
+    for row in summary:
+        if row["contestant"] in (differences or {}):
+            row["difference"] = asdict(differences[row["contestant"]])
     with write_whole(args.output / "quality.json") as file:
         file.write_text(json.dumps({"summary": summary, "runs": results}, indent=2) + "\n")
     plot_quality(results, args.output / "quality.png")
     plot_samples(args.output, {name: label for label, name in names.items()})
-    return format_table(summary)
+    return format_table(summary, differences)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -200,7 +232,6 @@ def main(argv: list[str] | None = None) -> None:
         **asdict(settings),
     }
     conditions = json.loads(json.dumps(conditions))  # as they are read back
-    table = None
     for seed in args.seeds:
         sampling = SampleSettings(
             num_samples=args.num_samples,
@@ -248,8 +279,8 @@ def main(argv: list[str] | None = None) -> None:
             }
             with write_whole(folder / "result.json") as file:
                 file.write_text(json.dumps(result, indent=2) + "\n")
-            table = report(args, seconds)
-    print(table or report(args, seconds))
+            report(args, seconds)
+    print(report(args, seconds, compare_with_baseline(args, reference, extractor)))
     print(f"Wrote {args.output}/quality.json, quality.png and samples.png")
 
 

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 import numpy as np
 from PIL import Image
 
+from benchmarks.equal_budget.verdicts import Difference
 from diffusers_pisdm.utils.image_grid import make_image_grid
 from diffusers_pisdm.utils.messages import show_duration
 
@@ -53,12 +54,14 @@ def summarize(results: list[dict], baseline: str) -> list[dict]:
     return sorted(rows, key=lambda row: row["distances"]["tflop"])
 
 
-def format_table(summary: list[dict]) -> str:
-    """The summary as a Markdown table, ratios first."""
+def format_table(summary: list[dict], differences: dict[str, Difference] | None = None) -> str:
+    """The summary as a Markdown table, ratios first; `differences` from the baseline at the runs' ends, by label."""
+    differences = differences or {}
     budgets = summary[0]["budgets"]
     ends = [f"{budgets['tflop']:.3g} TFLOP", show_duration(budgets["seconds"])]
     header = ["", *(f"ratio after {end}" for end in ends), *(f"distance after {end}" for end in ends)]
     header += ["precision", "recall", "parameters", "GFLOP/image", "ms/step", "seeds"]
+    header += ["distance at the end, 95% interval"] * bool(differences)
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in summary:
         ratios, distances, spreads = (
@@ -73,6 +76,7 @@ def format_table(summary: list[dict]) -> str:
             f"{row['training_flops'] / 1e9:.2f}",
             f"{1e3 * row['step_seconds']:.3g}",
             str(len(row["seeds"])),
+            *([str(differences.get(row["contestant"], ""))] if differences else []),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

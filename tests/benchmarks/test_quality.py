@@ -42,11 +42,15 @@ def test_it_compares_resumes_and_refuses_other_conditions(compare, tmp_path):
     flops = ("--training_tflop", "0.0004", "--points", "1")
     printed = compare("--seeds", "0", *flops, "--contestants", "dit", "dim")
     assert re.search(r"DiT: 0\.0\d\dM parameters, 0\.0\d GFLOP .* ms per step, \d+ steps of 4 images", printed)
-    assert "| ratio after 0.000" in printed
+    assert "| ratio after 0.000" in printed and "| distance at the end, 95% interval |" in printed
     for name in ("quality.png", "samples.png"):
         assert (tmp_path / name).stat().st_size > 1000
     report = json.loads((tmp_path / "quality.json").read_text())
-    assert {row["contestant"] for row in report["summary"]} == {"DiT", "DiM"}
+    rows = {row["contestant"]: row for row in report["summary"]}
+    assert rows.keys() == {"DiT", "DiM"} and "difference" not in rows["DiT"]
+    difference = rows["DiM"]["difference"]
+    assert difference["low"] <= difference["high"]
+    assert difference["percent"] == pytest.approx(100 * (rows["DiM"]["ratios"]["tflop"] - 1), rel=0.01)
     for run in report["runs"]:
         (whole,) = run["points"]
         assert whole["scores"]["frechet_distance"] > 0 and whole["steps"] == run["steps"]
