@@ -44,6 +44,7 @@ class Drawing:
         """What each image is drawn by, to keep in its file."""
         shared = {
             "model": model.name,
+            "weights": model.weights,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "noise_level": model.default("noise_level")[: model.pipe.num_stages - 1],

@@ -14,6 +14,7 @@ from ..pipelines import PISDMCascadePipeline
 from ..pipelines.class_names import for_each_label, get_class_id, ids_by_name
 from ..utils.messages import cause_of
 from ..utils.names import show_name
+from ..utils.png_recipe import fingerprint
 from ..utils.shipped_files import find_model, model_name
 from .class_sheet import find_sheet
 
@@ -31,6 +32,7 @@ class Model:
     pipe: PISDMCascadePipeline
     labels: list[str]  # by class id: its name, or its number where no other class may have the name
     sheet: Path | None  # thumbnails of the classes
+    weights: str  # their fingerprint, as recipes have it
 
     @property
     def sizes(self) -> list[int]:
@@ -83,4 +85,4 @@ def _load(name: str) -> Model:
     names, ids = pipe.config.id2label or {}, ids_by_name(pipe.config.id2label)
     num_classes = pipe.transformer.config.num_classes
     labels = [names[i] if ids.get(names.get(i)) == [i] else str(i) for i in range(num_classes)]
-    return Model(model_name(path), pipe, labels, find_sheet(path, num_classes))
+    return Model(model_name(path), pipe, labels, find_sheet(path, num_classes), fingerprint(pipe.stages))

@@ -36,8 +36,11 @@ def read_settings(path: str | Path, model: Model) -> Settings:
         raise ValueError(f"The page cannot be set as this picture was drawn: {error}") from error
     (ours,) = drawing.recipes(model)
     noise_level = recipe.get("noise_level", ours["noise_level"])
+    # In another precision or with an adapter, the same weights have another fingerprint.
+    is_ours = all(recipe.get(key, ours[key]) == ours[key] for key in ("model", "dtype")) and "lora" not in recipe
     wanted = {
         "model": recipe.get("model", ours["model"]),
+        "weights": recipe.get("weights", ours["weights"]) if is_ours else ours["weights"],
         "scheduler": recipe.get("scheduler", ours["scheduler"]),
         "dtype": recipe.get("dtype", ours["dtype"]),
         "noise_level": noise_level if isinstance(noise_level, list) else [noise_level] * len(ours["noise_level"]),
@@ -45,9 +48,8 @@ def read_settings(path: str | Path, model: Model) -> Settings:
     unmatched = [f"{key}={_show(value)}" for key, value in wanted.items() if value != ours[key]]
     # Whatever else drew the picture has no place on the page.
     unmatched += [f"{key}={_show(value)}" for key, value in recipe.items() if key not in {*ours, "versions"}]
-    remedy = (
-        "" if "image" in recipe else f"`pisdm generate --recipe {shlex.quote(Path(path).name)}` draws it as it was."
-    )
+    is_lost = "image" in recipe or wanted["weights"] != ours["weights"]
+    remedy = "" if is_lost else f"`pisdm generate --recipe {shlex.quote(Path(path).name)}` draws it as it was."
     return Settings(model.labels[drawing.class_ids[0]], drawing, unmatched, remedy)
 
 

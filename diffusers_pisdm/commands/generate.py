@@ -34,7 +34,7 @@ from ..utils.hub_names import hub_or_cache
 from ..utils.image_grid import make_image_grid
 from ..utils.messages import count_of, show_duration, show_size
 from ..utils.names import did_you_mean, names_with, show_name
-from ..utils.png_recipe import dtype_name, read_recipe, save_image
+from ..utils.png_recipe import dtype_name, fingerprint, read_recipe, save_image
 from ..utils.shipped_files import CHECKPOINT, model_name
 from .drawing import (
     ERRORS,
@@ -123,7 +123,8 @@ def recipe_arguments(path: str) -> list[str]:
         recipe = read_recipe(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    recipe.pop("versions", None)
+    for key in ("versions", "weights"):
+        recipe.pop(key, None)
     absent = [key for key in ("class_label", "seed") if key not in recipe]
     if absent:
         raise ValueError(f"the recipe has no `{absent[0]}`")
@@ -199,7 +200,8 @@ def make_recipes(
     """What each image is drawn by, to keep in its PNG."""
     names, ids = pipe.config.id2label or {}, ids_by_name(pipe.config.id2label)
     names = {class_id: name for class_id, name in names.items() if ids[name] == [class_id]}  # of one class only
-    shared = {"model": model_name(args.model), "scheduler": type(pipe.scheduler).__name__}
+    shared = {"model": model_name(args.model), "weights": fingerprint(pipe.stages)}
+    shared["scheduler"] = type(pipe.scheduler).__name__
     shared["dtype"] = dtype_name(pipe.transformer.dtype)
     shared |= {name: pipe.config[f"default_{name}"] for name in RECIPE_DEFAULTS} | call
     if args.lora:
@@ -208,6 +210,19 @@ def make_recipes(
         {"class_label": names.get(class_id, class_id), "seed": args.seed + index, **shared}
         for index, class_id in enumerate(class_ids)
     ]
+
+
+def warn_of_other_weights(path: str, recipe: dict[str, Any]) -> None:
+    """Tells on stderr that a picture was drawn by other weights of the same name than `recipe` is of."""
+    theirs = read_recipe(path)
+    keys = ("model", "lora", "dtype")
+    if "weights" in theirs and [recipe.get(key) for key in keys] == [theirs.get(key) for key in keys]:
+        if recipe["weights"] != theirs["weights"]:
+            print(
+                f"Warning: {show_name(str(recipe['model']))} has other weights now than when {path} was drawn: the"
+                " picture will be another.",
+                file=sys.stderr,
+            )
 
 
 def draw_stages(stage_images: list[list[Image.Image]], labels: list[str]) -> Image.Image:
@@ -255,6 +270,8 @@ def generate(args: argparse.Namespace) -> str:
     class_ids = [class_id for class_id in classes for _ in range(args.images_per_class)]
     call = {name: value for name, value in call_arguments(args).items() if value is not None}
     recipes = make_recipes(args, pipe, call, class_ids)
+    if args.recipe is not None:
+        warn_of_other_weights(args.recipe, recipes[0])
     # CPU generators draw the same noise whatever the device.
     generators = [torch.Generator().manual_seed(recipe["seed"]) for recipe in recipes]
     lora = {} if args.lora_scale is None else {"attention_kwargs": {"scale": args.lora_scale}}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -17,6 +20,7 @@ from .files import write_whole
 
 
 KEY = "pisdm"  # of the PNG's text chunk
+VALUES_PER_WEIGHT = 256  # that a fingerprint looks at
 MAX_CHARACTERS = 100_000
 MAX_BYTES = 100_000_000
 
@@ -27,8 +31,9 @@ def recipe_chunk(recipe: dict[str, Any]) -> PngInfo:
 
     Args:
         recipe (`dict`):
-            What drew the picture, as JSON holds it: `model` (a name or path), `class_label` (a name or id), `seed`,
-            `stage`, `dtype` and the arguments of the pipeline's call. Package versions are added.
+            What drew the picture, as JSON holds it: `model` (a name or path), `weights` ([`fingerprint`]),
+            `class_label` (a name or id), `seed`, `stage`, `dtype` and the arguments of the pipeline's call. Package
+            versions are added.
     """
     package = __name__.partition(".")[0]
     versions = {package: sys.modules[package].__version__}  # a clone need not be installed
@@ -36,6 +41,20 @@ def recipe_chunk(recipe: dict[str, Any]) -> PngInfo:
     chunk = PngInfo()
     chunk.add_itxt(KEY, json.dumps({**recipe, "versions": versions}))
     return chunk
+
+
+def fingerprint(models: Iterable[nn.Module]) -> str:
+    """
+    Twelve hexadecimal digits that tell a pipeline's weights from those of another training, and from the same with an
+    adapter or in another precision. They depend on values spread over every weight, so that large models take no time.
+    """
+    digest = hashlib.sha256()
+    for model in models:
+        for name, weight in sorted(model.named_parameters()):
+            step = -(-weight.numel() // VALUES_PER_WEIGHT)
+            values = weight.detach().flatten()[:: max(1, step)].float().cpu()
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -184,6 +184,11 @@ def test_what_the_page_cannot_set_is_told(model, tmp_path):
     assert read_settings(path, model).remedy == ""  # the recipe does not hold it
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(recipe))
     assert read_settings(path, model).unmatched == []
+    retrained = recipe | {"weights": "0123456789ab"}
+    for others, unmatched in ({}, ["weights=0123456789ab"]), ({"dtype": "bfloat16"}, ["dtype=bfloat16"]):
+        Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_chunk(retrained | others))
+        settings = read_settings(path, model)
+        assert settings.unmatched == unmatched and (settings.remedy == "") == (others == {})
 
 
 def test_zero_gpu_lends_a_gpu_to_each_drawing(monkeypatch):

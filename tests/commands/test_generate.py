@@ -17,7 +17,7 @@ from diffusers_pisdm import PISDMCascadePipeline, PISDMTransformer2DModel
 from diffusers_pisdm.commands import drawing, evaluate, generate, sample
 from diffusers_pisdm.schedulers import swap_scheduler
 from diffusers_pisdm.training.fine_tuning import add_lora, resize_class_embedding
-from diffusers_pisdm.utils.png_recipe import read_recipe
+from diffusers_pisdm.utils.png_recipe import fingerprint, read_recipe
 from tests.pipelines.tiny_cascade import make_cascade
 
 
@@ -178,7 +178,7 @@ def test_single_files_keep_recipes_that_draw_them_again(model_dir, tmp_path, cap
         label, seed = recipe.pop("class_label"), recipe.pop("seed")
         assert (label, seed) == (["tench, Tinca tinca", "noto/flag"][number // 2], 5 + number)
         assert (recipe.pop("model"), recipe.pop("scheduler")) == (str(model_dir), "DDIMScheduler")
-        assert recipe.pop("dtype") == "bfloat16"
+        assert (recipe.pop("dtype"), recipe.pop("weights")) == ("bfloat16", fingerprint(pipe.stages))
         assert recipe == {
             "num_inference_steps": [2, 1],
             "guidance_scale": pipe.config.default_guidance_scale,
@@ -205,6 +205,26 @@ def test_a_recipe_draws_its_picture_again(model_dir, tmp_path):
         assert ImageChops.difference(image, redrawn).getbbox() is None
     plain = Image.open(run(model_dir, tmp_path, "--classes", "tench", "--images_per_class", "1", "--seed", "5"))
     assert plain.tobytes() != Image.open(run(model_dir, tmp_path, "--recipe", str(picture))).tobytes()
+
+
+def test_weights_that_have_changed_since_are_told(model_dir, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    arguments = ["--classes", "tench", "--images_per_class", "1", "--num_inference_steps", "1"]
+    picture = run(model, tmp_path, *arguments)
+
+    def warned(*arguments):
+        capsys.readouterr()
+        generate.main(["--recipe", str(picture), "--output", str(tmp_path / "again.png"), *arguments])
+        return "other weights now" in capsys.readouterr().err
+
+    assert not warned()
+    pipe = PISDMCascadePipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipe.stages[-1].proj_out.bias.add_(0.1)
+    pipe.save_pretrained(model)
+    assert warned()
+    assert not warned("--dtype", "bfloat16") and not warned("--model", str(model_dir))  # chosen to be other
 
 
 @pytest.mark.parametrize(
