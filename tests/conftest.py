@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Files that take longest go first: if one began last, a process would run it while the others have nothing to do.
 LONG = """
-app/test_page commands/training/test_train_processes ops/scan/test_triton_operator publishing/test_hub test_readme
+app/test_page test_readme commands/training/test_train_processes ops/scan/test_triton_operator publishing/test_hub
 test_wheel commands/training/test_train_uses commands/test_new_recipe commands/test_evaluate
 commands/training/test_train_faults commands/training/test_train_arguments models/dim/test_transformer_dim
 examples/test_train_on_device training/cost/test_stage_cost models/test_transformer_pisdm_compile test_docs
