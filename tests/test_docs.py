@@ -28,7 +28,7 @@ def test_pages_fit_a_phone(browser, site):
     page = browser.new_page(viewport={"width": 400, "height": 800})
     wide, errors = {}, []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    for path in sorted(site.glob("*.html")):
+    for path in sorted(site.rglob("*.html")):
         page.goto(path.as_uri(), wait_until="load")
         excess = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         wrapped = page.evaluate(
@@ -36,7 +36,7 @@ def test_pages_fit_a_phone(browser, site):
             ".some((style) => style.whiteSpace !== 'pre' || style.overflowX !== 'auto')"
         )
         if excess > 0 or wrapped:
-            wide[path.name] = (excess, wrapped)
+            wide[str(path.relative_to(site))] = (excess, wrapped)
     page.close()
     assert wide == {} and errors == []
 
