@@ -15,11 +15,16 @@ from diffusers_pisdm.evaluation import (
 from diffusers_pisdm.evaluation.metrics.statistics_file import cached_statistics
 
 
+def feature_file(folder: Path, kind: str, extractor: FeatureExtractor, suffix: str) -> Path:
+    """Where a folder keeps what a network, after which the file is named, says of some images."""
+    return folder / f"{kind}_{extractor.name.replace('/', '-').replace(':', '-')}{suffix}"
+
+
 def reference_statistics(
     data_dir: str, split: str, size: int, extractor: FeatureExtractor, folder: Path
 ) -> FeatureStatistics:
     """The statistics of a data set's split at `size` pixels, cached in a file in `folder` named after the network."""
-    file = folder / f"reference_{extractor.name.replace('/', '-').replace(':', '-')}.npz"
+    file = feature_file(folder, "reference", extractor, ".npz")
 
     def open_images() -> DatasetImages:
         crop = partial(ImageTransform(size), random=None)

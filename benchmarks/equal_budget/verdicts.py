@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.equal_budget.reference_images import feature_file
 from diffusers_pisdm.data.image_transform import decode_image
 from diffusers_pisdm.evaluation import FeatureExtractor, FolderImages, Gaussian, collect_statistics
 from diffusers_pisdm.utils.files import write_whole
@@ -65,7 +66,7 @@ class ResampledDistance:
 
 def run_features(folder: Path, samples: Path, extractor: FeatureExtractor) -> torch.Tensor:
     """The features (N, D) of a run's samples, kept in `folder`."""
-    file = folder / f"features_{extractor.name.replace('/', '-').replace(':', '-')}.npy"
+    file = feature_file(folder, "features", extractor, ".npy")
     if not file.exists():
         found = collect_statistics(FolderImages(samples, decode_image), extractor, show_progress=False).features
         with write_whole(file) as whole, open(whole, "wb") as content:

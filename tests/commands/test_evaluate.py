@@ -1,6 +1,5 @@
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,6 @@ from tests.data.image_folders import copy_folder, write_parquet
 from tests.evaluation.pixel_features import PixelFeatures
 from tests.pipelines.tiny_cascade import make_cascade
 from tests.support.processes import run_ranks, start_ranks
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

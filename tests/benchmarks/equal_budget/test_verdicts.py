@@ -15,9 +15,9 @@ from diffusers_pisdm.evaluation.metrics.frechet_distance import frechet_distance
 from tests.evaluation.pixel_features import PixelFeatures
 
 
-def draw(seed, count=60, shift=0.0, scale=1.0):
+def draw(seed, count=60, shift=0.0):
     random = torch.Generator().manual_seed(seed)
-    return shift + scale * torch.randn(count, 8, generator=random, dtype=torch.float64)
+    return shift + torch.randn(count, 8, generator=random, dtype=torch.float64)
 
 
 REFERENCE = Gaussian(torch.zeros(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64))

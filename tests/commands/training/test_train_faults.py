@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +19,6 @@ from diffusers_pisdm.training.checkpoints import CheckpointError, find_checkpoin
 from diffusers_pisdm.training.metrics import read_metrics
 from tests.commands.training.tiny_training import weights
 from tests.support.processes import Process
-
-
-ROOT = Path(__file__).parents[3]
 
 
 def train_on_a_slow_disk(arguments):
