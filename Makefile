@@ -26,7 +26,9 @@ export CLASSES
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
-# Compiling every module would take as long as all the rest; Python compiles those that are imported.
+# Compiling every module would take as long as all the rest; Python compiles those that are imported, and must keep
+# what it compiled: each of the tests' many processes would otherwise spend seconds on it.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input --no-compile -c constraints.txt
 # A file's tests stay in one process, as they share trained models.
 TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder

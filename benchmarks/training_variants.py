@@ -8,7 +8,7 @@ several seeds, with a verdict each.
 
 All variants of a seed start from the same weights and see the same batches and noise, as far as the option allows. Two
 scores: the held-out denoising loss of each stage, on the same images, timesteps and noise for all; and the Fréchet
-distance of samples to held-out images. A verdict compares held-out losses with the baseline's: *helps* or *costs* if
+distance of samples to held-out images. A verdict compares held-out losses with the baseline's: *better* or *worse* if
 the 95% interval of the mean paired difference, a bootstrap over seeds and images, is on one side of zero.
 
 Every run (a variant and a seed) leaves its losses and `result.json` in its own folder. If interrupted, rerun the same
@@ -32,6 +32,7 @@ from diffusers import DPMSolverMultistepScheduler
 from benchmarks.equal_budget.contestants import Contestant
 from benchmarks.equal_budget.reference_images import reference_statistics
 from benchmarks.equal_budget.training import TrainingSettings, make_trainer
+from benchmarks.equal_budget.verdicts import Difference
 from benchmarks.quality import load_images
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.device_images import LabelledImages
@@ -200,11 +201,7 @@ def summarize(output: Path) -> list[dict]:
             for stage in range(len(STAGES)):
                 ours, theirs = losses[name][:, stage], losses[BASELINE][:, stage]
                 relative = 100 * (ours - theirs) / theirs.mean()
-                low, high = interval(relative, random)
-                verdict = "helps" if high < 0 else "costs" if low > 0 else "cannot be told"
-                row["differences"].append(
-                    {"percent": float(relative.mean()), "low": low, "high": high, "verdict": verdict}
-                )
+                row["differences"].append(Difference(float(relative.mean()), *interval(relative, random)))
         rows.append(row)
     return rows
 
@@ -215,9 +212,8 @@ def format_table(rows: list[dict]) -> str:
     for row in rows:
         found = row.get("differences") or [None] * len(STAGES)
         cells = [
-            f"{loss:.4f}"
-            + ("" if d is None else f", {d['percent']:+.1f}% ({d['low']:+.1f} to {d['high']:+.1f}): {d['verdict']}")
-            for loss, d in zip(row["held_out"], found, strict=True)
+            f"{loss:.4f}" + ("" if difference is None else f", {difference}")
+            for loss, difference in zip(row["held_out"], found, strict=True)
         ]
         distances = row["frechet_distances"]
         spread = f" ± {np.std(distances, ddof=1):.1f}" if len(distances) > 1 else ""
@@ -240,9 +236,9 @@ def plot(rows: list[dict], picture: Path) -> None:
     for stage, axis in enumerate(axes):
         for position, row in enumerate(rows):
             found = row["differences"][stage]
-            colour = {"helps": "C2", "costs": "C3", "cannot be told": "grey"}[found["verdict"]]
-            axis.plot([found["low"], found["high"]], [position] * 2, color=colour)
-            axis.plot(found["percent"], position, "o", color=colour)
+            colour = {"better": "C2", "worse": "C3", "cannot be told": "grey"}[found.verdict]
+            axis.plot([found.low, found.high], [position] * 2, color=colour)
+            axis.plot(found.percent, position, "o", color=colour)
         axis.axvline(0, color="black", linewidth=0.8)
         size = STAGES[stage]["sample_size"]
         axis.set(title=f"stage {stage + 1}, {size} px", xlabel="% more held-out loss, 95% interval")
@@ -283,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = summarize(args.output)
     table = format_table(rows)
     with write_whole(args.output / "variants.json") as file:
-        file.write_text(json.dumps({"conditions": conditions, "variants": rows}, indent=2) + "\n")
+        file.write_text(json.dumps({"conditions": conditions, "variants": rows}, indent=2, default=asdict) + "\n")
     with write_whole(args.output / "variants.md") as file:
         file.write_text(table + "\n")
     if any("differences" in row for row in rows):

@@ -31,12 +31,12 @@ def test_differences_are_paired_by_seed_and_image(tmp_path):
     assert without["seeds"] == [0, 1, 2] and "differences" not in without
     shared = np.stack([np.load(tmp_path / "without" / f"seed-{seed}" / "held_out_losses.npy") for seed in (0, 1)])
     first, second = weight_1["differences"]
-    assert first["percent"] == pytest.approx(100 * 0.05 / shared[:, 0].mean())
-    assert (first["verdict"], second["verdict"]) == ("costs", "helps")
-    assert second["low"] < second["percent"] < second["high"] < 0
-    assert {found["verdict"] for found in decay["differences"]} == {"cannot be told"}
+    assert first.percent == pytest.approx(100 * 0.05 / shared[:, 0].mean())
+    assert (first.verdict, second.verdict) == ("worse", "better")
+    assert second.low < second.percent < second.high < 0
+    assert {found.verdict for found in decay["differences"]} == {"cannot be told"}
     table = format_table([without, weight_1, decay])
-    assert "101.0 ± 1.0" in table and "helps" in table and table.count("\n") == 4
+    assert "101.0 ± 1.0" in table and "better" in table and table.count("\n") == 4
 
 
 def test_an_interval_holds_the_spread_of_seeds_and_of_images():

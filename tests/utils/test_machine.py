@@ -1,12 +1,11 @@
 import ctypes
-import os
 import platform
 
 import psutil
 import pytest
 
 from diffusers_pisdm import keep_freed_memory
-from diffusers_pisdm.utils.machine import M_MMAP_MAX, M_TRIM_THRESHOLD
+from tests.support.processes import Process
 
 
 SIZE = 64 << 20  # bytes, more than glibc ever keeps by itself
@@ -27,19 +26,16 @@ def kept_share() -> float:
     return 1 - (full - psutil.Process().memory_info().rss) / SIZE
 
 
+def check_that_freed_memory_is_kept(arguments: list[str]) -> None:
+    assert kept_share() < 0.1, "glibc did not return it before"
+    assert keep_freed_memory()
+    assert kept_share() > 0.9
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept_from_then_on():
-    child = os.fork()  # a setting of the whole process, for good
-    if child == 0:
-        code = 1
-        try:
-            for option, default in ((M_MMAP_MAX, 65_536), (M_TRIM_THRESHOLD, 128 << 10)):
-                assert ctypes.CDLL(None).mallopt(option, default) == 1  # another test may have changed them
-            returned = kept_share() < 0.1
-            code = 0 if returned and keep_freed_memory() and kept_share() > 0.9 else 1
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    process = Process(check_that_freed_memory_is_kept, [])  # a setting of the whole process, for good
+    assert process.wait() == 0, process.said
 
 
 def test_other_systems_are_told_that_it_has_no_effect(monkeypatch):
