@@ -1,6 +1,6 @@
 """
-Runs every Python block of README.md and of the documentation, page by page, as a reader would from the clone: README.md's
-with the published checkpoint, and the pages' with a smaller one of the same form.
+Runs every Python block of README.md and of the documentation, page by page, as a reader would from the clone: those of
+README.md with the published checkpoint, those of the pages with a smaller one of the same form.
 """
 
 import re
