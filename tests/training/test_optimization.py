@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_pisdm import DiMTransformer2DModel, PISDMTransformer2DModel
+from diffusers_pisdm.training import optimization
 from diffusers_pisdm.training.optimization import (
     learning_rate_factor,
     make_optimizer,
@@ -52,7 +53,8 @@ def test_the_layers_matrices_are_muons():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
-def test_muons_steps_are_pytorchs():
+def test_muons_steps_are_pytorchs(monkeypatch):
+    monkeypatch.setattr(optimization, "_fast_dtype", lambda device: torch.bfloat16)  # PyTorch's, wherever it runs
     torch.manual_seed(0)
     model = PISDMTransformer2DModel(8, 2, 3, num_layers=3, hidden_size=16, num_classes=4)
     other = copy.deepcopy(model)
@@ -79,6 +81,11 @@ def test_orthogonal_directions_have_like_lengths():
         left, _, right = torch.linalg.svd(matrices, full_matrices=False)
         lengths = torch.diagonal(left.mT @ found.float() @ right.mT, dim1=1, dim2=2)
         assert ((lengths > 0.6) & (lengths < 1.3)).all()
+
+
+def test_matrices_become_orthogonal_in_the_type_that_their_device_multiplies_fast():
+    assert orthogonalize(torch.randn(1, 3, 2)).dtype == torch.float32
+    assert orthogonalize(torch.randn(1, 3, 2, device="meta")).dtype == torch.bfloat16
 
 
 def rates(warmup, cooldown, total):
