@@ -25,6 +25,7 @@ from ..pipelines.class_names import for_each_label, get_class_id, list_labels
 from ..schedulers import find_scheduler
 from ..utils.arguments import COUNT, NOT_NEGATIVE, SHARE, Bounds, bounded, not_empty
 from ..utils.hub_names import holds_lora, hub_or_cache
+from ..utils.machine import slow_precision_warning
 from ..utils.names import show_name
 from ..utils.shipped_files import CHECKPOINT, find_model
 
@@ -144,7 +145,12 @@ def load_pipeline(args: argparse.Namespace, state: PartialState) -> tuple[Diffus
 
 
 def place(pipe: DiffusionPipeline, device: torch.device) -> DiffusionPipeline:
-    """Moves a loaded pipeline; on the CPU, it is there: `to` would warn for each model that float16 cannot run."""
+    """
+    Moves a loaded pipeline, and tells on stderr if its precision is slow there. A CPU's is there already, and `to`
+    would warn for each model that float16 cannot run.
+    """
+    for line in slow_precision_warning(pipe.dtype, device):
+        print(line, file=sys.stderr)
     return pipe if device.type == "cpu" else pipe.to(device)
 
 

@@ -73,7 +73,7 @@ from ..training.sample_sheets import draw_samples, save_sample_sheets
 from ..training.scale_invariant_loss import FORMS
 from ..training.trainer import Trainer
 from ..utils.files import lock_folder, save_in_place
-from ..utils.machine import describe_machine
+from ..utils.machine import describe_machine, slow_precision_warning
 from ..utils.messages import count_of, show_duration, show_range
 from ..utils.names import show_name
 from ..utils.shipped_files import find_model
@@ -479,6 +479,8 @@ def summarize(
         lines[-1] += f", {passes:.2g} passes over the data" if passes < 10 else f", {passes:.0f} passes over the data"
     if trainer.state.step > 0:
         lines[-1] += f"; {count_of(trainer.state.step, 'step')} done"
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, torch.float32)
+    lines += slow_precision_warning(precision, trainer.accelerator.device)
     if settings.lr_warmup_steps > settings.max_train_steps:
         reached = settings.max_train_steps / settings.lr_warmup_steps
         lines.append(

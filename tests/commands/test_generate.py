@@ -395,10 +395,15 @@ def test_an_adapter_draws_at_its_scale(model_dir, tmp_path):
     assert ImageChops.difference(drawn["plain"], drawn["full"]).getbbox() is not None
 
 
-def test_float16_runs_on_a_cpu_without_warnings(model_dir, tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_float16_runs_on_a_cpu_and_is_warned_of_where_it_is_slow(
+    model_dir, tmp_path, caplog, capsys, monkeypatch, has_instructions
+):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: has_instructions)
     run(model_dir, tmp_path, "--classes", "1", "--images_per_class", "1", "--dtype", "float16")
     assert [record.getMessage() for record in caplog.records] == []
+    assert ("instructions for float16" in capsys.readouterr().err) is not has_instructions
 
 
 def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_the_layers_matrices_are_muons():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 def test_muons_steps_are_pytorchs(monkeypatch):
-    monkeypatch.setattr(optimization, "_fast_dtype", lambda device: torch.bfloat16)  # PyTorch's, wherever it runs
+    monkeypatch.setattr(optimization, "multiplies_fast", lambda dtype, device: True)  # PyTorch's does not ask
     torch.manual_seed(0)
     model = PISDMTransformer2DModel(8, 2, 3, num_layers=3, hidden_size=16, num_classes=4)
     other = copy.deepcopy(model)
@@ -83,9 +83,12 @@ def test_orthogonal_directions_have_like_lengths():
         assert ((lengths > 0.6) & (lengths < 1.3)).all()
 
 
-def test_matrices_become_orthogonal_in_the_type_that_their_device_multiplies_fast():
-    assert orthogonalize(torch.randn(1, 3, 2)).dtype == torch.float32
-    assert orthogonalize(torch.randn(1, 3, 2, device="meta")).dtype == torch.bfloat16
+@pytest.mark.parametrize("is_fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_matrices_become_orthogonal_in_bfloat16_where_that_is_fast(monkeypatch, is_fast, dtype):
+    asked = []
+    monkeypatch.setattr(optimization, "multiplies_fast", lambda *which: asked.append(which) or is_fast)
+    matrices = torch.randn(1, 3, 2)
+    assert orthogonalize(matrices).dtype == dtype and asked == [(torch.bfloat16, matrices.device)]
 
 
 def rates(warmup, cooldown, total):

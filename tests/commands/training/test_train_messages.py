@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
@@ -85,6 +86,14 @@ def test_a_warm_up_longer_than_the_run_is_remarked_on(train, images, capsys):
     assert re.search(
         r"^Warning: the warm-up of 4 steps .*75%.*--lr_warmup_steps 0", capsys.readouterr().out, re.MULTILINE
     )
+
+
+def test_a_precision_that_is_slow_here_is_remarked_on(train, images, capsys, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    train("plain", 1, data=images)
+    assert "instructions" not in capsys.readouterr().out
+    train("run", 1, "--mixed_precision", "bf16", data=images)
+    assert re.search("^Warning: .*instructions for bfloat16", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("condition", [None, 3])
