@@ -9,6 +9,7 @@ import psutil
 import torch
 from diffusers.training_utils import EMAModel
 
+from ..optimization import make_optimizer, parameter_groups
 from .stage_cost import CostSettings, StageCost, estimate_stage_cost, make_stage, stage_loss
 
 
@@ -25,7 +26,7 @@ class StageSpeed:
     Args:
         num_layers (`int`), batch_size (`int`): What ran; fewer layers than the stage has if all took too long.
         flops_per_second (`float`): Floating point operations per second of forward and backward.
-        updates_per_second (`float`): Parameters per second that AdamW and the averaging update.
+        updates_per_second (`float`): Parameters per second that the optimizer and the averaging update.
         seconds (`float`): How long the measurement took, without compiling kernels.
     """
 
@@ -56,7 +57,7 @@ def _time_stage(
 
     model = make_stage(config, num_classes, settings).to(device)
     # 32-bit even if 8-bit is requested: that needs bitsandbytes, and moving the parameters takes the time.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    optimizer = make_optimizer(parameter_groups(model, 0.0, settings.optimizer), 0.0, (0.9, 0.999), 1e-8)
     ema = EMAModel(model.parameters()) if settings.ema else None
     passes, updates = [], []
     for _ in range(1 + TIMED_STEPS):
