@@ -15,11 +15,12 @@ Every contestant gets the same number of FLOPs (`--training_tflop`) or the same 
 speed found by timing all in turns at the start (`step_seconds.json`; delete it to time them again). Samples are drawn
 at several points of each run (`--points`), so each run is a curve, and both comparisons can be read from it at the
 largest budget that all have reached. At the end, each contestant is compared with the first by a bootstrap over seeds
-and images: *better* or *worse* if the 95% interval of the difference is on one side of zero.
+and images: *better* or *worse* if the 95% interval of the difference is on one side of zero, with two seeds or more
+and from half a percent on.
 
 Every run (a contestant and a seed) leaves its checkpoint, samples and `result.json` in its own folder. If interrupted,
-rerun the same command to resume; several commands with different `--seeds` may share an output folder. Also prints a
-table and writes `quality.json`, `quality.png` and `samples.png`.
+rerun the same command to resume; several commands with different `--seeds` or `--contestants` may share an output
+folder, but all else must be equal. Also prints a table and writes `quality.json`, `quality.png` and `samples.png`.
 """
 
 from __future__ import annotations
@@ -55,34 +56,37 @@ from diffusers_pisdm.evaluation import (
 )
 from diffusers_pisdm.schedulers import sampling_schedulers
 from diffusers_pisdm.training.optimization import OPTIMIZERS
+from diffusers_pisdm.utils.arguments import COUNT, NOT_NEGATIVE, SEED, Bounds, CommandParser, bounded
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.machine import describe_machine
+from examples.ablation.folder import check_conditions, claim
 
 
 SAMPLE_BATCH = {"cpu": 50, "cuda": 500}
+POSITIVE = bounded(float, Bounds(above=0))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, settings = parser.add_argument, TrainingSettings()
     add("--data_dir", required=True, help="A folder that `datasets` reads, or a data set on the Hub.")
     add("--train_split", default="train")
     add("--held_out_split", default="validation", help="The reference of all scores; never trained on.")
     add("--comparison", choices=CONTESTANTS, default="small", help="Peers of 0.8 or 8 million parameters, or a table.")
     add("--contestants", nargs="+", help="Only these, by name.")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--seeds", type=SEED, nargs="+", default=[0, 1, 2])
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--training_tflop", type=float, default=20.0, help="10^12 operations per training run.")
-    budget.add_argument("--training_minutes", type=float, help="Per training run, instead of --training_tflop.")
+    budget.add_argument("--training_tflop", type=POSITIVE, default=20.0, help="10^12 operations per training run.")
+    budget.add_argument("--training_minutes", type=POSITIVE, help="Per training run, instead of --training_tflop.")
     add("--points", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="Shares of a run after which to draw.")
-    add("--batch_size", type=int, default=settings.batch_size)
-    add("--learning_rate", type=float, default=settings.learning_rate)
+    add("--batch_size", type=COUNT, default=settings.batch_size)
+    add("--learning_rate", type=POSITIVE, default=settings.learning_rate)
     add("--optimizer", choices=OPTIMIZERS, default=settings.optimizer)
-    add("--adam_beta1", type=float, default=settings.adam_beta1)
+    add("--adam_beta1", type=bounded(float, Bounds(minimum=0, below=1)), default=settings.adam_beta1)
     add("--mixed_precision", choices=["no", "bf16"], default=settings.mixed_precision, help="Of training.")
-    add("--num_samples", type=int, default=1000)
-    add("--num_inference_steps", type=int, default=20)
-    add("--guidance_scale", type=float, default=1.0)
+    add("--num_samples", type=bounded(int, Bounds(minimum=2)), default=1000)
+    add("--num_inference_steps", type=COUNT, default=20)
+    add("--guidance_scale", type=NOT_NEGATIVE, default=1.0)
     add("--features", default="efficientnet_lite0", help="See `pisdm evaluate`.")
     add("--features_weights")
     add("--output", type=Path, required=True)
@@ -94,6 +98,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not set(args.contestants) <= set(known):
         parser.error(f"--contestants of {args.comparison} are {', '.join(known)}; got {', '.join(args.contestants)}")
     return args
+
+
+def prepare(args: argparse.Namespace, conditions: dict) -> dict:
+    """
+    Finds what can be wrong before anything is computed, and exits with what it is; returns the conditions of the
+    output folder's runs, as JSON has them.
+    """
+    data = Path(args.data_dir)
+    conditions = {"data": str(data.resolve()) if data.exists() else args.data_dir, **conditions}
+    conditions = json.loads(json.dumps(conditions))
+    try:
+        for split in (args.train_split, args.held_out_split):
+            load_image_data(args.data_dir, split)
+        claim(args.output / "conditions.json", conditions)
+        for file in args.output.glob("*/seed-*/result.json"):
+            check_conditions(json.loads(file.read_text())["conditions"], conditions, file.parent)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if args.train_split == args.held_out_split:
+        print("Warning: the reference of the scores is what the models are trained on (--held_out_split).", flush=True)
+    return conditions
 
 
 def load_images(data_dir: str, split: str, size: int) -> LabelledImages:
@@ -135,12 +160,15 @@ def draw_and_evaluate(
 def step_seconds(
     contestants: dict[str, Contestant], data: LabelledImages, settings: TrainingSettings, args: argparse.Namespace
 ) -> dict[str, float]:
-    """The seconds of a step of each contestant, measured once for an output folder."""
+    """The seconds of a step of each contestant, measured once for an output folder, all in turns."""
     file = args.output / "step_seconds.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     if not set(contestants) <= set(found):
         print("Timing the training steps ...", flush=True)
-        found = dict(zip(contestants, measure_step_seconds(list(contestants.values()), data, args.output, settings)))
+        known = CONTESTANTS[args.comparison]
+        timed = {name: known[name] for name in known if name in contestants or name in found}
+        measured = dict(zip(timed, measure_step_seconds(list(timed.values()), data, args.output, settings)))
+        found = measured | (found if args.training_minutes else {})  # these have decided the steps of runs
         with write_whole(file) as whole:
             whole.write_text(json.dumps(found, indent=2) + "\n")
     return found
@@ -199,6 +227,12 @@ def main(argv: list[str] | None = None) -> None:
             for name in ("batch_size", "learning_rate", "optimizer", "adam_beta1", "mixed_precision")
         }
     )
+    names = ("comparison", "train_split", "held_out_split", "training_tflop", "training_minutes", "points")
+    names += ("num_samples", "num_inference_steps", "guidance_scale", "features", "features_weights")
+    conditions = {name: getattr(args, name) for name in names} | asdict(settings)
+    if args.training_minutes is not None:
+        conditions["training_tflop"] = None
+    conditions = prepare(args, conditions)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     contestants = {name: CONTESTANTS[args.comparison][name] for name in args.contestants}
     (size,) = {contestant.stages[-1]["sample_size"] for contestant in contestants.values()}
@@ -219,19 +253,6 @@ def main(argv: list[str] | None = None) -> None:
             f" step, {steps[name]} steps of {settings.batch_size} images",
             flush=True,
         )
-    conditions = {
-        "data": args.data_dir,
-        "held_out": args.held_out_split,
-        "training_tflop": None if args.training_minutes else args.training_tflop,
-        "training_minutes": args.training_minutes,
-        "points": args.points,
-        "num_samples": args.num_samples,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "features": args.features,
-        **asdict(settings),
-    }
-    conditions = json.loads(json.dumps(conditions))  # as they are read back
     for seed in args.seeds:
         sampling = SampleSettings(
             num_samples=args.num_samples,
@@ -242,8 +263,6 @@ def main(argv: list[str] | None = None) -> None:
         for name, contestant in contestants.items():
             folder = args.output / name / f"seed-{seed}"
             if (folder / "result.json").exists():
-                if json.loads((folder / "result.json").read_text())["conditions"] != conditions:
-                    raise SystemExit(f"error: {folder} was made under other conditions. Choose another --output.")
                 continue
             places = {max(1, round(share * steps[name])): folder / f"share-{share:g}" for share in args.points}
             draw = partial(

@@ -9,7 +9,8 @@ several seeds, with a verdict each.
 All variants of a seed start from the same weights and see the same batches and noise, as far as the option allows. Two
 scores: the held-out denoising loss of each stage, on the same images, timesteps and noise for all; and the Fréchet
 distance of samples to held-out images. A verdict compares held-out losses with the baseline's: *better* or *worse* if
-the 95% interval of the mean paired difference, a bootstrap over seeds and images, is on one side of zero.
+the 95% interval of the mean paired difference, a bootstrap over seeds and images, is on one side of zero, with two
+seeds or more and from half a percent on.
 
 Every run (a variant and a seed) leaves its losses and `result.json` in its own folder. If interrupted, rerun the same
 command to resume; commands with different `--seeds` or `--variants` may share an output folder. Also writes
@@ -33,7 +34,7 @@ from benchmarks.equal_budget.contestants import Contestant
 from benchmarks.equal_budget.reference_images import reference_statistics
 from benchmarks.equal_budget.training import TrainingSettings, make_trainer
 from benchmarks.equal_budget.verdicts import Difference
-from benchmarks.quality import load_images
+from benchmarks.quality import load_images, prepare
 from diffusers_pisdm import PISDMCascadePipeline
 from diffusers_pisdm.data.device_images import LabelledImages
 from diffusers_pisdm.data.image_transform import decode_image
@@ -46,6 +47,7 @@ from diffusers_pisdm.evaluation import (
 )
 from diffusers_pisdm.training import CascadeObjective, image_pyramid
 from diffusers_pisdm.training.noise import noise_seed
+from diffusers_pisdm.utils.arguments import COUNT, COUNT_OR_ZERO, SEED, Bounds, CommandParser, bounded
 from diffusers_pisdm.utils.files import write_whole
 from diffusers_pisdm.utils.machine import describe_machine
 
@@ -103,16 +105,16 @@ RESAMPLES = 2000
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data_dir", required=True, help="A folder that `datasets` reads, or a data set on the Hub.")
     add("--train_split", default="train")
     add("--held_out_split", default="validation", help="Never trained on.")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--steps", type=int, default=500, help="Of 32 images.")
-    add("--num_samples", type=int, default=1000)
-    add("--num_inference_steps", type=int, default=10, help="Per stage.")
+    add("--seeds", type=SEED, nargs="+", default=[0, 1, 2])
+    add("--steps", type=COUNT_OR_ZERO, default=500, help="Of 32 images.")
+    add("--num_samples", type=bounded(int, Bounds(minimum=2)), default=1000)
+    add("--num_inference_steps", type=COUNT, default=10, help="Per stage.")
     add("--features", default="efficientnet_lite0", help="See `pisdm evaluate`.")
     add("--output", type=Path, required=True)
     return parser.parse_args(argv)
@@ -201,7 +203,7 @@ def summarize(output: Path) -> list[dict]:
             for stage in range(len(STAGES)):
                 ours, theirs = losses[name][:, stage], losses[BASELINE][:, stage]
                 relative = 100 * (ours - theirs) / theirs.mean()
-                row["differences"].append(Difference(float(relative.mean()), *interval(relative, random)))
+                row["differences"].append(Difference(float(relative.mean()), *interval(relative, random), len(shared)))
         rows.append(row)
     return rows
 
@@ -236,7 +238,7 @@ def plot(rows: list[dict], picture: Path) -> None:
     for stage, axis in enumerate(axes):
         for position, row in enumerate(rows):
             found = row["differences"][stage]
-            colour = {"better": "C2", "worse": "C3", "cannot be told": "grey"}[found.verdict]
+            colour = {"better": "C2", "worse": "C3"}.get(found.verdict, "grey")
             axis.plot([found.low, found.high], [position] * 2, color=colour)
             axis.plot(found.percent, position, "o", color=colour)
         axis.axvline(0, color="black", linewidth=0.8)
@@ -253,21 +255,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = TrainingSettings(learning_rate=3e-3, lr_warmup_steps=args.steps // 10, lr_cooldown=0.2, adam_beta1=0.99)
     size = STAGES[-1]["sample_size"]
+    conditions = {name: getattr(args, name) for name in ("train_split", "held_out_split", "steps", "num_samples")}
+    conditions |= {name: getattr(args, name) for name in ("num_inference_steps", "features")}
+    conditions |= {"stages": STAGES, **asdict(settings)}
+    conditions = prepare(args, conditions)
     images = {
         "train": load_images(args.data_dir, args.train_split, size),
         "held_out": load_images(args.data_dir, args.held_out_split, size),
     }
-    conditions = {name: getattr(args, name) for name in ("data_dir", "train_split", "held_out_split", "steps")}
-    conditions |= {name: getattr(args, name) for name in ("num_samples", "num_inference_steps", "features")}
-    conditions |= {"stages": STAGES, **asdict(settings)}
-    conditions = json.loads(json.dumps(conditions))  # as they are read back
     for seed in args.seeds:
         for name in args.variants:
             folder = args.output / name / f"seed-{seed}"
             file = folder / "result.json"
             if file.exists():
-                if json.loads(file.read_text())["conditions"] != conditions:
-                    raise SystemExit(f"error: {folder} was made under other conditions. Choose another --output.")
                 continue
             result = run(VARIANTS[name], seed, images, settings, folder, args)
             machine = describe_machine(torch.device("cpu"))

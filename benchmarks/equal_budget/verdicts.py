@@ -17,20 +17,31 @@ from diffusers_pisdm.utils.files import write_whole
 
 IMAGE_RESAMPLES = 200  # of each run's images
 RESAMPLES = 10_000  # of the seeds, each with one of the former
+NEGLIGIBLE = 0.5  # percent
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference to the baseline in percent, and its 95% interval."""
+    """A mean difference to the baseline in percent over some seeds, and its 95% interval."""
 
     percent: float
     low: float
     high: float
+    seeds: int
 
     @property
     def verdict(self) -> str:
-        """Smaller is better, if the interval is on one side of zero."""
-        return "better" if self.high < 0 else "worse" if self.low > 0 else "cannot be told"
+        """
+        Smaller is better, if the interval is on one side of zero and not next to it. One seed cannot show how much
+        seeds differ.
+        """
+        if self.seeds < 2:
+            return "one seed"
+        if self.low <= 0 <= self.high:
+            return "cannot be told"
+        if abs(self.percent) < NEGLIGIBLE:
+            return "as good"
+        return "better" if self.high < 0 else "worse"
 
     def __str__(self) -> str:
         return f"{self.percent:+.1f}% ({self.low:+.1f} to {self.high:+.1f}): {self.verdict}"
@@ -105,4 +116,4 @@ def compare_distances(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) 
     seeds, images = random.integers(len(ours), size=shape), random.integers(1, 1 + IMAGE_RESAMPLES, size=shape)
     found, drawn = percent(distances[:, 0]), percent(distances[seeds, images])  # (), (RESAMPLES,)
     low, high = np.quantile(drawn - drawn.mean() + found, [0.025, 0.975])
-    return Difference(float(found), float(low), float(high))
+    return Difference(float(found), float(low), float(high), len(ours))

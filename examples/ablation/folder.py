@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -34,14 +34,7 @@ class AblationFolder:
         Makes the folder that of an ablation; raises AblationError if it holds runs under other conditions (all that
         decides the outcome besides row and seed, as JSON has it).
         """
-        if not self.conditions_file.exists():
-            self.write_json("ablation.json", conditions)
-        changed = _differences(self.conditions(), conditions)
-        if changed:
-            raise AblationError(
-                f"{self.path} holds an ablation with other arguments: {'; '.join(changed)}. Its rows would not be"
-                " comparable: use the same arguments or another folder."
-            )
+        claim(self.conditions_file, conditions)
 
     def conditions(self) -> dict:
         """Those that the folder was claimed with; raises AblationError if it is not an ablation's."""
@@ -79,14 +72,40 @@ class AblationFolder:
 
     def write_json(self, name: str | Path, content: dict) -> None:
         """Writes a file as a whole."""
-        with self.write(name) as unfinished:
-            unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        _write_json(self.path / name, content)
 
-    @contextmanager
-    def write(self, name: str | Path) -> Iterator[Path]:
+    def write(self, name: str | Path) -> AbstractContextManager[Path]:
         """[`write_whole`], by several processes at a time if need be: the last one's file stays."""
-        with write_whole(self.path / name, f".{os.getpid()}.unfinished") as unfinished:
-            yield unfinished
+        return _write(self.path / name)
+
+
+def claim(file: Path, conditions: dict) -> None:
+    """
+    Writes what all runs in `file`'s folder have in common, as JSON has it; raises AblationError if that is there and
+    differs.
+    """
+    if not file.exists():
+        _write_json(file, conditions)
+    check_conditions(json.loads(file.read_text()), conditions, file.parent)
+
+
+def check_conditions(found: dict, wanted: dict, place: Path) -> None:
+    """Raises AblationError, which names what differs, if what is in a folder was made under other conditions."""
+    changed = _differences(found, wanted)
+    if changed:
+        raise AblationError(
+            f"{place} holds runs with other arguments: {'; '.join(changed)}. They would not be comparable: use the"
+            " same arguments or another folder."
+        )
+
+
+def _write(file: Path) -> AbstractContextManager[Path]:
+    return write_whole(file, f".{os.getpid()}.unfinished")
+
+
+def _write_json(file: Path, content: dict) -> None:
+    with _write(file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager

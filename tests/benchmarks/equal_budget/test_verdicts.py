@@ -63,7 +63,7 @@ def test_pairs_draw_the_same_images():
     theirs = [draw(seed) for seed in (0, 1)]
     nothing = Gaussian(torch.zeros(8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64))
     found = compare([2 * features for features in theirs], theirs, reference=nothing)
-    assert found == Difference(*[pytest.approx(300)] * 3)
+    assert found == Difference(*[pytest.approx(300)] * 3, seeds=2)
     first, second = (resampled_distances(theirs[0], nothing, seed) for seed in (0, 1))
     assert first[0] == second[0] and not np.isclose(first[1:], second[1:]).any()  # other seeds draw others
 
@@ -79,7 +79,18 @@ def test_features_are_those_of_the_images_and_kept(tmp_path):
     assert torch.equal(run_features(tmp_path, folder, PixelFeatures()), found)
 
 
-def test_what_is_printed():
-    assert str(Difference(-5.04, -8, -2)) == "-5.0% (-8.0 to -2.0): better"
-    assert str(Difference(5, -8, 12)) == "+5.0% (-8.0 to +12.0): cannot be told"
-    assert str(Difference(5, 1, 12)) == "+5.0% (+1.0 to +12.0): worse"
+@pytest.mark.parametrize(
+    "percent, low, high, seeds, printed",
+    [
+        (-5.04, -8, -2, 2, "-5.0% (-8.0 to -2.0): better"),
+        (5, -8, 12, 2, "+5.0% (-8.0 to +12.0): cannot be told"),
+        (5, 1, 12, 3, "+5.0% (+1.0 to +12.0): worse"),
+        (-0.4, -0.6, -0.2, 3, "-0.4% (-0.6 to -0.2): as good"),
+        (0.4, 0.2, 0.6, 3, "+0.4% (+0.2 to +0.6): as good"),
+        (0.4, -0.2, 0.9, 3, "+0.4% (-0.2 to +0.9): cannot be told"),
+        (0.6, 0.2, 0.9, 3, "+0.6% (+0.2 to +0.9): worse"),
+        (-20, -25, -15, 1, "-20.0% (-25.0 to -15.0): one seed"),
+    ],
+)
+def test_a_verdict_needs_seeds_and_a_difference_that_matters(percent, low, high, seeds, printed):
+    assert str(Difference(percent, low, high, seeds)) == printed
