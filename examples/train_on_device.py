@@ -124,7 +124,9 @@ class SharedArguments:
     lr_cooldown: float = argument(
         0.3, "Share of the steps over which the learning rate falls to zero.", minimum=0, maximum=1
     )
-    optimizer: str = argument("adamw", "muon: Muon for the layers' matrices, AdamW for the rest.", OPTIMIZERS)
+    optimizer: str = argument(
+        "adamw", "muon: Muon for the layers' matrices, AdamW for the rest. Try a rate of 3e-3.", OPTIMIZERS
+    )
     adam_beta1: float = argument(0.9, "Decay of AdamW's mean gradient.", minimum=0, below=1)
     adam_beta2: float = argument(0.99, "Decay of AdamW's mean square.", minimum=0, below=1)
     adam_weight_decay: float = argument(0.03, "AdamW's, on matrices and filters.", minimum=0)

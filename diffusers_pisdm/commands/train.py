@@ -143,7 +143,9 @@ class ObjectiveArguments:
     max_noise_level: float = argument(
         OBJECTIVE["max_noise_level"], "Conditioning augmentation: the highest level.", minimum=0, maximum=1
     )
-    sil_weight: float = argument(OBJECTIVE["sil_weight"], "0 trains without the scale-invariant loss.", minimum=0)
+    sil_weight: float = argument(
+        OBJECTIVE["sil_weight"], "0 trains without the scale-invariant loss; see sil_per_value.", minimum=0
+    )
     sil_temperature: float = argument(OBJECTIVE["sil_temperature"], "Of the scale-invariant loss.", above=0)
     sil_mask_same_class: bool = argument(
         OBJECTIVE["sil_mask_same_class"], "Do not contrast images of one class in the scale-invariant loss."

@@ -166,7 +166,9 @@ class OptimizationSettings:
     learning_rate: float = argument(2e-4, "The highest rate.", minimum=0)
     lr_warmup_steps: int = argument(500, "First steps, over which the rate rises.", minimum=0)
     lr_cooldown_steps: int = argument(0, "Final steps over which the rate falls to 0.", minimum=0)
-    optimizer: str = argument("adamw", "muon: Muon for the layers' matrices, AdamW for the rest.", OPTIMIZERS)
+    optimizer: str = argument(
+        "adamw", "muon: Muon for the layers' matrices, AdamW for the rest. Try a rate of 3e-3.", OPTIMIZERS
+    )
     adam_beta1: float = argument(0.9, "Decay of AdamW's mean gradient; 0.99 in the paper.", minimum=0, below=1)
     adam_beta2: float = argument(0.999, "Decay of AdamW's mean square.", minimum=0, below=1)
     adam_weight_decay: float = argument(0.03, "AdamW's, on matrices and filters.", minimum=0)
@@ -215,7 +217,11 @@ def make_parser(arguments: type, description: str | None = None) -> argparse.Arg
         options = {"help": described.metadata.get("help")}
         if kind is bool:  # a recipe's `true` can be switched off
             action = "store_true" if described.name.startswith("no_") else argparse.BooleanOptionalAction
-            groups[title].add_argument(f"--{described.name}", action=action, default=described.default, **options)
+            added = groups[title].add_argument(
+                f"--{described.name}", action=action, default=described.default, **options
+            )
+            if action != "store_true" and "(default" not in (added.help or ""):  # Python 3.10 writes it itself
+                added.help = f"{added.help or ''} (default: {described.default})".strip()
             continue
         default = described.default
         if described.default_factory is not dataclasses.MISSING:

@@ -1,4 +1,6 @@
+import argparse
 import json
+import re
 
 import pytest
 
@@ -152,3 +154,13 @@ def test_one_value_is_for_all_stages():
     assert per_stage("noise_shifts", None, 2) is None
     with pytest.raises(ValueError, match=r"--noise_shifts .*per stage \(4\), got 2"):
         per_stage("noise_shifts", [1.0, 2.0], 4)
+
+
+def test_the_help_tells_every_default_once():
+    told = {}
+    for action in make_parser(TrainingArguments)._actions:
+        has_value = action.default not in (None, argparse.SUPPRESS) and action.nargs != 0
+        if has_value or any(option.startswith("--no-") for option in action.option_strings):
+            told[action.dest] = re.findall(r"\(default: ([^)]*)\)", action.help)
+    assert told["sil_per_value"] == ["True"] and told["sil_weight"] == ["1.0"] and told["random_flip"] == ["False"]
+    assert {name for name, defaults in told.items() if len(defaults) != 1} == set()
