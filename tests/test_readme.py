@@ -1,6 +1,6 @@
 """
-Runs every Python block of README.md and of the documentation, page by page, as a reader would from the clone: those of
-README.md with the published checkpoint, those of the pages with a smaller one of the same form.
+Runs every Python block of README.md and of the documentation, page by page, as a reader would from the clone, but where
+they name a folder of `checkpoints`, with a smaller one of the same form.
 """
 
 import re
@@ -51,8 +51,7 @@ def small_checkpoints(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_run(page, tmp_path, monkeypatch, small_checkpoints):
     # What a block writes lands in an empty folder that has checkpoints in it.
-    checkpoints = ROOT / "checkpoints" if page == ROOT / "README.md" else small_checkpoints
-    (tmp_path / "checkpoints").symlink_to(checkpoints)
+    (tmp_path / "checkpoints").symlink_to(small_checkpoints)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for line, code in python_blocks(page):

@@ -11,6 +11,7 @@ def read(folder):
     return json.loads((folder / "gpu_report.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_every_part_and_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     def fail(args):
         raise RuntimeError("out of luck")

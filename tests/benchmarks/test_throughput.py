@@ -26,6 +26,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_table_of_whole_models(run):
     output, said = run("--image-sizes", "128", "64", "--repeats", "2", "--batch-size", "2", "--steps", "10")
     report = json.loads((output / "throughput.json").read_text())
@@ -47,6 +48,7 @@ def test_a_table_of_whole_models(run):
     assert said.index("How many times as fast") < said.index("Seconds per") < said.index("Images per second at 10")
 
 
+@pytest.mark.slow
 def test_a_table_from_stacks_of_few_layers(run):
     output, said = run("--image-sizes", "64", "--repeats", "1", "--layers", "4")
     rows = json.loads((output / "throughput.json").read_text())["rows"]
@@ -75,6 +77,7 @@ def test_values_that_are_not_finite_stop_it(run, monkeypatch):
         run("--image-sizes", "64", "--repeats", "1")
 
 
+@pytest.mark.slow
 def test_what_was_measured_survives_a_later_failure(run, monkeypatch, tmp_path):
     original = throughput.measure_image_size
 
