@@ -1,5 +1,5 @@
 """
-Runs every Python block of README.md and of the documentation, page by page, as a reader would from the clone, but where
+Runs every Python block of README.md and of the documentation, page by page, as a reader would from the clone; where
 they name a folder of `checkpoints`, with a smaller one of the same form.
 """
 
