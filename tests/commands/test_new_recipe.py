@@ -127,7 +127,21 @@ def test_the_file_is_a_recipe_with_a_value_for_each_stage(monkeypatch, real_imag
     recipe = read_recipe(tmp_path / "recipe.json")
     assert [stage["sample_size"] for stage in recipe.stages] == [16, 32, 64]
     assert recipe.training["batch_shares"] == [1, 0.25, 0.25]
-    assert recipe.training["loss_weighting"] == ["uniform", "min_snr", "min_snr"]
+    assert recipe.training["loss_weighting"] == ["sigmoid", "min_snr", "min_snr"]
+
+
+def test_the_time_is_that_of_the_recipes_optimizer(monkeypatch, real_image_dir):
+    asked = []
+    measure = at_speed(1e9)
+
+    def spy(config, num_classes, batch_size, settings, *rest):
+        asked.append(settings.optimizer)
+        return measure(config, num_classes, batch_size)
+
+    monkeypatch.setattr(new_recipe, "SHAPES", SMALL_SHAPES)
+    monkeypatch.setattr(new_recipe, "measure_stage_speed", spy)
+    made = new_recipe.choose_plan(32, 10, load_image_data(real_image_dir, "train"))
+    assert set(asked) == {made.recipe()["training"]["optimizer"]}
 
 
 def test_minutes_must_be_positive(capsys):
