@@ -111,9 +111,9 @@ def prepare(args: argparse.Namespace, conditions: dict) -> dict:
     try:
         for split in (args.train_split, args.held_out_split):
             load_image_data(args.data_dir, split)
-        claim(args.output / "conditions.json", conditions)
         for file in args.output.glob("*/seed-*/result.json"):
             check_conditions(json.loads(file.read_text())["conditions"], conditions, file.parent)
+        claim(args.output / "conditions.json", conditions)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     if args.train_split == args.held_out_split:

@@ -134,6 +134,7 @@ def test_runs_of_an_older_folder_are_compared_too(compare, check, tmp_path):
     (run / "result.json").write_text(json.dumps({"conditions": conditions | {"batch_size": 7}}))
     with pytest.raises(SystemExit, match=r"seed-3 .*batch_size was 7, is 4"):
         compare()
+    check("--batch_size", "7")  # what was refused has not claimed the folder
 
 
 def test_data_that_cannot_be_read_is_told_before_anything_is_computed(compare, tmp_path):
