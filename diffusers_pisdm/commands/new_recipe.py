@@ -114,7 +114,7 @@ class Plan:
     def recipe(self) -> dict[str, Any]:
         """
         The recipe, as `--cascade_config` reads it. Optimizer, rate and the first stage's loss weights are the best of
-        our trials of ten minutes (docs/training.md); the other settings are `emoji128_gpu`'s.
+        our trials of ten minutes (docs/experiments/quality.md); the other settings are `emoji128_gpu`'s.
         """
         upper = len(self.stages) - 1
         every_quarter = max(1, self.steps // 4)

@@ -46,7 +46,7 @@ from ..training import LOSS_WEIGHTINGS, CascadeObjective
 from ..training.cascade_objective import warn_of_narrow_stage
 from ..training.checkpoints import whole_stages
 from ..training.cost.report import cost_report, format_cost_report
-from ..training.cost.stage_cost import CostSettings, estimate_cascade_cost
+from ..training.cost.stage_cost import AUTOCAST_DTYPES, CostSettings, estimate_cascade_cost
 from ..training.cost.stage_speed import measure_stage_speed
 from ..training.denoising_loss import PREDICTION_TYPES
 from ..training.fine_tuning import (
@@ -481,8 +481,8 @@ def summarize(
         lines[-1] += f", {passes:.2g} passes over the data" if passes < 10 else f", {passes:.0f} passes over the data"
     if trainer.state.step > 0:
         lines[-1] += f"; {count_of(trainer.state.step, 'step')} done"
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, torch.float32)
-    lines += slow_precision_warning(precision, trainer.accelerator.device)
+    accelerator = trainer.accelerator
+    lines += slow_precision_warning(AUTOCAST_DTYPES.get(accelerator.mixed_precision), accelerator.device)
     if settings.lr_warmup_steps > settings.max_train_steps:
         reached = settings.max_train_steps / settings.lr_warmup_steps
         lines.append(

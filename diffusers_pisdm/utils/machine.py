@@ -33,7 +33,7 @@ def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, supported)()
 
 
-def slow_precision_warning(dtype: torch.dtype, device: torch.device) -> list[str]:
+def slow_precision_warning(dtype: torch.dtype | None, device: torch.device) -> list[str]:
     """What to tell a user who asked for a precision that is slower than float32 here; nothing otherwise."""
     if dtype not in (torch.bfloat16, torch.float16) or multiplies_fast(dtype, device):
         return []
